@@ -1,0 +1,27 @@
+//! `xen-colo` keeps a guest running, with its connections and its disk, when its host dies.
+//!
+//! The folders are the architecture, and the arrows between them go one way:
+//!
+//! ```text
+//! main → cli, demo → daemon → { colo, compare, nbd, replica, hypervisor } → { clock, page, bitmap, disk }
+//! ```
+//!
+//! - [`clock`], [`page`], [`bitmap`], [`disk`]: the words everything else is written in;
+//! - [`compare`]: which of the guest's packets may leave, and when (pure);
+//! - [`nbd`]: the network block device protocol, server and client (pure);
+//! - [`replica`]: the two ends of disk replication, the mirror and the epochs;
+//! - [`hypervisor`]: a guest whose memory and devices can be captured and loaded;
+//! - [`mutant`]: planted bugs that prove the simulator can see.
+#![forbid(unsafe_code)]
+
+pub mod bitmap;
+pub mod clock;
+pub mod colo;
+pub mod compare;
+pub mod daemon;
+pub mod disk;
+pub mod hypervisor;
+pub mod mutant;
+pub mod nbd;
+pub mod page;
+pub mod replica;

@@ -1,0 +1,4 @@
+//! `xl-colo`.
+#![forbid(unsafe_code)]
+
+fn main() {}

@@ -1,1 +1,4 @@
-//! Under construction.
+//! The drivers: sockets, timers, tasks and threads around the pure machines.
+
+pub mod address;
+pub mod arbiter;

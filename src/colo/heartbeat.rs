@@ -1,0 +1,283 @@
+//! The heartbeat: knowing that the peer is there, and that the peer knows we are.
+//!
+//! Both sides send a beat every `interval` on a connection of their own, so that a large checkpoint on the
+//! stream cannot delay one, and answer a new one at once. A beat carries its own number, the highest number heard
+//! from the peer (the echo) and the sender's generation:
+//!
+//! ```text
+//!   be64 sequence | be64 echo | be64 generation
+//! ```
+//!
+//! Two deadlines follow, and either one passing means the peer is lost:
+//!
+//! - *heard*: nothing arrived for `misses × interval`;
+//! - *lease*: no echo of a beat that we **sent** within the last `misses × interval`.
+//!
+//! The trap is in the second. A primary stopped by `SIGSTOP` wakes with beats in its socket buffer that the
+//! secondary sent before it took over; they are news to the reader and say nothing about now. What the echo
+//! proves is dated by our own clock at *sending*: the peer, who waits `misses × interval` from *receiving* that
+//! beat, cannot have given us up before the lease ends. So a side whose lease is over stops acting first.
+
+use crate::clock::Instant;
+use bytes::{BufMut, BytesMut};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Bytes of a beat on the wire.
+pub const BEAT_BYTES: usize = 24;
+
+/// Time between beats by default, in milliseconds.
+pub const INTERVAL_DEFAULT_MS: u64 = 100;
+
+/// Missed beats after which the peer is lost, by default.
+pub const MISSES_DEFAULT: u32 = 3;
+
+/// One beat.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Beat {
+    /// Counts the sender's beats from 1.
+    pub sequence: u64,
+    /// The highest sequence the sender has heard; 0 for none.
+    pub echo: u64,
+    /// The sender's generation.
+    pub generation: u64,
+}
+
+impl Beat {
+    /// Appends the beat's bytes.
+    pub fn encode(self, out: &mut BytesMut) {
+        out.put_u64(self.sequence);
+        out.put_u64(self.echo);
+        out.put_u64(self.generation);
+    }
+
+    /// Reads a beat.
+    #[must_use]
+    pub fn decode(bytes: &[u8; BEAT_BYTES]) -> Self {
+        let word = |at: usize| bytes[at..at + 8].iter().fold(0_u64, |acc, byte| acc << 8 | u64::from(*byte));
+        Self { sequence: word(0), echo: word(8), generation: word(16) }
+    }
+}
+
+/// Which deadline passed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Silence {
+    /// Nothing was heard from the peer.
+    #[error("no heartbeat from the peer for {0:?}")]
+    Unheard(Duration),
+    /// The peer is heard, or was, but does not hear us.
+    #[error("the peer has not confirmed a heartbeat of ours for {0:?}")]
+    Unconfirmed(Duration),
+}
+
+/// The heartbeat of one side.
+#[derive(Debug)]
+pub struct Heartbeat {
+    interval: Duration,
+    detection: Duration,
+    generation: u64,
+    sequence: u64,
+    echo: u64,
+    /// When each unconfirmed beat was sent, oldest first; at most as many as fit into the detection time and one.
+    sent: VecDeque<(u64, Instant)>,
+    heard_at: Instant,
+    confirmed_sent_at: Instant,
+    next_beat_at: Instant,
+}
+
+impl Heartbeat {
+    /// Starts at `now`, with a full detection time for the first beat to arrive.
+    #[must_use]
+    pub fn new(now: Instant, interval: Duration, misses: u32, generation: u64) -> Self {
+        Self {
+            interval,
+            detection: interval * misses,
+            generation,
+            sequence: 0,
+            echo: 0,
+            sent: VecDeque::new(),
+            heard_at: now,
+            confirmed_sent_at: now,
+            next_beat_at: now,
+        }
+    }
+
+    /// Takes a beat from the peer, and returns the answer a new one is owed. The answer repeats our last number,
+    /// so it is owed nothing itself. A beat of another generation is not the peer's, and is ignored.
+    pub fn handle_beat(&mut self, now: Instant, beat: Beat) -> Option<Beat> {
+        if beat.generation != self.generation {
+            return None;
+        }
+        self.heard_at = self.heard_at.max(now);
+        let new = beat.sequence > self.echo;
+        self.echo = self.echo.max(beat.sequence);
+        while let Some((sequence, sent_at)) = self.sent.front().copied().filter(|(sequence, _)| *sequence <= beat.echo)
+        {
+            debug_assert!(sequence <= self.sequence);
+            self.confirmed_sent_at = self.confirmed_sent_at.max(sent_at);
+            self.sent.pop_front();
+        }
+        new.then_some(Beat { sequence: self.sequence, echo: self.echo, generation: self.generation })
+    }
+
+    /// The beat to send now, if one is due.
+    pub fn poll_transmit(&mut self, now: Instant) -> Option<Beat> {
+        if now < self.next_beat_at {
+            return None;
+        }
+        self.next_beat_at = now + self.interval;
+        self.sequence += 1;
+        self.sent.push_back((self.sequence, now));
+        while self.sent.len() > 64 {
+            self.sent.pop_front();
+        }
+        Some(Beat { sequence: self.sequence, echo: self.echo, generation: self.generation })
+    }
+
+    /// When to call [`Self::poll_transmit`] and [`Self::lost`] again.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Instant {
+        self.next_beat_at.min(self.deadline())
+    }
+
+    /// When the peer counts as lost unless something is heard.
+    #[must_use]
+    pub fn deadline(&self) -> Instant {
+        self.heard_at.min(self.confirmed_sent_at) + self.detection
+    }
+
+    /// Whether the peer is lost at `now`.
+    #[must_use]
+    pub fn lost(&self, now: Instant) -> Option<Silence> {
+        if now >= self.heard_at + self.detection {
+            Some(Silence::Unheard(now - self.heard_at))
+        } else if now >= self.confirmed_sent_at + self.detection {
+            Some(Silence::Unconfirmed(now - self.confirmed_sent_at))
+        } else {
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STEP: Duration = Duration::from_millis(100);
+
+    fn at(ms: u64) -> Instant {
+        Instant::from_micros(ms * 1000)
+    }
+
+    fn pair() -> (Heartbeat, Heartbeat) {
+        (Heartbeat::new(at(0), STEP, 3, 1), Heartbeat::new(at(0), STEP, 3, 1))
+    }
+
+    /// Exchanges beats at `ms`; a flag cuts a direction.
+    fn exchange(a: &mut Heartbeat, b: &mut Heartbeat, ms: u64, a_to_b: bool, b_to_a: bool) {
+        let mut flying: VecDeque<_> = a.poll_transmit(at(ms)).map(|beat| (true, beat)).into_iter().collect();
+        flying.extend(b.poll_transmit(at(ms)).map(|beat| (false, beat)));
+        let mut count = 0;
+        while let Some((to_b, beat)) = flying.pop_front() {
+            let answer = match to_b {
+                true if a_to_b => b.handle_beat(at(ms), beat),
+                false if b_to_a => a.handle_beat(at(ms), beat),
+                _ => None,
+            };
+            flying.extend(answer.map(|beat| (!to_b, beat)));
+            count += 1;
+            assert!(count <= 4, "answers are not answered");
+        }
+    }
+
+    #[test]
+    fn a_beating_pair_is_never_lost() {
+        let (mut a, mut b) = pair();
+        for ms in (0..10_000).step_by(100) {
+            exchange(&mut a, &mut b, ms, true, true);
+            assert_eq!((a.lost(at(ms)), b.lost(at(ms))), (None, None), "at {ms} ms");
+        }
+    }
+
+    #[test]
+    fn a_dead_peer_is_lost_after_three_missed_beats() {
+        let (mut a, mut b) = pair();
+        for ms in (0..=1000).step_by(100) {
+            exchange(&mut a, &mut b, ms, true, true);
+        }
+        assert_eq!(a.lost(at(1299)), None);
+        assert_eq!(a.lost(at(1300)), Some(Silence::Unheard(3 * STEP)));
+    }
+
+    #[test]
+    fn a_one_way_link_is_lost_on_both_sides() {
+        let (mut a, mut b) = pair();
+        for ms in (0..=1000).step_by(100) {
+            exchange(&mut a, &mut b, ms, true, true);
+        }
+        for ms in (1100..=1500).step_by(100) {
+            exchange(&mut a, &mut b, ms, false, true);
+        }
+        assert!(matches!(a.lost(at(1500)), Some(Silence::Unconfirmed(_))), "heard, but not hearing");
+        assert!(matches!(b.lost(at(1500)), Some(Silence::Unheard(_))));
+    }
+
+    #[test]
+    fn beats_left_in_a_socket_buffer_do_not_renew_a_sleepers_lease() {
+        let (mut primary, mut secondary) = pair();
+        for ms in (0..=1000).step_by(100) {
+            exchange(&mut primary, &mut secondary, ms, true, true);
+        }
+        // The primary is stopped; the secondary goes on beating until it gives up at 1300.
+        let buffered: Vec<_> = (1100..1300).step_by(100).filter_map(|ms| secondary.poll_transmit(at(ms))).collect();
+        assert_eq!(buffered.len(), 2);
+        assert!(secondary.lost(at(1300)).is_some());
+        // It wakes at 9000 and reads them all before it looks at its clock.
+        for beat in buffered {
+            primary.handle_beat(at(9000), beat);
+        }
+        assert!(matches!(primary.lost(at(9000)), Some(Silence::Unconfirmed(_))));
+    }
+
+    #[test]
+    fn whoever_is_waited_for_stops_first() {
+        // However long a beat and its echo travel, the sender's lease ends before the hearer gives it up.
+        for travel_ms in [0, 20, 90, 150] {
+            let (mut a, mut b) = pair();
+            let mut flying: Vec<(u64, bool, Beat)> = Vec::new();
+            for ms in 0..=1000 {
+                if let Some(beat) = a.poll_transmit(at(ms)) {
+                    flying.push((ms + travel_ms, true, beat));
+                }
+                if let Some(beat) = b.poll_transmit(at(ms)) {
+                    flying.push((ms + travel_ms, false, beat));
+                }
+                let due: Vec<_> = flying.extract_if(.., |(due, ..)| *due <= ms).collect();
+                for (_, to_b, beat) in due {
+                    let answer = if to_b { b.handle_beat(at(ms), beat) } else { a.handle_beat(at(ms), beat) };
+                    flying.extend(answer.map(|beat| (ms + travel_ms, !to_b, beat)));
+                }
+            }
+            let a_stops = (1000..5000).find(|ms| a.lost(at(*ms)).is_some());
+            let b_gives_up = (1000..5000).find(|ms| b.lost(at(*ms)).is_some_and(|s| matches!(s, Silence::Unheard(_))));
+            assert!(a_stops <= b_gives_up, "{travel_ms}: {a_stops:?} {b_gives_up:?}");
+        }
+    }
+
+    #[test]
+    fn beats_of_another_generation_are_not_the_peers() {
+        let (mut a, _) = pair();
+        a.poll_transmit(at(0));
+        a.handle_beat(at(200), Beat { sequence: 1, echo: 1, generation: 2 });
+        assert!(a.lost(at(300)).is_some());
+    }
+
+    #[test]
+    fn a_beat_is_24_bytes() {
+        let beat = Beat { sequence: 1, echo: 0x0203, generation: u64::MAX };
+        let mut out = BytesMut::new();
+        beat.encode(&mut out);
+        assert_eq!(&out[..], [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 2, 3, 255, 255, 255, 255, 255, 255, 255, 255]);
+        assert_eq!(Beat::decode(out[..].try_into().unwrap()), beat);
+    }
+}

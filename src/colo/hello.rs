@@ -1,0 +1,280 @@
+//! The first words on every connection between two hosts.
+//!
+//! ```text
+//!   connector → acceptor   be32 length, JSON Hello      which channel, which guest, which generation, its shape
+//!   acceptor  → connector  be32 length, JSON Welcome    accepted, or why not
+//! ```
+//!
+//! A protected guest has four connections, tied together by a session number the connector draws: the COLO
+//! stream, the packet link, the heartbeat, and NBD (which goes on in plain NBD after the welcome). The trap:
+//! anybody can connect, so the length is bounded before a byte is buffered, and a refusal is a sentence.
+
+use crate::page::PAGE_SIZE;
+use bytes::{Buf, BufMut, BytesMut};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// The version of everything that follows a hello.
+pub const PROTOCOL_VERSION: u32 = 1;
+/// Largest hello or welcome accepted, in bytes.
+pub const HELLO_MAX_BYTES: usize = 64 * 1024;
+/// Largest guest a peer may announce, in pages (16 TiB).
+pub const GUEST_MAX_PAGES: u64 = 1 << 32;
+
+/// What a connection is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Channel {
+    /// Messages, pages and device state.
+    Colo,
+    /// Client frames to the secondary, and its guest's frames back.
+    Packets,
+    /// Beats.
+    Heartbeat,
+    /// Disk writes, in the NBD protocol.
+    Nbd,
+}
+
+/// How the pair replicates.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Both guests run; output leaves when both produced it.
+    #[default]
+    Colo,
+    /// One guest runs; output leaves when the checkpoint after it is owned.
+    Remus,
+}
+
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Colo => "colo",
+            Self::Remus => "remus",
+        })
+    }
+}
+
+/// When the primary's guest runs on after a capture.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResumeOrder {
+    /// As soon as the state is copied out; the wire is not in the pause.
+    #[default]
+    AfterCapture,
+    /// When the secondary has loaded it: the classic order, kept so that the gain can be measured.
+    AfterLoaded,
+}
+
+/// One disk of the guest.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiskGeometry {
+    /// The export's name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// The shape of a guest.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Geometry {
+    /// Memory in 4 KiB pages.
+    pub nr_pages: u64,
+    /// Its disks.
+    pub disks: Vec<DiskGeometry>,
+    /// The MAC address of its NIC.
+    pub mac: [u8; 6],
+    /// The IPv4 address it answers to, for building the embedded guest.
+    pub ip: [u8; 4],
+    /// How often, in percent, an embedded guest's responses differ between its two copies.
+    pub diverge_percent: u8,
+}
+
+/// The connector's word.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`PROTOCOL_VERSION`] of the connector.
+    pub protocol: u32,
+    /// What this connection is for.
+    pub channel: Channel,
+    /// The guest's name.
+    pub guest: String,
+    /// Ties the connections of one protection together.
+    pub session: u64,
+    /// The generation the connector holds.
+    pub generation: u64,
+    /// The connecting host's name.
+    pub from: String,
+    /// COLO or Remus.
+    pub mode: Mode,
+    /// What the connector can do beyond version 1; unknown names are ignored.
+    #[serde(default)]
+    pub features: Vec<String>,
+    /// The guest's shape.
+    pub geometry: Geometry,
+    /// Time between beats.
+    pub heartbeat_interval_ms: u64,
+    /// Missed beats that mean a lost peer.
+    pub heartbeat_misses: u32,
+}
+
+/// The acceptor's word.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Welcome {
+    /// [`PROTOCOL_VERSION`] of the acceptor.
+    pub protocol: u32,
+    /// The accepting host's name.
+    pub from: String,
+    /// Why the connection is refused; `None` when it is accepted.
+    pub refused: Option<String>,
+    /// Which of the connector's features will be used.
+    #[serde(default)]
+    pub features: Vec<String>,
+}
+
+/// Why a hello or welcome cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum HelloError {
+    /// More bytes than any hello has.
+    #[error("the peer does not speak xen-colo: its first word announces {0} bytes (the limit is {HELLO_MAX_BYTES})")]
+    TooLong(usize),
+    /// Not the JSON expected.
+    #[error("the peer does not speak xen-colo: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// Another version.
+    #[error(
+        "the peer speaks protocol version {theirs}, this host {PROTOCOL_VERSION}; install the same xl-colo on both hosts"
+    )]
+    Version {
+        /// The peer's version.
+        theirs: u32,
+    },
+    /// A value that cannot be.
+    #[error("the peer's hello is refused: {0}")]
+    Refused(String),
+}
+
+/// Appends a hello or welcome.
+pub fn encode<T: Serialize>(word: &T, out: &mut BytesMut) {
+    let json = serde_json::to_vec(word).unwrap_or_default();
+    out.put_u32(json.len() as u32);
+    out.put_slice(&json);
+}
+
+/// Takes a hello or welcome off the front of `input`, or `None` while it is incomplete. The version is checked
+/// before the shape, so that a later version is told from garbage.
+pub fn decode<T: DeserializeOwned>(input: &mut BytesMut) -> Result<Option<T>, HelloError> {
+    #[derive(Deserialize)]
+    struct Version {
+        protocol: u32,
+    }
+    let Some((len, rest)) = input.split_first_chunk::<4>() else { return Ok(None) };
+    let len = u32::from_be_bytes(*len) as usize;
+    if len > HELLO_MAX_BYTES {
+        return Err(HelloError::TooLong(len));
+    }
+    let Some(json) = rest.get(..len) else { return Ok(None) };
+    let Version { protocol } = serde_json::from_slice(json)?;
+    if protocol != PROTOCOL_VERSION {
+        return Err(HelloError::Version { theirs: protocol });
+    }
+    let word = serde_json::from_slice(json)?;
+    input.advance(4 + len);
+    Ok(Some(word))
+}
+
+impl Hello {
+    /// Checks what arithmetic and allocation later rely on.
+    pub fn check(&self) -> Result<(), HelloError> {
+        let refuse = |why: String| Err(HelloError::Refused(why));
+        let geometry = &self.geometry;
+        if geometry.nr_pages == 0 || geometry.nr_pages > GUEST_MAX_PAGES {
+            return refuse(format!("a guest of {} pages of {PAGE_SIZE} bytes", geometry.nr_pages));
+        }
+        if geometry.disks.len() != 1 {
+            return refuse(format!("{} disks; this version replicates exactly one", geometry.disks.len()));
+        }
+        for disk in &geometry.disks {
+            if disk.name.is_empty() || disk.name.len() > 4096 || disk.size_bytes > i64::MAX as u64 {
+                return refuse(format!("disk {:?} of {} bytes", disk.name, disk.size_bytes));
+            }
+        }
+        let misses = u64::from(self.heartbeat_misses);
+        if !(1..=60_000).contains(&self.heartbeat_interval_ms) || !(2..=1000).contains(&misses) {
+            return refuse(format!("a heartbeat of {misses} × {} ms", self.heartbeat_interval_ms));
+        }
+        if self.guest.is_empty() || self.guest.len() > 255 {
+            return refuse("a guest name of no or more than 255 bytes".into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn hello() -> Hello {
+        Hello {
+            protocol: PROTOCOL_VERSION,
+            channel: Channel::Colo,
+            guest: "web".into(),
+            session: 7,
+            generation: 1,
+            from: "a".into(),
+            mode: Mode::Colo,
+            features: vec![],
+            geometry: Geometry {
+                nr_pages: 256,
+                disks: vec![DiskGeometry { name: "disk0".into(), size_bytes: 1 << 20 }],
+                mac: [2, 0, 0, 0, 0, 2],
+                ip: [10, 77, 0, 2],
+                diverge_percent: 0,
+            },
+            heartbeat_interval_ms: 100,
+            heartbeat_misses: 3,
+        }
+    }
+
+    #[test]
+    fn a_hello_survives_any_cut() {
+        let mut out = BytesMut::new();
+        encode(&hello(), &mut out);
+        for cut in 0..out.len() {
+            assert!(decode::<Hello>(&mut BytesMut::from(&out[..cut])).unwrap().is_none());
+        }
+        out.put_slice(b"rest");
+        assert_eq!(decode::<Hello>(&mut out).unwrap(), Some(hello()));
+        assert_eq!(&out[..], b"rest");
+    }
+
+    #[test]
+    fn strangers_are_told_apart() {
+        let mut http = BytesMut::from(&b"GET / HTTP/1.1\r\n"[..]);
+        assert!(matches!(decode::<Hello>(&mut http), Err(HelloError::TooLong(0x4745_5420))));
+        let mut later = BytesMut::new();
+        encode(&serde_json::json!({"protocol": 2, "new_field": true}), &mut later);
+        let refused = decode::<Hello>(&mut later).unwrap_err();
+        assert!(refused.to_string().contains("version 2"), "{refused}");
+        let mut junk = BytesMut::from(&[0, 0, 0, 3, b'{', b'}', b'}'][..]);
+        assert!(matches!(decode::<Hello>(&mut junk), Err(HelloError::Malformed(_))));
+    }
+
+    #[test]
+    fn shapes_that_cannot_be_are_refused() {
+        assert!(hello().check().is_ok());
+        let cases: [fn(&mut Hello); 6] = [
+            |h| h.geometry.nr_pages = 0,
+            |h| h.geometry.nr_pages = GUEST_MAX_PAGES + 1,
+            |h| h.geometry.disks.clear(),
+            |h| h.geometry.disks[0].size_bytes = u64::MAX,
+            |h| h.heartbeat_misses = 1,
+            |h| h.guest.clear(),
+        ];
+        for (number, break_it) in cases.into_iter().enumerate() {
+            let mut word = hello();
+            break_it(&mut word);
+            assert!(word.check().is_err(), "case {number}");
+        }
+    }
+}

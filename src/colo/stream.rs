@@ -1,0 +1,417 @@
+//! The stream from primary to secondary.
+//!
+//! ```text
+//! first copy    record … record CHECKPOINT  vmstate-size n, n bytes          answered by checkpoint-ready
+//! checkpoint    checkpoint-request                                           answered by checkpoint-reply
+//!               vmstate-send  record … record CHECKPOINT  vmstate-size n, n bytes
+//!                                                      answered by vmstate-received, then vmstate-loaded
+//! ```
+//!
+//! Messages are QEMU's ([`super::message`]); the records between them are Xen's own migration records
+//! (xen `docs/specs/libxc-migration-stream.pandoc`): type and length as le32, body, zeroes up to a multiple of
+//! eight. `PAGE_DATA` (0x01) and `CHECKPOINT` (0x0E) are Xen's; zero pages travel as a record of our own,
+//! with room beside it for deltas and compression. The device state is a run of records too.
+//!
+//! The trap: every count in here comes from the peer. A record's length is checked against what its type may
+//! hold before it is buffered, a pfn against the guest's size before it is believed.
+
+use super::message::{InvalidMessage, Message};
+use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn, is_zero};
+use bytes::{Buf, BufMut, BytesMut};
+
+/// Xen's PAGE_DATA.
+pub const RECORD_PAGE_DATA: u32 = 0x01;
+/// Xen's CHECKPOINT: everything before it is one consistent state.
+pub const RECORD_CHECKPOINT: u32 = 0x0E;
+/// Ours: numbers of pages that hold only zeroes. Mandatory (bit 31 clear): skipping it would corrupt the guest.
+pub const RECORD_ZERO_PAGES: u32 = 0x4000_0001;
+/// Ours: the device state of an embedded guest, inside the device-state blob.
+pub const RECORD_EMBEDDED_DEVICES: u32 = 0x4000_0002;
+
+/// Most zero pages one record names.
+pub const ZERO_PAGES_PER_RECORD: usize = 16 * BATCH_PAGES;
+/// Largest device state accepted, in bytes.
+pub const DEVICE_STATE_MAX_BYTES: u64 = 64 << 20;
+
+const RECORD_HEADER_BYTES: usize = 8;
+const COUNT_BYTES: usize = 8;
+const PFN_MASK: u64 = (1 << 52) - 1;
+
+/// How the peer broke the stream.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum StreamError {
+    /// Not one of the seven messages.
+    #[error(transparent)]
+    Message(#[from] InvalidMessage),
+    /// A record type this version cannot do without and does not know.
+    #[error("record type {0:#x} is mandatory and unknown; the peer speaks a newer stream")]
+    UnknownRecord(u32),
+    /// A record that its type cannot have.
+    #[error("record type {record:#x} of {len_bytes} bytes is malformed: {why}")]
+    BadRecord {
+        /// Its type.
+        record: u32,
+        /// Its length.
+        len_bytes: usize,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A page outside the guest.
+    #[error("the peer sent pfn {pfn:#x} of a guest of {nr_pages:#x} pages")]
+    PfnOutOfRange {
+        /// The number sent.
+        pfn: u64,
+        /// The guest's size.
+        nr_pages: u64,
+    },
+    /// More device state than is accepted.
+    #[error("device state of {0} bytes is refused (the limit is {DEVICE_STATE_MAX_BYTES})")]
+    DeviceStateTooLarge(u64),
+}
+
+/// One thing the stream says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Item {
+    /// A COLO message; never `VmstateSize`, which arrives as [`Item::DeviceState`].
+    Message(Message),
+    /// Pages with contents.
+    Pages(PageBatch),
+    /// Pages that are all zero.
+    ZeroPages(Vec<Pfn>),
+    /// The page records of this state are complete.
+    PagesEnd,
+    /// The device state: the last part of a checkpoint. After it the checkpoint is whole.
+    DeviceState(Vec<u8>),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Mode {
+    Records,
+    Messages,
+    Blob(usize),
+}
+
+/// Takes the stream apart, on the secondary.
+#[derive(Debug)]
+pub struct Decoder {
+    mode: Mode,
+    nr_pages: u64,
+}
+
+impl Decoder {
+    /// A decoder for a guest of `nr_pages`, at the first copy.
+    #[must_use]
+    pub fn new(nr_pages: u64) -> Self {
+        Self { mode: Mode::Records, nr_pages }
+    }
+
+    /// Takes one item off the front of `input`, or `None` while it is incomplete.
+    pub fn decode(&mut self, input: &mut BytesMut) -> Result<Option<Item>, StreamError> {
+        match self.mode {
+            Mode::Records => self.record(input),
+            Mode::Messages => {
+                let Some(message) = Message::decode(input)? else { return Ok(None) };
+                match message {
+                    Message::VmstateSend => self.mode = Mode::Records,
+                    Message::VmstateSize(bytes) => {
+                        if bytes > DEVICE_STATE_MAX_BYTES {
+                            return Err(StreamError::DeviceStateTooLarge(bytes));
+                        }
+                        self.mode = Mode::Blob(bytes as usize);
+                        return self.decode(input);
+                    }
+                    _ => {}
+                }
+                Ok(Some(Item::Message(message)))
+            }
+            Mode::Blob(bytes) => {
+                if input.len() < bytes {
+                    return Ok(None);
+                }
+                self.mode = Mode::Messages;
+                Ok(Some(Item::DeviceState(input.split_to(bytes).to_vec())))
+            }
+        }
+    }
+
+    fn record(&mut self, input: &mut BytesMut) -> Result<Option<Item>, StreamError> {
+        loop {
+            let Some((record, len_bytes)) = peek_header(input) else { return Ok(None) };
+            let limit = match record {
+                RECORD_PAGE_DATA => COUNT_BYTES + BATCH_PAGES * (8 + PAGE_SIZE),
+                RECORD_ZERO_PAGES => COUNT_BYTES + ZERO_PAGES_PER_RECORD * 8,
+                RECORD_CHECKPOINT => 0,
+                // Bit 31 marks a record that a reader may skip; bounded, since it is buffered whole.
+                optional if optional & (1 << 31) != 0 => 1 << 20,
+                unknown => return Err(StreamError::UnknownRecord(unknown)),
+            };
+            if len_bytes > limit {
+                return Err(StreamError::BadRecord { record, len_bytes, why: "longer than its type may be" });
+            }
+            let padded = len_bytes.next_multiple_of(8);
+            if input.len() < RECORD_HEADER_BYTES + padded {
+                return Ok(None);
+            }
+            let body = &input[RECORD_HEADER_BYTES..RECORD_HEADER_BYTES + len_bytes];
+            let item = match record {
+                RECORD_PAGE_DATA => Some(self.page_data(body)?),
+                RECORD_ZERO_PAGES => Some(self.zero_pages(body)?),
+                RECORD_CHECKPOINT => {
+                    self.mode = Mode::Messages;
+                    Some(Item::PagesEnd)
+                }
+                _ => None,
+            };
+            input.advance(RECORD_HEADER_BYTES + padded);
+            if item.is_some() {
+                return Ok(item);
+            }
+        }
+    }
+
+    fn page_data(&self, body: &[u8]) -> Result<Item, StreamError> {
+        let bad = |why| StreamError::BadRecord { record: RECORD_PAGE_DATA, len_bytes: body.len(), why };
+        let (pfns, contents) = self.pfn_list(RECORD_PAGE_DATA, body)?;
+        if contents.len() != pfns.len() * PAGE_SIZE {
+            return Err(bad("contents do not match the count"));
+        }
+        Ok(Item::Pages(PageBatch { pfns, bytes: contents.to_vec() }))
+    }
+
+    fn zero_pages(&self, body: &[u8]) -> Result<Item, StreamError> {
+        let (pfns, rest) = self.pfn_list(RECORD_ZERO_PAGES, body)?;
+        if !rest.is_empty() {
+            let why = "longer than its count";
+            return Err(StreamError::BadRecord { record: RECORD_ZERO_PAGES, len_bytes: body.len(), why });
+        }
+        Ok(Item::ZeroPages(pfns))
+    }
+
+    /// Reads `count u32, reserved u32, count × u64` and returns what follows.
+    fn pfn_list<'a>(&self, record: u32, body: &'a [u8]) -> Result<(Vec<Pfn>, &'a [u8]), StreamError> {
+        let bad = |why| StreamError::BadRecord { record, len_bytes: body.len(), why };
+        let (head, rest) = body.split_first_chunk::<COUNT_BYTES>().ok_or(bad("no count"))?;
+        let count = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
+        if count == 0 {
+            return Err(bad("a count of zero"));
+        }
+        let list_bytes =
+            count.checked_mul(8).filter(|bytes| *bytes <= rest.len()).ok_or(bad("shorter than its count"))?;
+        let (list, rest) = rest.split_at(list_bytes);
+        let mut pfns = Vec::with_capacity(count);
+        for entry in list.as_chunks::<8>().0 {
+            let entry = u64::from_le_bytes(*entry);
+            // Page types other than 0 (ordinary RAM) belong to PV guests, which this stream does not carry.
+            if entry & !PFN_MASK != 0 {
+                return Err(bad("a page type other than ordinary RAM"));
+            }
+            if entry >= self.nr_pages {
+                return Err(StreamError::PfnOutOfRange { pfn: entry, nr_pages: self.nr_pages });
+            }
+            pfns.push(Pfn(entry));
+        }
+        Ok((pfns, rest))
+    }
+}
+
+fn peek_header(input: &[u8]) -> Option<(u32, usize)> {
+    let (head, _) = input.split_first_chunk::<RECORD_HEADER_BYTES>()?;
+    let [t0, t1, t2, t3, l0, l1, l2, l3] = *head;
+    Some((u32::from_le_bytes([t0, t1, t2, t3]), u32::from_le_bytes([l0, l1, l2, l3]) as usize))
+}
+
+/// Appends pages as records: contents in PAGE_DATA of at most 1024, zero pages by number only. Returns how many
+/// pages were zero.
+pub fn encode_pages(batch: &PageBatch, out: &mut BytesMut) -> usize {
+    let mut zero = Vec::new();
+    let mut full: Vec<(Pfn, &[u8])> = Vec::with_capacity(BATCH_PAGES.min(batch.len()));
+    for (pfn, page) in batch.iter() {
+        if is_zero(page) {
+            zero.push(pfn);
+            continue;
+        }
+        full.push((pfn, page));
+        if full.len() == BATCH_PAGES {
+            page_data(&full, out);
+            full.clear();
+        }
+    }
+    if !full.is_empty() {
+        page_data(&full, out);
+    }
+    for pfns in zero.chunks(ZERO_PAGES_PER_RECORD) {
+        out.put_u32_le(RECORD_ZERO_PAGES);
+        out.put_u32_le((COUNT_BYTES + pfns.len() * 8) as u32);
+        put_pfns(pfns.iter().copied(), pfns.len(), out);
+    }
+    zero.len()
+}
+
+fn page_data(pages: &[(Pfn, &[u8])], out: &mut BytesMut) {
+    let body = COUNT_BYTES + pages.len() * (8 + PAGE_SIZE);
+    out.reserve(RECORD_HEADER_BYTES + body);
+    out.put_u32_le(RECORD_PAGE_DATA);
+    out.put_u32_le(body as u32);
+    put_pfns(pages.iter().map(|(pfn, _)| *pfn), pages.len(), out);
+    for (_, page) in pages {
+        out.put_slice(page);
+    }
+}
+
+fn put_pfns(pfns: impl Iterator<Item = Pfn>, count: usize, out: &mut BytesMut) {
+    out.put_u32_le(count as u32);
+    out.put_u32_le(0);
+    for pfn in pfns {
+        out.put_u64_le(pfn.0);
+    }
+}
+
+/// Appends the record that closes a run of page records.
+pub fn encode_pages_end(out: &mut BytesMut) {
+    out.put_u32_le(RECORD_CHECKPOINT);
+    out.put_u32_le(0);
+}
+
+/// Appends VMSTATE_SIZE and the device state.
+pub fn encode_device_state(blob: &[u8], out: &mut BytesMut) {
+    Message::VmstateSize(blob.len() as u64).encode(out);
+    out.put_slice(blob);
+}
+
+/// Wraps the state of one device model as a record of the blob.
+#[must_use]
+pub fn device_record(record: u32, body: &[u8]) -> Vec<u8> {
+    let mut out = BytesMut::with_capacity(RECORD_HEADER_BYTES + body.len() + 8);
+    out.put_u32_le(record);
+    out.put_u32_le(body.len() as u32);
+    out.put_slice(body);
+    out.put_bytes(0, body.len().next_multiple_of(8) - body.len());
+    out.to_vec()
+}
+
+/// Finds a record in a device-state blob.
+pub fn find_device_record(blob: &[u8], wanted: u32) -> Result<&[u8], StreamError> {
+    let mut rest = blob;
+    while let Some((record, len_bytes)) = peek_header(rest) {
+        let bad = StreamError::BadRecord { record, len_bytes, why: "longer than the device state" };
+        let end = RECORD_HEADER_BYTES.checked_add(len_bytes).ok_or(bad.clone())?;
+        let body = rest.get(RECORD_HEADER_BYTES..end).ok_or(bad)?;
+        if record == wanted {
+            return Ok(body);
+        }
+        rest = rest.get(end.next_multiple_of(8)..).unwrap_or_default();
+    }
+    Err(StreamError::BadRecord { record: wanted, len_bytes: 0, why: "missing from the device state" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn batch(pages: &[(u64, u8)]) -> PageBatch {
+        let mut batch = PageBatch::default();
+        for (pfn, fill) in pages {
+            batch.push(Pfn(*pfn), &[*fill; PAGE_SIZE]);
+        }
+        batch
+    }
+
+    #[test]
+    fn page_data_is_xens_bytes() {
+        let mut out = BytesMut::new();
+        assert_eq!(encode_pages(&batch(&[(5, 0xaa), (6, 0)]), &mut out), 1);
+        assert_eq!(&out[..24], [1, 0, 0, 0, 0x10, 0x10, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(out.len(), 8 + 16 + PAGE_SIZE + 8 + 16);
+    }
+
+    #[test]
+    fn a_whole_checkpoint_survives_any_fragmentation() {
+        let mut out = BytesMut::new();
+        encode_pages(&batch(&[(1, 1), (2, 0), (3, 3)]), &mut out);
+        encode_pages_end(&mut out);
+        encode_device_state(b"first", &mut out);
+        Message::CheckpointRequest.encode(&mut out);
+        Message::VmstateSend.encode(&mut out);
+        encode_pages(&batch(&[(9, 9)]), &mut out);
+        encode_pages_end(&mut out);
+        encode_device_state(b"", &mut out);
+        let expected = [
+            Item::Pages(batch(&[(1, 1), (3, 3)])),
+            Item::ZeroPages(vec![Pfn(2)]),
+            Item::PagesEnd,
+            Item::DeviceState(b"first".to_vec()),
+            Item::Message(Message::CheckpointRequest),
+            Item::Message(Message::VmstateSend),
+            Item::Pages(batch(&[(9, 9)])),
+            Item::PagesEnd,
+            Item::DeviceState(vec![]),
+        ];
+        for piece in [1, 7, 4096, usize::MAX] {
+            let (mut decoder, mut input, mut seen) = (Decoder::new(16), BytesMut::new(), Vec::new());
+            for chunk in out.chunks(piece.min(out.len())) {
+                input.extend_from_slice(chunk);
+                while let Some(item) = decoder.decode(&mut input).unwrap() {
+                    seen.push(item);
+                }
+            }
+            assert_eq!(seen, expected);
+            assert!(input.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_a_peer_may_not_say_is_refused_by_name() {
+        let refuse = |bytes: &[u8]| Decoder::new(16).decode(&mut BytesMut::from(bytes)).unwrap_err();
+        let header = |record: u32, len: u32| [record.to_le_bytes(), len.to_le_bytes()].concat();
+        assert_eq!(refuse(&header(0x77, 0)), StreamError::UnknownRecord(0x77));
+        assert!(matches!(refuse(&header(RECORD_PAGE_DATA, u32::MAX)), StreamError::BadRecord { .. }));
+        let mut outside = BytesMut::new();
+        encode_pages(&batch(&[(16, 1)]), &mut outside);
+        assert_eq!(refuse(&outside), StreamError::PfnOutOfRange { pfn: 16, nr_pages: 16 });
+        let mut zero_count = header(RECORD_ZERO_PAGES, 8);
+        zero_count.extend([0; 8]);
+        assert!(refuse(&zero_count).to_string().contains("count of zero"));
+
+        let mut decoder = Decoder::new(16);
+        let mut input = BytesMut::new();
+        encode_pages_end(&mut input);
+        Message::VmstateSize(DEVICE_STATE_MAX_BYTES + 1).encode(&mut input);
+        assert_eq!(decoder.decode(&mut input), Ok(Some(Item::PagesEnd)));
+        let refused = decoder.decode(&mut input).unwrap_err();
+        assert_eq!(refused, StreamError::DeviceStateTooLarge(DEVICE_STATE_MAX_BYTES + 1));
+    }
+
+    #[test]
+    fn optional_records_are_skipped() {
+        let mut input = BytesMut::from(&device_record(0x8000_0005, b"hint")[..]);
+        encode_pages_end(&mut input);
+        assert_eq!(Decoder::new(1).decode(&mut input), Ok(Some(Item::PagesEnd)));
+    }
+
+    #[test]
+    fn device_records_are_found_among_others() {
+        let mut blob = device_record(0x08, &[1; 24]);
+        blob.extend(device_record(RECORD_EMBEDDED_DEVICES, b"state"));
+        assert_eq!(find_device_record(&blob, RECORD_EMBEDDED_DEVICES).unwrap(), b"state");
+        assert!(find_device_record(&blob, 0x09).is_err());
+        assert!(find_device_record(&[8, 0, 0, 0, 255, 255, 255, 255, 1], 0x09).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200), start in 0_u8..2) {
+            let mut decoder = Decoder::new(64);
+            let mut input = BytesMut::new();
+            if start == 1 {
+                encode_pages_end(&mut input);
+            }
+            input.extend_from_slice(&bytes);
+            for _ in 0..100 {
+                if !matches!(decoder.decode(&mut input), Ok(Some(_))) {
+                    break;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Where a host, an arbiter or a switch port is reached: `unix:PATH`, `tcp:HOST:PORT`, or plain `HOST:PORT`.
+//!
+//! One pair of types for both families, so that everything above speaks of a [`Link`] and a [`Listener`].
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+/// How long a connection attempt may take.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// An address.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Address {
+    /// A host name or IP address, and a port.
+    Tcp(String),
+    /// A Unix socket.
+    Unix(PathBuf),
+}
+
+/// What cannot be an address.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{0:?} is no address: write HOST:PORT, tcp:HOST:PORT or unix:PATH")]
+pub struct BadAddress(String);
+
+impl FromStr for Address {
+    type Err = BadAddress;
+
+    fn from_str(text: &str) -> Result<Self, BadAddress> {
+        let bad = || BadAddress(text.to_owned());
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.is_empty() { Err(bad()) } else { Ok(Self::Unix(path.into())) };
+        }
+        let host_port = text.strip_prefix("tcp:").unwrap_or(text);
+        match host_port.rsplit_once(':') {
+            Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => {
+                Ok(Self::Tcp(host_port.to_owned()))
+            }
+            _ => Err(bad()),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(host_port) => write!(f, "tcp:{host_port}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// An open byte stream of either family.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// A connection.
+pub type Link = Box<dyn Stream>;
+
+/// A listening socket.
+#[derive(Debug)]
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// Unix, with the path to remove at the end.
+    Unix(UnixListener, PathBuf),
+}
+
+impl Address {
+    /// Connects, within [`CONNECT_TIMEOUT`].
+    pub async fn connect(&self) -> io::Result<Link> {
+        let attempt = async {
+            Ok::<Link, io::Error>(match self {
+                Self::Tcp(host_port) => {
+                    let stream = TcpStream::connect(host_port).await?;
+                    stream.set_nodelay(true)?;
+                    Box::new(stream)
+                }
+                Self::Unix(path) => Box::new(UnixStream::connect(path).await?),
+            })
+        };
+        match tokio::time::timeout(CONNECT_TIMEOUT, attempt).await {
+            Ok(link) => link,
+            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {CONNECT_TIMEOUT:?}"))),
+        }
+    }
+
+    /// Listens. A Unix socket left behind by a dead process is replaced, one that somebody serves is not.
+    pub async fn listen(&self) -> io::Result<Listener> {
+        match self {
+            Self::Tcp(host_port) => TcpListener::bind(host_port).await.map(Listener::Tcp),
+            Self::Unix(path) => listen_unix(path).await.map(|listener| Listener::Unix(listener, path.clone())),
+        }
+    }
+}
+
+/// Listens on a Unix socket that only this user can open.
+pub async fn listen_unix(path: &Path) -> io::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt;
+    if path.exists() {
+        if UnixStream::connect(path).await.is_ok() {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves this socket"));
+        }
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+impl Listener {
+    /// The next connection.
+    pub async fn accept(&self) -> io::Result<Link> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                Ok(Box::new(stream))
+            }
+            Self::Unix(listener, _) => Ok(Box::new(listener.accept().await?.0)),
+        }
+    }
+
+    /// The address peers can connect to; with port 0 the port the system chose.
+    pub fn local_address(&self) -> io::Result<Address> {
+        Ok(match self {
+            Self::Tcp(listener) => Address::Tcp(listener.local_addr()?.to_string()),
+            Self::Unix(_, path) => Address::Unix(path.clone()),
+        })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Self::Unix(_, path) = self {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn three_spellings_and_nothing_else() {
+        assert_eq!("unix:/run/a.sock".parse(), Ok(Address::Unix("/run/a.sock".into())));
+        assert_eq!("tcp:host:1".parse(), Ok(Address::Tcp("host:1".into())));
+        assert_eq!("[::1]:80".parse(), Ok(Address::Tcp("[::1]:80".into())));
+        for bad in ["", "unix:", "host", ":80", "host:http", "host:70000"] {
+            let refused = bad.parse::<Address>().unwrap_err();
+            assert!(refused.to_string().contains("HOST:PORT"), "{refused}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_a_served_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let first = listen_unix(&path).await.unwrap();
+        assert_eq!(listen_unix(&path).await.unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(first);
+        assert!(path.exists());
+        listen_unix(&path).await.unwrap();
+    }
+}

@@ -1,1 +1,4 @@
 //! Under construction.
+
+pub mod frames;
+pub mod switch;

@@ -1,4 +1,5 @@
 //! Under construction.
 
+pub mod edge;
 pub mod frames;
 pub mod switch;

@@ -8,7 +8,7 @@
 //! No root, no tap, and yet the guest is spoken to by a TCP that loses, times and retransmits. Bytes, half-closes
 //! and resets pass both ways; a side that cannot take more stops the other one.
 //!
-//! Everything happens in one task, in [`Engine::poll`]: each thing it may wait for (a frame, room in the switch, a
+//! Everything happens in one task, in `Engine::poll`: each thing it may wait for (a frame, room in the switch, a
 //! client, the stack's next timer) holds that task's waker, so nothing is polled in vain. The trap is the reverse:
 //! moving bytes on one side can make the other side ready *without* a wake-up, so it goes round until a round
 //! moves nothing.
@@ -16,10 +16,13 @@
 //! A takeover, seen from here: the survivor's gratuitous ARP renews the neighbour, and handshakes that got no
 //! answer start over at once, from another port, since nothing was exchanged yet; established connections get the
 //! survivor's three duplicate ACKs, on which smoltcp retransmits the oldest segment without waiting for its timer.
+//! They must leave the window as it was: one that changes it is a window update and does not count. And it is the
+//! oldest segment only: smoltcp has no NewReno, so the rest of a longer request waits for the backed-off timer.
 //!
 //! A client's reset is noticed at the next read or write, so not while the guest accepts no bytes and sends none.
 //!
-//! Sources: smoltcp `socket/tcp.rs`; RFC 5681 3.2 (fast retransmit), RFC 5227 3 (gratuitous ARP), `ip(7)` (port range).
+//! Sources: smoltcp `socket/tcp.rs`; RFC 5681 2 (what a duplicate ACK is), 3.2 (fast retransmit), RFC 5227 3
+//! (gratuitous ARP), `ip(7)` (port range).
 
 use std::collections::VecDeque;
 use std::future::poll_fn;

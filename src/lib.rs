@@ -19,6 +19,7 @@ pub mod clock;
 pub mod colo;
 pub mod compare;
 pub mod daemon;
+pub mod demo;
 pub mod disk;
 pub mod hypervisor;
 pub mod mutant;

@@ -47,6 +47,10 @@ pub enum Cause {
     PayloadDiffers,
     /// One guest produced what the other did not within the compare timeout.
     Aged,
+    /// The secondary produced what the primary did not within the compare timeout.
+    OneSided,
+    /// One pair of addresses and ports carried two connections within an epoch.
+    Reused,
     /// Output waits for this checkpoint (Remus).
     OutputWaits,
     /// Held packets reached their bound.
@@ -68,6 +72,8 @@ impl std::fmt::Display for Cause {
             Self::Delay => "delay",
             Self::PayloadDiffers => "payload-differs",
             Self::Aged => "aged",
+            Self::OneSided => "one-sided",
+            Self::Reused => "reused",
             Self::OutputWaits => "output-waits",
             Self::PacketBound => "packet-bound",
             Self::DiskBound => "disk-bound",

@@ -220,12 +220,12 @@ fn peek_header(input: &[u8]) -> Option<(u32, usize)> {
     Some((u32::from_le_bytes([t0, t1, t2, t3]), u32::from_le_bytes([l0, l1, l2, l3]) as usize))
 }
 
-/// Appends pages as records: contents in PAGE_DATA of at most 1024, zero pages by number only. Returns how many
-/// pages were zero.
-pub fn encode_pages(batch: &PageBatch, out: &mut BytesMut) -> usize {
+/// Appends pages as records: contents in PAGE_DATA of at most 1024, zero pages by number only. `contents` holds
+/// one page for each of `pfns`. Returns how many pages were zero.
+pub fn encode_pages(pfns: &[Pfn], contents: &[u8], out: &mut BytesMut) -> usize {
     let mut zero = Vec::new();
-    let mut full: Vec<(Pfn, &[u8])> = Vec::with_capacity(BATCH_PAGES.min(batch.len()));
-    for (pfn, page) in batch.iter() {
+    let mut full: Vec<(Pfn, &[u8])> = Vec::with_capacity(BATCH_PAGES.min(pfns.len()));
+    for (pfn, page) in pfns.iter().copied().zip(contents.chunks_exact(PAGE_SIZE)) {
         if is_zero(page) {
             zero.push(pfn);
             continue;
@@ -317,10 +317,14 @@ mod tests {
         batch
     }
 
+    fn put(batch: &PageBatch, out: &mut BytesMut) -> usize {
+        encode_pages(&batch.pfns, &batch.bytes, out)
+    }
+
     #[test]
     fn page_data_is_xens_bytes() {
         let mut out = BytesMut::new();
-        assert_eq!(encode_pages(&batch(&[(5, 0xaa), (6, 0)]), &mut out), 1);
+        assert_eq!(put(&batch(&[(5, 0xaa), (6, 0)]), &mut out), 1);
         assert_eq!(&out[..24], [1, 0, 0, 0, 0x10, 0x10, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(out.len(), 8 + 16 + PAGE_SIZE + 8 + 16);
     }
@@ -328,12 +332,12 @@ mod tests {
     #[test]
     fn a_whole_checkpoint_survives_any_fragmentation() {
         let mut out = BytesMut::new();
-        encode_pages(&batch(&[(1, 1), (2, 0), (3, 3)]), &mut out);
+        put(&batch(&[(1, 1), (2, 0), (3, 3)]), &mut out);
         encode_pages_end(&mut out);
         encode_device_state(b"first", &mut out);
         Message::CheckpointRequest.encode(&mut out);
         Message::VmstateSend.encode(&mut out);
-        encode_pages(&batch(&[(9, 9)]), &mut out);
+        put(&batch(&[(9, 9)]), &mut out);
         encode_pages_end(&mut out);
         encode_device_state(b"", &mut out);
         let expected = [
@@ -367,7 +371,7 @@ mod tests {
         assert_eq!(refuse(&header(0x77, 0)), StreamError::UnknownRecord(0x77));
         assert!(matches!(refuse(&header(RECORD_PAGE_DATA, u32::MAX)), StreamError::BadRecord { .. }));
         let mut outside = BytesMut::new();
-        encode_pages(&batch(&[(16, 1)]), &mut outside);
+        put(&batch(&[(16, 1)]), &mut outside);
         assert_eq!(refuse(&outside), StreamError::PfnOutOfRange { pfn: 16, nr_pages: 16 });
         let mut zero_count = header(RECORD_ZERO_PAGES, 8);
         zero_count.extend([0; 8]);

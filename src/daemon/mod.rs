@@ -1,4 +1,43 @@
 //! The drivers: sockets, timers, tasks and threads around the pure machines.
+//!
+//! ```text
+//!  host      one process: control socket, peer listener, switch port, engine
+//!  engine    the thread that owns the guest and its machine; pair/ is what it runs, without any wire
+//!  links     the four connections of a pair        address, frames   where they lead and how they are framed
+//!  guest     the guest and its host-side devices   nbd               the replica's server
+//!  arbiter, fence   who may go on alone            control, status   what an operator asks and hears
+//!  switch, edge     the demo's network
+//! ```
 
 pub mod address;
 pub mod arbiter;
+pub mod control;
+pub mod edge;
+pub mod engine;
+pub mod fence;
+pub mod frames;
+pub mod guest;
+pub mod host;
+pub mod links;
+pub mod nbd;
+pub mod pair;
+pub mod status;
+pub mod switch;
+
+use crate::clock::Instant;
+use std::sync::LazyLock;
+use std::time::SystemTime;
+
+static ORIGIN: LazyLock<std::time::Instant> = LazyLock::new(std::time::Instant::now);
+
+/// The process's monotonic clock. It goes on while the process is stopped.
+#[must_use]
+pub fn engine_clock() -> Instant {
+    Instant::from_micros(ORIGIN.elapsed().as_micros() as u64)
+}
+
+/// The wall clock, in µs of Unix time: for events that two processes must agree on, never for deadlines.
+#[must_use]
+pub fn unix_us() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}

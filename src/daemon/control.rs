@@ -1,0 +1,241 @@
+//! The control socket of a host: one JSON object a line, in and out.
+//!
+//! ```text
+//!   {"execute":"status"}                         →  {"return":{…}}
+//!   {"execute":"protect","arguments":{…}}        →  {"return":{}}  or  {"error":{"desc":"…"}}
+//! ```
+//!
+//! The socket is 0600 in a directory that is 0700 (QEMU's monitor socket comes out 0755). A line is bounded.
+
+use super::address::{Address, Link, listen_unix};
+use crate::colo::hello::{Mode, ResumeOrder};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::fs::Permissions;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, oneshot};
+
+/// Longest request, in bytes.
+const REQUEST_MAX_BYTES: u64 = 64 * 1024;
+/// Longest answer a client takes, in bytes.
+const ANSWER_MAX_BYTES: u64 = 4 << 20;
+
+/// How to protect the guest.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Protect {
+    /// The peer's address.
+    pub peer: String,
+    /// COLO or Remus.
+    #[serde(default)]
+    pub mode: Mode,
+    /// When the guest runs on after a capture.
+    #[serde(default)]
+    pub resume: ResumeOrder,
+    /// Longest time between two checkpoints; the mode's default when absent.
+    pub checkpoint_delay_ms: Option<u64>,
+    /// Time between beats.
+    pub heartbeat_interval_ms: Option<u64>,
+    /// Missed beats that mean a lost peer.
+    pub heartbeat_misses: Option<u32>,
+}
+
+/// What a host is asked.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "execute", content = "arguments", deny_unknown_fields)]
+pub enum Request {
+    /// How are you?
+    Status,
+    /// Replicate the guest to a peer.
+    Protect(Protect),
+    /// Take a checkpoint now.
+    Checkpoint,
+    /// Go on alone, here; on a held guest, decide that it goes on here.
+    Failover,
+    /// End this host's process, and its guest with it. A protected guest goes on at the peer.
+    Stop,
+}
+
+/// What a host answers.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// Done.
+    Return(Value),
+    /// Not done, and why.
+    Error {
+        /// A sentence.
+        desc: String,
+    },
+}
+
+impl Answer {
+    /// Done, with nothing to tell.
+    #[must_use]
+    pub fn done() -> Self {
+        Self::Return(Value::Object(serde_json::Map::new()))
+    }
+
+    /// Not done.
+    pub fn error(desc: impl Into<String>) -> Self {
+        Self::Error { desc: desc.into() }
+    }
+}
+
+/// A request with the place for its answer.
+pub type Asked = (Request, oneshot::Sender<Answer>);
+
+/// Why a host could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// No such host, or not ours.
+    #[error("{path}: {source} (is the host running? `xl-colo host --name …` starts one)")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The connection broke, or what came is no answer.
+    #[error("the host gave no answer: {0}")]
+    NoAnswer(String),
+    /// The host refused.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// The directory of a user's hosts: `/run/xen-colo` for root, the user's runtime directory otherwise.
+#[must_use]
+pub fn default_run_dir() -> PathBuf {
+    let root = std::fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0);
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        _ if root => "/run/xen-colo".into(),
+        Some(dir) => Path::new(&dir).join("xen-colo"),
+        None => std::env::temp_dir().join(format!("xen-colo-{}", std::env::var("USER").unwrap_or_default())),
+    }
+}
+
+/// The control socket of a host.
+#[must_use]
+pub fn socket_path(run_dir: &Path, host: &str) -> PathBuf {
+    run_dir.join(format!("{host}.sock"))
+}
+
+/// Makes the directory, for this user only, and listens.
+pub async fn listen(run_dir: &Path, host: &str) -> io::Result<UnixListener> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir)?;
+    let (owner, me) = (std::fs::metadata(run_dir)?.uid(), std::fs::metadata("/proc/self")?.uid());
+    if owner != me {
+        let why = format!("{} belongs to user {owner}, not to {me}", run_dir.display());
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+    }
+    std::fs::set_permissions(run_dir, Permissions::from_mode(0o700))?;
+    listen_unix(&socket_path(run_dir, host)).await
+}
+
+/// Serves a control socket until the engine is gone.
+pub async fn serve(listener: UnixListener, engine: mpsc::Sender<Asked>) {
+    while let Ok((stream, _)) = listener.accept().await {
+        let engine = engine.clone();
+        tokio::spawn(async move {
+            if let Err(error) = serve_one(Box::new(stream), engine).await {
+                tracing::debug!(%error, "control client left");
+            }
+        });
+    }
+}
+
+async fn serve_one(link: Link, engine: mpsc::Sender<Asked>) -> io::Result<()> {
+    let (read, mut write) = tokio::io::split(link);
+    let mut lines = BufReader::new(read);
+    loop {
+        let mut line = Vec::new();
+        if (&mut lines).take(REQUEST_MAX_BYTES).read_until(b'\n', &mut line).await? == 0 {
+            return Ok(());
+        }
+        let answer = if line.ends_with(b"\n") || (line.len() as u64) < REQUEST_MAX_BYTES {
+            match serde_json::from_slice(&line) {
+                Ok(request) => ask_engine(&engine, request).await,
+                Err(error) => Answer::error(format!("not a request this host knows: {error}")),
+            }
+        } else {
+            Answer::error(format!("a request of more than {REQUEST_MAX_BYTES} bytes"))
+        };
+        let too_long = !line.ends_with(b"\n");
+        let mut bytes = serde_json::to_vec(&answer)?;
+        bytes.push(b'\n');
+        write.write_all(&bytes).await?;
+        if too_long {
+            return Ok(());
+        }
+    }
+}
+
+async fn ask_engine(engine: &mpsc::Sender<Asked>, request: Request) -> Answer {
+    let (reply, answer) = oneshot::channel();
+    let gone = || Answer::error("the host is shutting down");
+    if engine.send((request, reply)).await.is_err() {
+        return gone();
+    }
+    answer.await.unwrap_or_else(|_| gone())
+}
+
+/// Asks a host one thing.
+pub async fn ask(path: &Path, request: &Request) -> Result<Value, ControlError> {
+    let connected = Address::Unix(path.to_owned()).connect().await;
+    let mut link = connected.map_err(|source| ControlError::Connect { path: path.to_owned(), source })?;
+    let no_answer = |error: &dyn std::fmt::Display| ControlError::NoAnswer(error.to_string());
+    let mut line = serde_json::to_vec(request).map_err(|e| no_answer(&e))?;
+    line.push(b'\n');
+    link.write_all(&line).await.map_err(|e| no_answer(&e))?;
+    let mut answer = Vec::new();
+    BufReader::new(link).take(ANSWER_MAX_BYTES).read_until(b'\n', &mut answer).await.map_err(|e| no_answer(&e))?;
+    match serde_json::from_slice(&answer).map_err(|e| no_answer(&e))? {
+        Answer::Return(value) => Ok(value),
+        Answer::Error { desc } => Err(ControlError::Refused(desc)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_for_this_user_only_answers_and_survives_garbage() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = dir.path().join("run");
+        let listener = listen(&run_dir, "a").await.unwrap();
+        let path = socket_path(&run_dir, "a");
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&run_dir), mode(&path)), (0o700, 0o600));
+        let (engine, mut asked) = mpsc::channel::<Asked>(4);
+        tokio::spawn(serve(listener, engine));
+        tokio::spawn(async move {
+            while let Some((request, reply)) = asked.recv().await {
+                let answer = if request == Request::Checkpoint { Answer::error("no guest") } else { Answer::done() };
+                let _ = reply.send(answer);
+            }
+        });
+        for garbage in [&b"{\"execute\":\"dance\"}\n"[..], b"\xff\n", b"{\"execute\":\"protect\",\"arguments\":{}}\n"] {
+            let mut link = Address::Unix(path.clone()).connect().await.unwrap();
+            link.write_all(garbage).await.unwrap();
+            let mut answer = String::new();
+            BufReader::new(link).read_line(&mut answer).await.unwrap();
+            assert!(answer.contains("\"error\""), "{answer}");
+        }
+        let mut link = Address::Unix(path.clone()).connect().await.unwrap();
+        let _ = link.write_all(&vec![b'x'; 70_000]).await;
+        let mut answer = String::new();
+        let _ = BufReader::new(link).read_line(&mut answer).await;
+        assert!(answer.contains("more than 65536 bytes"), "{answer}");
+        ask(&path, &Request::Status).await.unwrap();
+        let refused = ask(&path, &Request::Checkpoint).await.unwrap_err();
+        assert_eq!(refused.to_string(), "no guest");
+        let nobody = ask(&socket_path(&run_dir, "b"), &Request::Status).await.unwrap_err();
+        assert!(nobody.to_string().contains("is the host running?"));
+    }
+}

@@ -1,0 +1,669 @@
+//! The engine: one thread per host that owns the guest, the machine and everything between them.
+//!
+//! ```text
+//!   select()  picks one input: control, a lost link, the stream, packets, disk answers, guest frames, the network,
+//!             an answer of the arbiter, a deadline, or background work      (cancel-safe, decides nothing)
+//!   apply()   hands it to the side, synchronously
+//!   flush()   carries the side's effects to the links
+//! ```
+//!
+//! The trap is the sleeper: a host stopped by `SIGSTOP` wakes with inputs in every socket that were true when it
+//! fell asleep. Before *any* input is applied the heartbeat's lease is checked against the clock; when it is over,
+//! the peer is lost first, and everything else comes after.
+
+mod report;
+
+use super::arbiter::Arbiter;
+use super::control::{Answer as Reply, Asked, Protect, Request};
+use super::guest::Guest;
+use super::links::{DiskWrite, Links, Outbox, StreamIn, StreamOut, lock};
+use super::pair::primary::{self, PrimarySide};
+use super::pair::secondary::{self, SecondarySide};
+use super::status::{Protection, Status};
+use super::{engine_clock, fence, unix_us};
+use crate::clock::Instant;
+use crate::colo::arbiter::{Answer, Ask, Register, Verdict};
+use crate::colo::hello::Mode;
+use crate::colo::{Cause, Exit, Loss, primary as primary_machine, secondary as secondary_machine};
+use crate::page::PAGE_SIZE;
+use bytes::Bytes;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+/// Bytes that may wait for the stream or the disk link during the first copy.
+const COPY_BACKLOG_BYTES: usize = 16 << 20;
+/// Bytes that may wait for the packet link.
+const PACKETS_BACKLOG_BYTES: usize = 32 << 20;
+/// Bytes that may wait for the switch; beyond it frames are dropped, as a full NIC ring does.
+const NETWORK_BACKLOG_BYTES: usize = 16 << 20;
+/// Inputs of one kind applied before the next select.
+const BURST: usize = 64;
+
+/// What the host hands to its engine.
+#[derive(Debug)]
+pub enum HostInput {
+    /// The links to a secondary that accepted the guest are up.
+    Protect {
+        /// The links.
+        links: Links,
+        /// How to run the primary.
+        config: primary_machine::Config,
+        /// The peer's name.
+        peer: String,
+        /// Whether the peer's disk is new and all zero.
+        target_is_blank: bool,
+    },
+    /// A primary wants this host to stand by, and its links are up.
+    Join {
+        /// The links.
+        links: Links,
+        /// How to run the secondary.
+        config: secondary_machine::Config,
+        /// The primary's name.
+        peer: String,
+        /// The guest that will be loaded.
+        guest: Box<Guest>,
+    },
+}
+
+/// Everything an engine is made of.
+pub struct EngineParts {
+    /// The host's name.
+    pub name: String,
+    /// A guest that runs here from the start.
+    pub guest: Option<Guest>,
+    /// The arbiter.
+    pub arbiter: Option<Arbiter>,
+    /// Requests of the control socket.
+    pub control: mpsc::Receiver<Asked>,
+    /// Where requests to protect go: the host makes the links.
+    pub protect: mpsc::Sender<(Protect, tokio::sync::oneshot::Sender<Reply>)>,
+    /// Links that are up.
+    pub host: mpsc::Receiver<HostInput>,
+    /// Frames from the network.
+    pub network_in: mpsc::Receiver<Bytes>,
+    /// Frames to the network.
+    pub network_out: Outbox<Bytes>,
+    /// Whether this host can take a guest: read by the host when a peer knocks.
+    pub vacant: Arc<AtomicBool>,
+    /// Where tasks run.
+    pub runtime: Handle,
+}
+
+enum Role {
+    Empty,
+    /// A guest that was never protected.
+    Running(Box<Guest>),
+    Primary(Box<PrimaryRole>),
+    Secondary(Box<SecondaryRole>),
+}
+
+struct PrimaryRole {
+    side: PrimarySide,
+    guest: Box<Guest>,
+}
+
+struct SecondaryRole {
+    side: SecondarySide,
+    guest: Box<Guest>,
+}
+
+enum Input {
+    Control(Asked),
+    Host(HostInput),
+    Lost(Loss),
+    Stream(StreamIn),
+    Disk(u64, Result<(), String>),
+    Recycled(crate::page::PageBatch),
+    SecondaryOrMirrored(u64, Bytes),
+    GuestFrames,
+    Network(Bytes),
+    Answer(Answer),
+    Deadline,
+    Work,
+    Closed,
+}
+
+/// The engine of one host.
+pub struct Engine {
+    parts: EngineParts,
+    role: Role,
+    links: Option<Links>,
+    peer: Option<String>,
+    mode: Option<Mode>,
+    answers: mpsc::Receiver<Answer>,
+    answers_sender: mpsc::Sender<Answer>,
+    holder: Option<Register>,
+    lost_at_unix_us: Option<u64>,
+    decided_at_unix_us: Option<u64>,
+    dropped_network: u64,
+    sent_bytes_before: u64,
+    moved_bytes: u64,
+    background: bool,
+    stopping: bool,
+}
+
+impl Engine {
+    /// An engine that has not run.
+    #[must_use]
+    pub fn new(mut parts: EngineParts) -> Self {
+        let (answers_sender, answers) = mpsc::channel(8);
+        let role = parts.guest.take().map_or(Role::Empty, |guest| Role::Running(Box::new(guest)));
+        Self {
+            parts,
+            role,
+            links: None,
+            peer: None,
+            mode: None,
+            answers,
+            answers_sender,
+            holder: None,
+            lost_at_unix_us: None,
+            decided_at_unix_us: None,
+            dropped_network: 0,
+            sent_bytes_before: 0,
+            moved_bytes: 0,
+            background: false,
+            stopping: false,
+        }
+    }
+
+    /// Runs until it is told to stop.
+    pub async fn run(mut self) {
+        if let Role::Running(guest) = &mut self.role
+            && let Err(error) = guest.domain_mut().and_then(|domain| domain.resume())
+        {
+            tracing::error!(%error, "the guest does not start");
+        }
+        while !self.stopping {
+            let input = self.select().await;
+            self.check_lease();
+            self.apply(input);
+            self.after(engine_clock());
+        }
+    }
+
+    async fn select(&mut self) -> Input {
+        let deadline = self.deadline();
+        let frames = self.guest_frames();
+        let busy = self.has_work();
+        let sleep = async {
+            match deadline {
+                Some(at) => tokio::time::sleep(at - engine_clock()).await,
+                None => std::future::pending().await,
+            }
+        };
+        let Some(links) = self.links.as_mut() else {
+            return tokio::select! {
+                biased;
+                Some(asked) = self.parts.control.recv() => Input::Control(asked),
+                Some(input) = self.parts.host.recv() => Input::Host(input),
+                Some(answer) = self.answers.recv() => Input::Answer(answer),
+                () = frames => Input::GuestFrames,
+                Some(frame) = self.parts.network_in.recv() => Input::Network(frame),
+                () = sleep => Input::Deadline,
+                () = std::future::ready(()), if busy => Input::Work,
+                else => Input::Closed,
+            };
+        };
+        tokio::select! {
+            biased;
+            Some(asked) = self.parts.control.recv() => Input::Control(asked),
+            Some(loss) = links.lost.recv() => Input::Lost(loss),
+            Some(answer) = self.answers.recv() => Input::Answer(answer),
+            Some(item) = links.stream_in.recv() => Input::Stream(item),
+            Some((seq, result)) = links.disk_in.recv() => Input::Disk(seq, result),
+            Some(batch) = links.recycled.recv() => Input::Recycled(batch),
+            Some((epoch, frame)) = links.packets_in.recv() => Input::SecondaryOrMirrored(epoch, frame),
+            () = frames => Input::GuestFrames,
+            Some(frame) = self.parts.network_in.recv() => Input::Network(frame),
+            Some(input) = self.parts.host.recv() => Input::Host(input),
+            () = sleep => Input::Deadline,
+            () = std::future::ready(()), if busy => Input::Work,
+            else => Input::Closed,
+        }
+    }
+
+    /// Completes when the guest has frames that may be taken.
+    fn guest_frames(&self) -> impl Future<Output = ()> + use<> {
+        let (queue, ready) = match &self.role {
+            Role::Empty => (None, false),
+            Role::Running(guest) => (Some(guest.queue.clone()), true),
+            Role::Primary(role) => (Some(role.guest.queue.clone()), role.side.ready_for_guest_frames()),
+            Role::Secondary(role) => (Some(role.guest.queue.clone()), true),
+        };
+        async move {
+            match queue {
+                Some(queue) if ready => queue.wait().await,
+                _ => std::future::pending().await,
+            }
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let side = match &self.role {
+            Role::Primary(role) => role.side.poll_timeout(),
+            Role::Secondary(role) => role.side.poll_timeout(),
+            Role::Empty | Role::Running(_) => None,
+        };
+        // The links tell nobody when they have drained, and the first copy waits for that.
+        let copying = matches!(&self.role, Role::Primary(role) if role.side.wants_copy());
+        let look_again = (copying && !self.links_take_more()).then(|| engine_clock() + Duration::from_millis(1));
+        side.into_iter().chain(look_again).min()
+    }
+
+    fn links_take_more(&self) -> bool {
+        self.links.as_ref().is_some_and(|links| {
+            links.stream_out.waiting_bytes() < COPY_BACKLOG_BYTES && links.disk_out.waiting_bytes() < COPY_BACKLOG_BYTES
+        })
+    }
+
+    fn has_work(&self) -> bool {
+        match &self.role {
+            Role::Primary(role) => role.side.wants_copy() && self.links_take_more(),
+            Role::Secondary(role) => role.side.is_loading() || self.background,
+            Role::Empty | Role::Running(_) => false,
+        }
+    }
+
+    fn check_lease(&mut self) {
+        let Some(links) = &self.links else { return };
+        let silence = lock(&links.heartbeat).lost(engine_clock());
+        if let Some(silence) = silence {
+            self.lose(silence.into());
+        }
+    }
+
+    fn lose(&mut self, loss: Loss) {
+        let now = engine_clock();
+        let before = self.is_replicating();
+        match &mut self.role {
+            Role::Primary(role) => role.side.handle_loss(now, loss.clone()),
+            Role::Secondary(role) => role.side.handle_loss(now, loss.clone()),
+            Role::Empty | Role::Running(_) => return,
+        }
+        if before {
+            tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
+            self.lost_at_unix_us.get_or_insert_with(unix_us);
+        }
+        // Whatever the dead connection still holds belongs to a generation that is over or disputed.
+        self.close_links();
+        self.flush();
+    }
+
+    fn close_links(&mut self) {
+        if let Some(links) = self.links.take() {
+            self.sent_bytes_before += links.sent_bytes.load(Ordering::Relaxed);
+        }
+    }
+
+    fn is_replicating(&self) -> bool {
+        match &self.role {
+            Role::Primary(role) => !matches!(role.side.machine().state(), primary_machine::State::Exited(_)),
+            Role::Secondary(role) => !matches!(role.side.machine().state(), secondary_machine::State::Exited(_)),
+            Role::Empty | Role::Running(_) => false,
+        }
+    }
+
+    fn apply(&mut self, input: Input) {
+        let now = engine_clock();
+        match input {
+            Input::Control((request, reply)) => self.control(request, reply),
+            Input::Host(HostInput::Protect { links, config, peer, target_is_blank }) => {
+                self.begin_primary(now, links, config, peer, target_is_blank);
+            }
+            Input::Host(HostInput::Join { links, config, peer, guest }) => self.begin_secondary(now, links, config, peer, guest),
+            Input::Lost(loss) => self.lose(loss),
+            Input::Answer(answer) => self.answered(now, answer),
+            Input::GuestFrames => self.take_guest_frames(now),
+            Input::Network(frame) => match &mut self.role {
+                Role::Empty => {}
+                Role::Running(guest) => _ = guest.domain_mut().map(|domain| domain.receive_frame(&frame)),
+                Role::Primary(role) => role.side.handle_network_frame(now, frame),
+                Role::Secondary(role) => role.side.handle_network_frame(now, frame),
+            },
+            Input::Stream(item) => match (&mut self.role, item) {
+                (Role::Primary(role), StreamIn::Message(message)) => role.side.handle_message(now, message),
+                (Role::Secondary(role), StreamIn::Item(item)) => role.side.handle_item(now, item),
+                _ => {}
+            },
+            Input::Disk(seq, result) => {
+                if let Role::Primary(role) = &mut self.role {
+                    role.side.handle_disk_acked(now, seq, result);
+                }
+            }
+            Input::Recycled(batch) => {
+                if let Role::Primary(role) = &mut self.role {
+                    role.side.recycle(batch);
+                }
+            }
+            Input::SecondaryOrMirrored(epoch, frame) => match &mut self.role {
+                Role::Primary(role) => role.side.handle_secondary_frame(now, epoch, frame),
+                Role::Secondary(role) => role.side.handle_mirrored_frame(now, epoch, frame),
+                Role::Empty | Role::Running(_) => {}
+            },
+            Input::Work => match &mut self.role {
+                Role::Primary(role) => role.side.copy_some(now),
+                Role::Secondary(role) => self.background = role.side.work(now),
+                Role::Empty | Role::Running(_) => {}
+            },
+            Input::Deadline => {}
+            Input::Closed => self.stopping = true,
+        }
+    }
+
+    /// What is due after every input: progress seen on the links, deadlines, effects.
+    fn after(&mut self, now: Instant) {
+        if let Some(links) = &self.links {
+            let moved = links.sent_bytes.load(Ordering::Relaxed) + links.received_bytes.load(Ordering::Relaxed);
+            if moved != self.moved_bytes {
+                self.moved_bytes = moved;
+                match &mut self.role {
+                    Role::Primary(role) => role.side.handle_progress(now),
+                    Role::Secondary(role) => {
+                        role.side.handle_progress(now);
+                        self.background = true;
+                    }
+                    Role::Empty | Role::Running(_) => {}
+                }
+            }
+        }
+        match &mut self.role {
+            Role::Primary(role) if role.side.poll_timeout().is_some_and(|at| at <= now) => role.side.handle_timeout(now),
+            Role::Secondary(role) if role.side.poll_timeout().is_some_and(|at| at <= now) => role.side.handle_timeout(now),
+            _ => {}
+        }
+        self.flush();
+        let vacant = match &self.role {
+            Role::Empty => true,
+            Role::Running(_) => false,
+            Role::Primary(role) => role.side.machine().state() == primary_machine::State::Exited(Exit::Stopped),
+            Role::Secondary(role) => matches!(
+                role.side.machine().state(),
+                secondary_machine::State::Exited(Exit::Stopped | Exit::NoState | Exit::Failed)
+            ),
+        };
+        self.parts.vacant.store(vacant && self.links.is_none(), Ordering::SeqCst);
+    }
+
+    fn take_guest_frames(&mut self, now: Instant) {
+        for _ in 0..BURST {
+            match &mut self.role {
+                Role::Empty => return,
+                Role::Running(guest) => {
+                    let Some((_, frame)) = guest.queue.pop() else { return };
+                    self.to_network(frame);
+                }
+                Role::Primary(role) => {
+                    if !role.side.ready_for_guest_frames() {
+                        return;
+                    }
+                    let Some((epoch, frame)) = role.guest.queue.pop() else { return };
+                    role.side.handle_guest_frame(now, epoch, frame);
+                }
+                Role::Secondary(role) => {
+                    let Some((epoch, frame)) = role.guest.queue.pop() else { return };
+                    role.side.handle_guest_frame(now, epoch, frame);
+                }
+            }
+        }
+    }
+
+    fn to_network(&mut self, frame: Bytes) {
+        if self.parts.network_out.waiting_bytes() > NETWORK_BACKLOG_BYTES {
+            self.dropped_network += 1;
+        } else {
+            self.parts.network_out.send(frame.len(), frame);
+        }
+    }
+
+    /// Carries effects to the links until there are none.
+    fn flush(&mut self) {
+        loop {
+            let now = engine_clock();
+            match &mut self.role {
+                Role::Empty | Role::Running(_) => return,
+                Role::Primary(role) => {
+                    let Some(effect) = role.side.poll_effect() else { return };
+                    self.primary_effect(now, effect);
+                }
+                Role::Secondary(role) => {
+                    let Some(effect) = role.side.poll_effect() else { return };
+                    self.secondary_effect(effect);
+                }
+            }
+        }
+    }
+
+    fn primary_effect(&mut self, now: Instant, effect: primary::Effect) {
+        use primary::Effect;
+        match effect {
+            Effect::ToNetwork(frame) => self.to_network(frame),
+            Effect::Ask(ask) => self.ask(ask),
+            Effect::Ended { exit, generation } => self.ended(exit, generation),
+            effect => {
+                let Some(links) = &self.links else { return };
+                match effect {
+                    Effect::Message(message) => links.stream_out.send(12, StreamOut::Message(message)),
+                    Effect::Pages(batch) => links.stream_out.send(batch.len() * PAGE_SIZE, StreamOut::Pages(batch)),
+                    Effect::Devices(blob) => links.stream_out.send(blob.len(), StreamOut::Devices(blob)),
+                    Effect::DiskWrite { seq, offset, data } => {
+                        links.disk_out.send(data.len(), DiskWrite { seq, offset, data });
+                    }
+                    Effect::ToSecondary { epoch, frame } => {
+                        if links.packets_out.waiting_bytes() < PACKETS_BACKLOG_BYTES {
+                            links.packets_out.send(frame.len(), (epoch, frame));
+                        } else if let Role::Primary(role) = &mut self.role {
+                            role.side.handle_mirror_overflow(now);
+                        }
+                    }
+                    Effect::ToNetwork(_) | Effect::Ask(_) | Effect::Ended { .. } => {}
+                }
+            }
+        }
+    }
+
+    fn secondary_effect(&mut self, effect: secondary::Effect) {
+        use secondary::Effect;
+        match effect {
+            Effect::ToNetwork(frame) => self.to_network(frame),
+            Effect::Ask(ask) => self.ask(ask),
+            Effect::Ended { exit, generation } => self.ended(exit, generation),
+            Effect::Message(message) => {
+                if let Some(links) = &self.links {
+                    links.stream_out.send(12, StreamOut::Message(message));
+                }
+            }
+            Effect::ToPrimary { epoch, frame } => {
+                // A frame that does not fit is one the primary waits for in vain: its partner ages, a checkpoint
+                // follows.
+                if let Some(links) = &self.links
+                    && links.packets_out.waiting_bytes() < PACKETS_BACKLOG_BYTES
+                {
+                    links.packets_out.send(frame.len(), (epoch, frame));
+                }
+            }
+        }
+    }
+
+    fn ask(&mut self, ask: Ask) {
+        let (answers, arbiter) = (self.answers_sender.clone(), self.parts.arbiter.clone());
+        self.parts.runtime.spawn(async move {
+            let answer = match (ask, arbiter) {
+                (Ask::Arbiter(claim), Some(arbiter)) => arbiter.answer(claim).await,
+                (Ask::Arbiter(_), None) => Answer::Unreachable("no arbiter is configured".into()),
+                (Ask::Script(path, claim), _) => fence::run(&path, &claim, fence::DEADLINE).await,
+            };
+            let _ = answers.send(answer).await;
+        });
+    }
+
+    fn answered(&mut self, now: Instant, answer: Answer) {
+        match &answer {
+            Answer::Verdict(Verdict::Lost(register)) => self.holder = Some(register.clone()),
+            Answer::Unreachable(why) | Answer::NotFenced(why) => {
+                tracing::warn!(host = %self.parts.name, reason = %why, "colo_arbiter_no_decision");
+            }
+            _ => {}
+        }
+        match &mut self.role {
+            Role::Primary(role) => role.side.handle_answer(now, answer),
+            Role::Secondary(role) => role.side.handle_answer(now, answer),
+            Role::Empty | Role::Running(_) => {}
+        }
+    }
+
+    fn ended(&mut self, exit: Exit, generation: u64) {
+        self.decided_at_unix_us.get_or_insert_with(unix_us);
+        let exit_text = serde_json::to_string(&exit).unwrap_or_default();
+        tracing::warn!(host = %self.parts.name, exit = %exit_text, generation, "COLO_EXIT");
+        self.close_links();
+    }
+
+    fn begin_primary(&mut self, now: Instant, links: Links, config: primary_machine::Config, peer: String, blank: bool) {
+        let role = std::mem::replace(&mut self.role, Role::Empty);
+        let mut guest = match role {
+            Role::Running(guest) => guest,
+            Role::Primary(role) if role.side.can_be_protected() => {
+                let PrimaryRole { side, mut guest } = *role;
+                guest.domain = Some(side.into_domain());
+                guest
+            }
+            other => {
+                self.role = other;
+                return;
+            }
+        };
+        let Some(domain) = guest.domain.take() else { return };
+        let mode = config.mode;
+        let clock = Arc::new(engine_clock);
+        match PrimarySide::new(now, config, domain, guest.mirror.clone(), guest.epoch.clone(), clock, blank) {
+            Ok(side) => {
+                self.role = Role::Primary(Box::new(PrimaryRole { side, guest }));
+                self.adopt(links, peer, mode);
+            }
+            Err((domain, error)) => {
+                tracing::error!(%error, "the guest cannot be protected");
+                guest.domain = Some(domain);
+                self.role = Role::Running(guest);
+            }
+        }
+    }
+
+    fn begin_secondary(&mut self, now: Instant, links: Links, config: secondary_machine::Config, peer: String, mut guest: Box<Guest>) {
+        let (Some(domain), Some(replica)) = (guest.domain.take(), guest.replica.clone()) else { return };
+        let mode = config.mode;
+        let clock = Arc::new(engine_clock);
+        match SecondarySide::new(now, config, domain, replica, guest.epoch.clone(), guest.geometry.mac, clock) {
+            Ok(side) => {
+                self.role = Role::Secondary(Box::new(SecondaryRole { side, guest }));
+                self.adopt(links, peer, mode);
+            }
+            Err(error) => tracing::error!(%error, "this host cannot stand by"),
+        }
+    }
+
+    fn adopt(&mut self, links: Links, peer: String, mode: Mode) {
+        tracing::info!(host = %self.parts.name, %peer, %mode, "colo_begin");
+        (self.links, self.peer, self.mode) = (Some(links), Some(peer), Some(mode));
+        (self.holder, self.lost_at_unix_us, self.decided_at_unix_us) = (None, None, None);
+        (self.sent_bytes_before, self.moved_bytes) = (0, 0);
+    }
+
+    fn control(&mut self, request: Request, reply: tokio::sync::oneshot::Sender<Reply>) {
+        let now = engine_clock();
+        let answer = match request {
+            Request::Status => match serde_json::to_value(self.status(now)) {
+                Ok(status) => Reply::Return(status),
+                Err(error) => Reply::error(error.to_string()),
+            },
+            Request::Protect(protect) => {
+                let refusal = match &self.role {
+                    Role::Empty => Some("this host has no guest to protect; start it with --guest NAME"),
+                    Role::Running(_) => None,
+                    Role::Primary(role) if role.side.can_be_protected() => None,
+                    Role::Primary(_) if self.links.is_some() => Some("the guest is protected already"),
+                    Role::Primary(_) => Some("the guest does not run here"),
+                    Role::Secondary(role) if role.side.took_over() => {
+                        Some("protecting a guest again after a takeover is not built yet; it runs on, unprotected")
+                    }
+                    Role::Secondary(_) => Some("this host stands by for another; protect the guest where it runs"),
+                };
+                if let Some(refusal) = refusal {
+                    Reply::error(refusal)
+                } else {
+                    // The host makes the links and answers, which takes a while.
+                    if let Err(error) = self.parts.protect.try_send((protect, reply)) {
+                        tracing::warn!(%error, "a protect request is dropped: another is under way");
+                    }
+                    return;
+                }
+            }
+            Request::Checkpoint => match &mut self.role {
+                Role::Primary(role) if self.links.is_some() => {
+                    role.side.request_checkpoint(now, Cause::Command);
+                    Reply::done()
+                }
+                _ => Reply::error("no guest is being protected from this host"),
+            },
+            Request::Failover => self.failover(now),
+            Request::Stop => {
+                self.stopping = true;
+                Reply::done()
+            }
+        };
+        let _ = reply.send(answer);
+    }
+
+    fn failover(&mut self, now: Instant) -> Reply {
+        let decided = match &mut self.role {
+            Role::Primary(role) => role.side.operator_decides(now),
+            Role::Secondary(role) => role.side.operator_decides(now),
+            Role::Empty | Role::Running(_) => false,
+        };
+        if decided {
+            Reply::done()
+        } else if self.links.is_some() {
+            self.lose(Loss::Requested);
+            Reply::done()
+        } else {
+            Reply::error("there is nothing to fail over: no peer is connected and no guest is held here")
+        }
+    }
+
+    fn status(&mut self, now: Instant) -> Status {
+        let mut status = Status {
+            host: self.parts.name.clone(),
+            pid: std::process::id(),
+            mode: self.mode,
+            peer: self.peer.clone(),
+            lost_at_unix_us: self.lost_at_unix_us,
+            decided_at_unix_us: self.decided_at_unix_us,
+            bytes_sent: self.sent_bytes_before,
+            ..Status::default()
+        };
+        status.packets.dropped_network = self.dropped_network;
+        if let Some(links) = &self.links {
+            status.bytes_sent += links.sent_bytes.load(Ordering::Relaxed);
+        }
+        match &mut self.role {
+            Role::Empty => status.state = "empty".into(),
+            Role::Running(guest) => {
+                status.guest = Some(guest.name.clone());
+                (status.protection, status.state) = (Protection::Unprotected, "running".into());
+                status.why = Some("nobody asked for protection: xl-colo protect PEER".into());
+            }
+            Role::Primary(role) => report::primary(&mut status, role, now),
+            Role::Secondary(role) => report::secondary(&mut status, role),
+        }
+        if status.protection == Protection::Stopped
+            && let Some(holder) = &self.holder
+        {
+            status.why = Some(format!("host {} holds generation {}", holder.holder, holder.generation));
+        }
+        status
+    }
+}

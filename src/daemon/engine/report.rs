@@ -1,0 +1,82 @@
+//! Fills a [`Status`] from the side that a host plays.
+
+use super::{PrimaryRole, SecondaryRole};
+use crate::clock::Instant;
+use crate::colo::{Exit, primary as primary_machine, secondary as secondary_machine};
+use crate::daemon::links::lock;
+use crate::daemon::status::{Checkpoints, Disk, Packets, PauseUs, Protection, Status};
+
+/// The primary's part.
+pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
+    use primary_machine::State;
+    let (side, machine) = (&role.side, role.side.machine());
+    status.guest = Some(role.guest.name.clone());
+    status.state = format!("{:?}", machine.state());
+    status.protection = match machine.state() {
+        _ if machine.is_protected() => Protection::Protected,
+        State::Exited(Exit::Stopped) => Protection::Stopped,
+        State::Exited(Exit::Alone) => Protection::TakenOver,
+        State::Exited(_) => Protection::Unprotected,
+        State::Arbitrating => Protection::Arbitrating,
+        State::Held => Protection::Held,
+        _ => Protection::Syncing,
+    };
+    status.why = side.error().map(str::to_owned).or_else(|| machine.loss().map(ToString::to_string));
+    (status.generation, status.epoch) = (side.generation(), machine.epoch());
+    (status.failover, status.exit_reason) = (machine.failover(), machine.exit_reason());
+    let stats = side.stats();
+    if machine.is_protected() {
+        status.recovery_point_ms = stats.last_owned_at.map(|at| (now - at).as_millis() as u64);
+    }
+    let by_cause = stats.checkpoints.iter().map(|(cause, count)| (cause.to_string(), *count)).collect();
+    status.checkpoints = Checkpoints { total: stats.checkpoints.values().sum(), by_cause };
+    let pause = &stats.pause;
+    status.pause_us = PauseUs { p50: pause.percentile_us(50), p99: pause.percentile_us(99), max: pause.max_us() };
+    (status.pages, status.copied_pages) = (stats.pages, stats.copied_pages);
+    let packets = side.packets();
+    status.packets = Packets {
+        compared: packets.compared,
+        released: packets.released,
+        held: packets.held,
+        waiting: packets.currently_held,
+        dropped_stale: packets.dropped_stale,
+        dropped_network: status.packets.dropped_network,
+    };
+    let mirror = role.guest.mirror.lock().status();
+    status.disk = Disk {
+        copied_bytes: mirror.sync_done_bytes,
+        total_bytes: mirror.sync_total_bytes,
+        waiting_bytes: mirror.queued_bytes,
+        fenced_writes: 0,
+        errors: mirror.errors,
+    };
+}
+
+/// The secondary's part.
+pub(super) fn secondary(status: &mut Status, role: &SecondaryRole) {
+    use secondary_machine::State;
+    let (side, machine) = (&role.side, role.side.machine());
+    status.guest = Some(role.guest.name.clone());
+    status.state = format!("{:?}", machine.state());
+    status.protection = match machine.state() {
+        State::Joining => Protection::Syncing,
+        State::Exited(Exit::Alone) => Protection::TakenOver,
+        State::Exited(Exit::Stopped | Exit::NoState | Exit::Unprotected) => Protection::Stopped,
+        State::Exited(Exit::Failed) => Protection::Failed,
+        State::Arbitrating => Protection::Arbitrating,
+        State::Held => Protection::Held,
+        _ => Protection::StandingBy,
+    };
+    status.why = side.error().map(str::to_owned).or_else(|| machine.loss().map(ToString::to_string));
+    (status.generation, status.epoch) = (side.generation(), machine.epoch());
+    (status.failover, status.exit_reason) = (machine.failover(), machine.exit_reason());
+    let stats = side.stats();
+    (status.checkpoints.total, status.pages) = (stats.checkpoints, stats.pages);
+    let replica = lock(side.replica()).status();
+    status.disk = Disk {
+        waiting_bytes: replica.debt_bytes,
+        fenced_writes: replica.fenced_writes,
+        errors: replica.errors,
+        ..Disk::default()
+    };
+}

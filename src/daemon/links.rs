@@ -1,0 +1,479 @@
+//! The four connections of a protected guest, each with a task that reads and a task that writes.
+//!
+//! ```text
+//!  stream      P → S  pages, messages, devices      S → P  messages
+//!  packets     P → S  client frames (epoch)         S → P  guest frames (epoch)
+//!  heartbeat   both ways, on a thread of its own
+//!  nbd         P → S  writes                        S → P  replies
+//! ```
+//!
+//! Tasks only move bytes. Whatever ends one of them says why on `lost`, and that is all it decides. Input queues
+//! are short, so that a peer that sends faster than the engine works is slowed by its own socket; what waits to be
+//! written is counted in bytes ([`Outbox`]), so that the engine can hold back.
+
+use super::address::Link;
+use super::engine_clock;
+use super::frames::FRAME_BYTES_MAX;
+pub use super::pair::lock;
+use crate::colo::heartbeat::{BEAT_BYTES, Beat, Heartbeat};
+use crate::colo::message::Message;
+use crate::colo::stream::{self, Item};
+use crate::colo::Loss;
+use crate::compare::wire;
+use crate::nbd::client::{Client, Limits, SubmitError};
+use crate::page::PageBatch;
+use bytes::{Bytes, BytesMut};
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+/// Stream items waiting for the engine; one may hold 4 MiB of pages.
+const STREAM_IN_ITEMS: usize = 8;
+/// Packets waiting for the engine.
+const PACKETS_IN: usize = 1024;
+/// Bytes asked of a socket at once.
+const READ_BYTES: usize = 1 << 20;
+/// Pages encoded into one write.
+const ENCODE_PAGES: usize = 256;
+
+/// Sends to a writer task and knows how many bytes wait there.
+#[derive(Debug)]
+pub struct Outbox<T> {
+    sender: mpsc::UnboundedSender<(usize, T)>,
+    waiting_bytes: Arc<AtomicUsize>,
+}
+
+/// The writer's end of an [`Outbox`].
+#[derive(Debug)]
+pub struct Outgoing<T> {
+    receiver: mpsc::UnboundedReceiver<(usize, T)>,
+    waiting_bytes: Arc<AtomicUsize>,
+}
+
+/// An outbox and its other end.
+#[must_use]
+pub fn outbox<T>() -> (Outbox<T>, Outgoing<T>) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let waiting_bytes = Arc::new(AtomicUsize::new(0));
+    (Outbox { sender, waiting_bytes: waiting_bytes.clone() }, Outgoing { receiver, waiting_bytes })
+}
+
+impl<T> Outbox<T> {
+    /// Queues something of about `bytes` bytes. Callers bound what waits.
+    pub fn send(&self, bytes: usize, what: T) {
+        self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed);
+        // A writer that is gone has reported why; what it did not write is lost with the connection.
+        let _ = self.sender.send((bytes, what));
+    }
+
+    /// Bytes queued and not yet written.
+    #[must_use]
+    pub fn waiting_bytes(&self) -> usize {
+        self.waiting_bytes.load(Ordering::Relaxed)
+    }
+}
+
+impl<T> Outgoing<T> {
+    async fn recv(&mut self) -> Option<(usize, T)> {
+        self.receiver.recv().await
+    }
+
+    fn try_recv(&mut self) -> Option<(usize, T)> {
+        self.receiver.try_recv().ok()
+    }
+
+    fn written(&self, bytes: usize) {
+        self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Something for the stream.
+#[derive(Debug)]
+pub enum StreamOut {
+    /// A message.
+    Message(Message),
+    /// Pages, encoded by the writer so that the engine does not wait for it.
+    Pages(PageBatch),
+    /// The end of the pages and the device state.
+    Devices(Vec<u8>),
+}
+
+/// Something from the stream.
+#[derive(Debug)]
+pub enum StreamIn {
+    /// From the primary.
+    Item(Item),
+    /// From the secondary.
+    Message(Message),
+}
+
+/// A disk write for the secondary.
+#[derive(Debug)]
+pub struct DiskWrite {
+    /// Names it in the answer.
+    pub seq: u64,
+    /// Where.
+    pub offset: u64,
+    /// What.
+    pub data: Bytes,
+}
+
+/// What the engine holds of the connections. Dropping it closes them.
+#[derive(Debug)]
+pub struct Links {
+    /// From the stream.
+    pub stream_in: mpsc::Receiver<StreamIn>,
+    /// To the stream.
+    pub stream_out: Outbox<StreamOut>,
+    /// From the packet link.
+    pub packets_in: mpsc::Receiver<(u64, Bytes)>,
+    /// To the packet link.
+    pub packets_out: Outbox<(u64, Bytes)>,
+    /// Answers to disk writes; never any on the secondary.
+    pub disk_in: mpsc::Receiver<(u64, Result<(), String>)>,
+    /// Disk writes; unused on the secondary.
+    pub disk_out: Outbox<DiskWrite>,
+    /// Page buffers to be used again.
+    pub recycled: mpsc::Receiver<PageBatch>,
+    /// Why a connection ended.
+    pub lost: mpsc::Receiver<Loss>,
+    /// The heartbeat.
+    pub heartbeat: Arc<Mutex<Heartbeat>>,
+    /// Bytes written to the stream and to NBD so far.
+    pub sent_bytes: Arc<AtomicU64>,
+    /// Bytes read from the stream so far.
+    pub received_bytes: Arc<AtomicU64>,
+    tasks: Vec<JoinHandle<()>>,
+    _beating: tokio::sync::oneshot::Sender<()>,
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+/// Which side the links are for.
+#[derive(Debug)]
+pub enum Side {
+    /// The primary writes disk blocks through this NBD connection.
+    Primary {
+        /// The connection, after its welcome.
+        nbd: Link,
+        /// The export.
+        export: String,
+    },
+    /// The secondary reads a stream for a guest of this size; its NBD server runs elsewhere and stops with the
+    /// links.
+    Secondary {
+        /// The guest's size.
+        nr_pages: u64,
+        /// The NBD server's task.
+        nbd: JoinHandle<()>,
+    },
+}
+
+type Lost = mpsc::Sender<Loss>;
+
+fn ended(what: &str, why: &dyn std::fmt::Display) -> Loss {
+    Loss::Disconnected(format!("{what}: {why}"))
+}
+
+async fn report(lost: Lost, what: &'static str, result: io::Result<()>) {
+    let loss = match result {
+        Ok(()) => ended(what, &"closed by the peer"),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => Loss::Violation(format!("{what}: {error}")),
+        Err(error) => ended(what, &error),
+    };
+    let _ = lost.send(loss).await;
+}
+
+fn invalid(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+/// Starts the tasks of one side.
+#[must_use]
+pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Side) -> Links {
+    let (lost_sender, lost) = mpsc::channel(8);
+    let (stream_sender, stream_in) = mpsc::channel(STREAM_IN_ITEMS);
+    let (stream_out, stream_outgoing) = outbox();
+    let (packets_sender, packets_in) = mpsc::channel(PACKETS_IN);
+    let (packets_out, packets_outgoing) = outbox();
+    let (disk_sender, disk_in) = mpsc::channel(PACKETS_IN);
+    let (disk_out, disk_outgoing) = outbox();
+    let (recycle, recycled) = mpsc::channel(4);
+    let sent_bytes = Arc::new(AtomicU64::new(0));
+    let received_bytes = Arc::new(AtomicU64::new(0));
+    let heartbeat = Arc::new(Mutex::new(heartbeat));
+    let mut tasks = Vec::new();
+    let mut spawn = |what: &'static str, task: std::pin::Pin<Box<dyn Future<Output = io::Result<()>> + Send>>| {
+        let lost = lost_sender.clone();
+        tasks.push(tokio::spawn(async move { report(lost, what, task.await).await }));
+    };
+
+    let (stream_read, stream_write) = tokio::io::split(stream);
+    let (packets_read, packets_write) = tokio::io::split(packets);
+    spawn("checkpoint stream", Box::pin(write_stream(stream_write, stream_outgoing, recycle, sent_bytes.clone())));
+    spawn("packet link", Box::pin(read_packets(packets_read, packets_sender)));
+    spawn("packet link", Box::pin(write_packets(packets_write, packets_outgoing)));
+    match side {
+        Side::Primary { nbd, export } => {
+            spawn("checkpoint stream", Box::pin(read_messages(stream_read, stream_sender)));
+            spawn("disk link", Box::pin(forward_disk(nbd, export, disk_outgoing, disk_sender, sent_bytes.clone())));
+        }
+        Side::Secondary { nr_pages, nbd } => {
+            let received = received_bytes.clone();
+            spawn("checkpoint stream", Box::pin(read_items(stream_read, nr_pages, stream_sender, received)));
+            tasks.push(nbd);
+        }
+    }
+    let beating = beat(heartbeat_link, heartbeat.clone(), lost_sender);
+    Links {
+        stream_in,
+        stream_out,
+        packets_in,
+        packets_out,
+        disk_in,
+        disk_out,
+        recycled,
+        lost,
+        heartbeat,
+        sent_bytes,
+        received_bytes,
+        tasks,
+        _beating: beating,
+    }
+}
+
+async fn read_messages(mut read: ReadHalf<Link>, to: mpsc::Sender<StreamIn>) -> io::Result<()> {
+    let mut input = BytesMut::new();
+    while read.read_buf(&mut input).await? > 0 {
+        while let Some(message) = Message::decode(&mut input).map_err(invalid)? {
+            if to.send(StreamIn::Message(message)).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn read_items(
+    mut read: ReadHalf<Link>,
+    nr_pages: u64,
+    to: mpsc::Sender<StreamIn>,
+    received: Arc<AtomicU64>,
+) -> io::Result<()> {
+    let mut decoder = stream::Decoder::new(nr_pages);
+    let mut input = BytesMut::new();
+    loop {
+        input.reserve(READ_BYTES);
+        let bytes = read.read_buf(&mut input).await?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        received.fetch_add(bytes as u64, Ordering::Relaxed);
+        while let Some(item) = decoder.decode(&mut input).map_err(invalid)? {
+            if to.send(StreamIn::Item(item)).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+async fn write_stream(
+    mut write: WriteHalf<Link>,
+    mut outgoing: Outgoing<StreamOut>,
+    recycle: mpsc::Sender<PageBatch>,
+    sent: Arc<AtomicU64>,
+) -> io::Result<()> {
+    let mut buffer = BytesMut::new();
+    while let Some((bytes, out)) = outgoing.recv().await {
+        match out {
+            StreamOut::Message(message) => message.encode(&mut buffer),
+            StreamOut::Devices(blob) => {
+                stream::encode_pages_end(&mut buffer);
+                stream::encode_device_state(&blob, &mut buffer);
+            }
+            StreamOut::Pages(batch) => {
+                // Piece by piece: the peer unpacks one while this side packs the next.
+                let page_bytes = crate::page::PAGE_SIZE * ENCODE_PAGES;
+                for (pfns, contents) in batch.pfns.chunks(ENCODE_PAGES).zip(batch.bytes.chunks(page_bytes)) {
+                    stream::encode_pages(pfns, contents, &mut buffer);
+                    flush(&mut write, &mut buffer, &sent).await?;
+                }
+                let _ = recycle.try_send(batch);
+            }
+        }
+        flush(&mut write, &mut buffer, &sent).await?;
+        outgoing.written(bytes);
+    }
+    Ok(())
+}
+
+async fn flush(write: &mut WriteHalf<Link>, buffer: &mut BytesMut, sent: &AtomicU64) -> io::Result<()> {
+    while !buffer.is_empty() {
+        let bytes = write.write_buf(buffer).await?;
+        if bytes == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        sent.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+    buffer.clear();
+    Ok(())
+}
+
+async fn read_packets(mut read: ReadHalf<Link>, to: mpsc::Sender<(u64, Bytes)>) -> io::Result<()> {
+    let mut decoder = wire::TaggedDecoder::new();
+    let mut input = BytesMut::new();
+    loop {
+        input.reserve(FRAME_BYTES_MAX);
+        if read.read_buf(&mut input).await? == 0 {
+            return Ok(());
+        }
+        while let Some(tagged) = decoder.decode(&mut input).map_err(invalid)? {
+            if to.send(tagged).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+async fn write_packets(mut write: WriteHalf<Link>, mut outgoing: Outgoing<(u64, Bytes)>) -> io::Result<()> {
+    let mut buffer = BytesMut::new();
+    while let Some((mut bytes, (epoch, frame))) = outgoing.recv().await {
+        wire::encode_tagged(epoch, &frame, &mut buffer).map_err(invalid)?;
+        // What waits leaves in one write, as long as that stays small.
+        while buffer.len() < FRAME_BYTES_MAX {
+            let Some((more, (epoch, frame))) = outgoing.try_recv() else { break };
+            wire::encode_tagged(epoch, &frame, &mut buffer).map_err(invalid)?;
+            bytes += more;
+        }
+        write.write_all(&buffer).await?;
+        buffer.clear();
+        outgoing.written(bytes);
+    }
+    Ok(())
+}
+
+async fn forward_disk(
+    mut link: Link,
+    export: String,
+    mut outgoing: Outgoing<DiskWrite>,
+    acks: mpsc::Sender<(u64, Result<(), String>)>,
+    sent: Arc<AtomicU64>,
+) -> io::Result<()> {
+    let mut client = Client::new(export, Limits::default()).map_err(invalid)?;
+    let mut under_way: HashMap<u64, (u64, usize)> = HashMap::new();
+    let mut waiting: Option<(usize, DiskWrite)> = None;
+    let mut input = BytesMut::new();
+    loop {
+        if client.export().is_some() {
+            while let Some((bytes, write)) = waiting.take().or_else(|| outgoing.try_recv()) {
+                match client.write(write.offset, write.data.clone()) {
+                    Ok(cookie) => _ = under_way.insert(cookie, (write.seq, bytes)),
+                    Err(SubmitError::Full) => {
+                        waiting = Some((bytes, write));
+                        break;
+                    }
+                    Err(error) => {
+                        let _ = acks.send((write.seq, Err(error.to_string()))).await;
+                        outgoing.written(bytes);
+                    }
+                }
+            }
+        }
+        while let Some(bytes) = client.poll_output() {
+            link.write_all(&bytes).await?;
+            sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
+        while let Some(completion) = client.poll_completion() {
+            let Some((seq, bytes)) = under_way.remove(&completion.cookie) else { continue };
+            outgoing.written(bytes);
+            if acks.send((seq, completion.result.map_err(|errno| format!("{errno:?}")))).await.is_err() {
+                return Ok(());
+            }
+        }
+        let takes_more = client.export().is_some() && waiting.is_none();
+        tokio::select! {
+            read = link.read_buf(&mut input) => {
+                if read? == 0 {
+                    return Ok(());
+                }
+                client.handle_input(&mut input).map_err(invalid)?;
+            }
+            next = outgoing.recv(), if takes_more => match next {
+                Some(write) => waiting = Some(write),
+                None => return Ok(()),
+            }
+        }
+    }
+}
+
+/// Beats on a thread of its own, so that no other work of this process delays one.
+fn beat(link: Link, heartbeat: Arc<Mutex<Heartbeat>>, lost: Lost) -> tokio::sync::oneshot::Sender<()> {
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    std::thread::Builder::new()
+        .name("heartbeat".into())
+        .spawn(move || {
+            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+                let _ = lost.blocking_send(Loss::Local("no runtime for the heartbeat".into()));
+                return;
+            };
+            runtime.block_on(async {
+                tokio::select! {
+                    loss = beat_on(link, &heartbeat) => _ = lost.send(loss).await,
+                    _ = stopped => {}
+                }
+            });
+        })
+        .map_or_else(|error| tracing::error!(%error, "no heartbeat thread"), drop);
+    stop
+}
+
+async fn beat_on(link: Link, heartbeat: &Mutex<Heartbeat>) -> Loss {
+    let (mut read, mut write) = tokio::io::split(link);
+    let mut input = BytesMut::new();
+    loop {
+        let now = engine_clock();
+        if let Some(silence) = lock(heartbeat).lost(now) {
+            return silence.into();
+        }
+        let due = lock(heartbeat).poll_transmit(now);
+        if let Some(beat) = due
+            && let Err(error) = send_beat(&mut write, beat).await
+        {
+            return ended("heartbeat", &error);
+        }
+        let timeout = lock(heartbeat).poll_timeout() - engine_clock();
+        tokio::select! {
+            read = read.read_buf(&mut input) => match read {
+                Ok(0) => return ended("heartbeat", &"closed by the peer"),
+                Err(error) => return ended("heartbeat", &error),
+                Ok(_) => {
+                    while let Some((bytes, _)) = input.split_first_chunk::<BEAT_BYTES>() {
+                        let answer = lock(heartbeat).handle_beat(engine_clock(), Beat::decode(bytes));
+                        bytes::Buf::advance(&mut input, BEAT_BYTES);
+                        if let Some(beat) = answer && let Err(error) = send_beat(&mut write, beat).await {
+                            return ended("heartbeat", &error);
+                        }
+                    }
+                }
+            },
+            () = tokio::time::sleep(timeout.max(Duration::from_millis(1))) => {}
+        }
+    }
+}
+
+async fn send_beat(write: &mut WriteHalf<Link>, beat: Beat) -> io::Result<()> {
+    let mut bytes = BytesMut::with_capacity(BEAT_BYTES);
+    beat.encode(&mut bytes);
+    write.write_all(&bytes).await
+}

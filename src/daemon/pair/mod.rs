@@ -1,0 +1,68 @@
+//! The two sides of a protected guest, joined: machine, guest, disk and packets of one host.
+//!
+//! ```text
+//!             PrimarySide                                          SecondarySide
+//!  colo::Primary  Domain  Mirror  Proxy      ◀── links ──▶    colo::Secondary  Domain  RamCache  Replica  Rewriter
+//! ```
+//!
+//! A side is synchronous: `handle_*(now, input)` in, `poll_effect()` out, like the machines it joins. It *does*
+//! touch the guest and the disk, which block, but no socket, no thread and no clock; so the simulator in
+//! `tests/sim` runs exactly this code, and the [engine](super::engine) adds only threads and wires.
+
+pub mod primary;
+pub mod secondary;
+
+#[cfg(test)]
+mod tests;
+
+use crate::clock::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Reads the monotonic clock, for measuring what a call took.
+pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
+
+/// Locks what a thread that panicked may have held: every holder leaves plain data valid at every step.
+pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Samples kept for percentiles.
+const SAMPLES_MAX: usize = 1 << 16;
+
+/// Durations of which the latest are kept.
+#[derive(Clone, Debug, Default)]
+pub struct Samples {
+    micros: Vec<u32>,
+    next: usize,
+    max_micros: u32,
+}
+
+impl Samples {
+    /// Adds one.
+    pub fn add(&mut self, duration: Duration) {
+        let micros = u32::try_from(duration.as_micros()).unwrap_or(u32::MAX);
+        self.max_micros = self.max_micros.max(micros);
+        if self.micros.len() < SAMPLES_MAX {
+            self.micros.push(micros);
+        } else {
+            self.micros[self.next] = micros;
+            self.next = (self.next + 1) % SAMPLES_MAX;
+        }
+    }
+
+    /// The `percent`-th percentile in µs, or `None` without samples.
+    #[must_use]
+    pub fn percentile_us(&self, percent: u32) -> Option<u32> {
+        let mut sorted = self.micros.clone();
+        sorted.sort_unstable();
+        let rank = (sorted.len() * percent as usize).div_ceil(100);
+        sorted.get(rank.saturating_sub(1)).copied()
+    }
+
+    /// The largest ever added, in µs.
+    #[must_use]
+    pub fn max_us(&self) -> Option<u32> {
+        (!self.micros.is_empty()).then_some(self.max_micros)
+    }
+}

@@ -1,0 +1,528 @@
+//! The primary's side: the guest the world sees, its mirror, and the proxy before its output.
+//!
+//! ```text
+//!  network ──▶ handle_network_frame ──▶ guest ──▶ handle_guest_frame(epoch) ──▶ Proxy ──▶ ToNetwork
+//!                     └─ (COLO) ToSecondary(epoch)                                ▲
+//!                                        handle_secondary_frame(epoch) ───────────┘
+//!  guest's disk writes ──▶ Mirror ──▶ DiskWrite ──▶ handle_disk_acked
+//! ```
+//!
+//! The epoch is one number in three places: the machine counts captures, the guest's frames are tagged with it
+//! where they are emitted, the mirror's writes where they are made. All three change inside the capture, while
+//! the guest stands still; that is the only moment at which they can change together.
+
+use super::{Clock, Samples};
+use crate::bitmap::Bitmap;
+use crate::clock::Instant;
+use crate::colo::arbiter::{Answer, Ask};
+use crate::colo::hello::Mode;
+use crate::colo::message::Message;
+use crate::colo::primary::{Action, Config, Primary, State};
+use crate::colo::stream::{RECORD_EMBEDDED_DEVICES, device_record};
+use crate::colo::{Cause, Exit, Loss};
+use crate::compare::{self, Output, Proxy};
+use crate::disk::DiskError;
+use crate::hypervisor::{Domain, DomainError};
+use crate::page::{BATCH_PAGES, PageBatch, Pfn};
+use crate::replica::mirror::MirrorHandle;
+use bytes::Bytes;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Dirty pages that the first copy leaves to the capture at most, if it gets that low.
+const CONVERGED_PAGES: u64 = 512;
+/// Rounds over dirty memory after which the first copy is captured whatever is left.
+const COPY_ROUNDS_MAX: u32 = 8;
+/// How long Remus lets output wait before it asks for a checkpoint.
+pub const OUTPUT_DELAY_DEFAULT: Duration = Duration::from_millis(5);
+
+/// What the driver has to send or do.
+#[derive(Debug)]
+pub enum Effect {
+    /// A message on the stream.
+    Message(Message),
+    /// Pages on the stream. Give the buffer back with [`PrimarySide::recycle`].
+    Pages(PageBatch),
+    /// The end of the pages, and the device state, on the stream.
+    Devices(Vec<u8>),
+    /// A frame to the network.
+    ToNetwork(Bytes),
+    /// A client's frame to the secondary.
+    ToSecondary {
+        /// The epoch in which the guest got it.
+        epoch: u64,
+        /// The frame.
+        frame: Bytes,
+    },
+    /// A disk write to the secondary; answer with [`PrimarySide::handle_disk_acked`].
+    DiskWrite {
+        /// Names the write in the answer.
+        seq: u64,
+        /// Where.
+        offset: u64,
+        /// What.
+        data: Bytes,
+    },
+    /// An arbitration; answer with [`PrimarySide::handle_answer`].
+    Ask(Ask),
+    /// Replication ended: close every link.
+    Ended {
+        /// How.
+        exit: Exit,
+        /// The generation in which the guest runs on, if it does.
+        generation: u64,
+    },
+}
+
+/// Counters of the primary's side.
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    /// Checkpoints the secondary owns, by cause.
+    pub checkpoints: BTreeMap<Cause, u64>,
+    /// How long the guest stood still for each.
+    pub pause: Samples,
+    /// Pages captured.
+    pub pages: u64,
+    /// Pages of the first copy that are sent, and how many there are.
+    pub copied_pages: (u64, u64),
+    /// Client frames that could not be copied to the secondary.
+    pub mirror_overflows: u64,
+    /// When the secondary last came to own a state, by the side's clock.
+    pub last_owned_at: Option<Instant>,
+}
+
+struct FirstCopy {
+    todo: Bitmap,
+    next: u64,
+    rounds: u32,
+    disk_done: bool,
+}
+
+/// The primary's side of a protected guest.
+pub struct PrimarySide {
+    machine: Primary,
+    mode: Mode,
+    domain: Box<dyn Domain>,
+    mirror: MirrorHandle,
+    proxy: Proxy,
+    epoch: Arc<AtomicU64>,
+    clock: Clock,
+    copy: Option<FirstCopy>,
+    dirty: Bitmap,
+    capture: PageBatch,
+    devices: Vec<u8>,
+    suspended_at: Option<Instant>,
+    output_delay: Duration,
+    output_due: Option<Instant>,
+    generation: u64,
+    error: Option<String>,
+    effects: VecDeque<Effect>,
+    stats: Stats,
+}
+
+impl PrimarySide {
+    /// Begins to protect a running guest. `epoch` is what the guest's frames are tagged with at emission; it must
+    /// be 0. A blank target gets no zero pages of disk.
+    pub fn new(
+        now: Instant,
+        config: Config,
+        mut domain: Box<dyn Domain>,
+        mirror: MirrorHandle,
+        epoch: Arc<AtomicU64>,
+        clock: Clock,
+        target_is_blank: bool,
+    ) -> Result<Self, (Box<dyn Domain>, DomainError)> {
+        if let Err(error) = domain.logdirty(true) {
+            return Err((domain, error));
+        }
+        epoch.store(0, Ordering::SeqCst);
+        let nr_pages = domain.nr_pages();
+        let mut todo = Bitmap::new(nr_pages);
+        todo.set_all();
+        mirror.lock().attach(target_is_blank);
+        Ok(Self {
+            mode: config.mode,
+            generation: config.claim.expected,
+            machine: Primary::new(now, config),
+            domain,
+            mirror,
+            proxy: Proxy::open(),
+            epoch,
+            clock,
+            copy: Some(FirstCopy { todo, next: 0, rounds: 0, disk_done: false }),
+            dirty: Bitmap::new(nr_pages),
+            capture: PageBatch::default(),
+            devices: Vec::new(),
+            suspended_at: None,
+            output_delay: OUTPUT_DELAY_DEFAULT,
+            output_due: None,
+            error: None,
+            effects: VecDeque::new(),
+            stats: Stats { copied_pages: (0, nr_pages), ..Stats::default() },
+        })
+    }
+
+    /// The machine, for looking.
+    #[must_use]
+    pub fn machine(&self) -> &Primary {
+        &self.machine
+    }
+
+    /// Counters.
+    #[must_use]
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Counters of the proxy.
+    #[must_use]
+    pub fn packets(&self) -> compare::Stats {
+        self.proxy.stats()
+    }
+
+    /// The guest.
+    pub fn domain(&mut self) -> &mut dyn Domain {
+        &mut *self.domain
+    }
+
+    /// Gives the guest up, for whoever runs it next.
+    #[must_use]
+    pub fn into_domain(self) -> Box<dyn Domain> {
+        self.domain
+    }
+
+    /// Whether the guest runs here, alone, and a new pair may be made for it.
+    #[must_use]
+    pub fn can_be_protected(&self) -> bool {
+        matches!(self.machine.state(), State::Exited(Exit::Alone | Exit::Unprotected))
+    }
+
+    /// The generation the guest runs in.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// What went wrong on this host, if something did.
+    #[must_use]
+    pub fn error(&self) -> Option<&str> {
+        self.error.as_deref()
+    }
+
+    /// Whether the proxy takes more of the guest's frames. While not, leave them in the guest's queue.
+    #[must_use]
+    pub fn ready_for_guest_frames(&self) -> bool {
+        self.proxy.ready()
+    }
+
+    /// The next thing to send or do.
+    pub fn poll_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// When to call [`Self::handle_timeout`].
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        [self.machine.poll_timeout(), self.proxy.poll_timeout(), self.output_due].into_iter().flatten().min()
+    }
+
+    /// Time has passed.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.proxy.handle_timeout(now);
+        if self.output_due.is_some_and(|due| due <= now) {
+            self.output_due = None;
+            self.machine.request_checkpoint(now, Cause::OutputWaits);
+        }
+        self.machine.handle_timeout(now);
+        self.pump(now);
+    }
+
+    /// The guest emitted a frame in `epoch`.
+    pub fn handle_guest_frame(&mut self, now: Instant, epoch: u64, frame: Bytes) {
+        if self.machine.state() == State::Exited(Exit::Stopped) {
+            return;
+        }
+        if self.mode == Mode::Remus && self.machine.is_replicating() && epoch == self.machine.epoch() {
+            self.output_due.get_or_insert(now + self.output_delay);
+        }
+        self.proxy.handle_primary(now, epoch, frame);
+        self.pump(now);
+    }
+
+    /// A frame for the guest came from the network.
+    pub fn handle_network_frame(&mut self, now: Instant, frame: Bytes) {
+        let taken = self.domain.receive_frame(&frame);
+        if taken && self.mode == Mode::Colo && self.machine.is_replicating() {
+            self.effects.push_back(Effect::ToSecondary { epoch: self.machine.epoch(), frame });
+        }
+        self.pump(now);
+    }
+
+    /// The secondary's guest emitted a frame in `epoch`.
+    pub fn handle_secondary_frame(&mut self, now: Instant, epoch: u64, frame: Bytes) {
+        self.proxy.handle_secondary(now, epoch, frame);
+        self.pump(now);
+    }
+
+    /// A client's frame could not be copied to the secondary: only a checkpoint brings its guest level again.
+    pub fn handle_mirror_overflow(&mut self, now: Instant) {
+        self.stats.mirror_overflows += 1;
+        self.request_checkpoint(now, Cause::MirrorOverflow);
+    }
+
+    /// A message from the secondary.
+    pub fn handle_message(&mut self, now: Instant, message: Message) {
+        self.machine.handle_message(now, message);
+        self.pump(now);
+    }
+
+    /// The secondary's answer to a disk write.
+    pub fn handle_disk_acked(&mut self, now: Instant, seq: u64, result: Result<(), String>) {
+        let failed = result.as_ref().err().cloned();
+        self.mirror.lock().handle_acked(seq, result);
+        if let Some(why) = failed {
+            self.machine.handle_loss(now, Loss::Local(format!("disk write to the secondary: {why}")));
+        }
+        self.machine.handle_progress(now);
+        self.pump(now);
+    }
+
+    /// Bytes are moving on the stream.
+    pub fn handle_progress(&mut self, now: Instant) {
+        self.machine.handle_progress(now);
+    }
+
+    /// The peer is lost, or a failover is wanted.
+    pub fn handle_loss(&mut self, now: Instant, loss: Loss) {
+        self.machine.handle_loss(now, loss);
+        self.pump(now);
+    }
+
+    /// The answer to an [`Effect::Ask`].
+    pub fn handle_answer(&mut self, now: Instant, answer: Answer) {
+        self.machine.handle_answer(now, answer);
+        self.pump(now);
+    }
+
+    /// The operator orders a held guest to go on here. False when it is not held.
+    pub fn operator_decides(&mut self, now: Instant) -> bool {
+        let decided = self.machine.operator_decides();
+        self.pump(now);
+        decided
+    }
+
+    /// Somebody wants a checkpoint.
+    pub fn request_checkpoint(&mut self, now: Instant, cause: Cause) {
+        self.machine.request_checkpoint(now, cause);
+        self.pump(now);
+    }
+
+    /// Gives a page buffer back, so that the next capture does not fault it in again.
+    pub fn recycle(&mut self, mut batch: PageBatch) {
+        if batch.bytes.capacity() > self.capture.bytes.capacity() && self.capture.is_empty() {
+            batch.clear();
+            self.capture = batch;
+        }
+    }
+
+    /// Whether [`Self::copy_some`] has work: the first copy is not finished.
+    #[must_use]
+    pub fn wants_copy(&self) -> bool {
+        self.copy.is_some() && self.machine.state() == State::Copying
+    }
+
+    /// Does one slice of the first copy: a chunk of disk, then a batch of pages. Call it as long as the links take
+    /// more. The guest runs meanwhile; pages it writes are sent again.
+    pub fn copy_some(&mut self, now: Instant) {
+        if !self.wants_copy() {
+            return;
+        }
+        if let Err(error) = self.copy_slice(now) {
+            self.machine.handle_loss(now, Loss::Local(error));
+        }
+        self.pump(now);
+    }
+
+    fn copy_slice(&mut self, now: Instant) -> Result<(), String> {
+        let Some(copy) = self.copy.as_mut() else { return Ok(()) };
+        if !copy.disk_done {
+            copy.disk_done = !self.mirror.lock().next_sync_chunk().map_err(|e| e.to_string())?;
+        }
+        let nr_pages = self.domain.nr_pages();
+        let pfns: Vec<Pfn> = (copy.next..nr_pages).map(Pfn).filter(|pfn| copy.todo.get(*pfn)).take(BATCH_PAGES).collect();
+        if let Some(last) = pfns.last() {
+            copy.next = last.0 + 1;
+            let mut bytes = Vec::with_capacity(pfns.len() * crate::page::PAGE_SIZE);
+            self.domain.read_pages(&pfns, &mut bytes).map_err(|e| e.to_string())?;
+            self.stats.copied_pages.0 = (self.stats.copied_pages.0 + pfns.len() as u64).min(nr_pages);
+            self.effects.push_back(Effect::Pages(PageBatch { pfns, bytes }));
+            return Ok(());
+        }
+        if !copy.disk_done {
+            return Ok(());
+        }
+        // A round is over: what became dirty meanwhile is the next one, until it is little.
+        copy.todo.clear_all();
+        self.domain.take_dirty(&mut copy.todo).map_err(|e| e.to_string())?;
+        (copy.next, copy.rounds) = (0, copy.rounds + 1);
+        if copy.todo.count() <= CONVERGED_PAGES || copy.rounds >= COPY_ROUNDS_MAX {
+            self.dirty.union(&copy.todo);
+            self.copy = None;
+            self.proxy = match self.mode {
+                Mode::Colo => Proxy::colo(compare::Config::default()),
+                Mode::Remus => Proxy::remus(compare::Config::default()),
+            };
+            // What the guest said before its first epoch was captured is explained by the state it is captured in.
+            self.proxy.checkpoint(now, 0);
+            self.machine.handle_copied(now);
+        }
+        Ok(())
+    }
+
+    /// Carries out everything the parts want, until none wants anything.
+    fn pump(&mut self, now: Instant) {
+        loop {
+            let mut idle = true;
+            while let Some(action) = self.machine.poll_action() {
+                idle = false;
+                if let Err(error) = self.act(now, action) {
+                    tracing::error!(%error, "this host cannot replicate the guest");
+                    self.error.get_or_insert(error.clone());
+                    self.machine.handle_loss(now, Loss::Local(error));
+                }
+            }
+            while let Some(output) = self.proxy.poll_output() {
+                idle = false;
+                match output {
+                    Output::Release(frame) => self.effects.push_back(Effect::ToNetwork(frame)),
+                    Output::Diverged { cause, .. } => self.machine.request_checkpoint(now, cause_of(cause)),
+                }
+            }
+            let mut mirror = self.mirror.lock();
+            while let Some(forward) = mirror.poll_forward() {
+                idle = false;
+                let (seq, offset, data) = (forward.seq, forward.offset, forward.data);
+                self.effects.push_back(Effect::DiskWrite { seq, offset, data });
+            }
+            if mirror.pressure() {
+                self.machine.request_checkpoint(now, Cause::DiskBound);
+            }
+            if self.machine.state() == State::Sending && mirror.drained(self.machine.epoch() - 1) {
+                self.machine.handle_disk_drained(now);
+            }
+            drop(mirror);
+            if idle {
+                return;
+            }
+        }
+    }
+
+    fn act(&mut self, now: Instant, action: Action) -> Result<(), String> {
+        match action {
+            Action::Send(message) => self.effects.push_back(Effect::Message(message)),
+            Action::Capture { resume } => {
+                self.capture(resume).map_err(|e| format!("capture: {e}"))?;
+                self.machine.handle_captured(now);
+            }
+            Action::SendPages => {
+                let pages = std::mem::take(&mut self.capture);
+                self.effects.push_back(Effect::Pages(pages));
+            }
+            Action::SendDevices => self.effects.push_back(Effect::Devices(std::mem::take(&mut self.devices))),
+            Action::Release { epoch } => {
+                *self.stats.checkpoints.entry(self.machine.cause()).or_default() += 1;
+                self.stats.last_owned_at = Some(now);
+                self.proxy.checkpoint(now, epoch);
+            }
+            Action::AllowDisk { epoch } => self.mirror.lock().allow(epoch),
+            Action::ResumeGuest => self.resume().map_err(|e| e.to_string())?,
+            Action::PauseGuest => self.domain.suspend().map_err(|e| e.to_string())?,
+            Action::Ask(ask) => self.effects.push_back(Effect::Ask(ask)),
+            Action::GoOn { generation } => self.go_on(generation),
+            Action::StopGuest => {
+                let _ = self.domain.suspend();
+                self.proxy = Proxy::open();
+                self.mirror.lock().detach();
+                self.end(Exit::Stopped);
+            }
+        }
+        Ok(())
+    }
+
+    /// The pause: nothing of the wire and nothing that allocates is in it.
+    fn capture(&mut self, resume: bool) -> Result<(), DomainError> {
+        let begun = (self.clock)();
+        self.domain.suspend()?;
+        let epoch = self.machine.epoch();
+        self.epoch.store(epoch, Ordering::SeqCst);
+        let marked = self.mirror.lock().mark();
+        assert_eq!(marked, epoch, "packets and disk are marked together");
+        self.domain.take_dirty(&mut self.dirty)?;
+        self.capture.clear();
+        self.capture.pfns.extend(self.dirty.iter());
+        self.domain.read_pages(&self.capture.pfns, &mut self.capture.bytes)?;
+        let devices = self.domain.save_devices()?;
+        self.suspended_at = Some(begun);
+        if resume {
+            self.resume()?;
+        }
+        self.dirty.clear_all();
+        self.output_due = None;
+        self.stats.pages += self.capture.len() as u64;
+        self.devices = device_record(RECORD_EMBEDDED_DEVICES, &devices);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), DomainError> {
+        self.domain.resume()?;
+        if let Some(begun) = self.suspended_at.take() {
+            self.stats.pause.add((self.clock)() - begun);
+        }
+        Ok(())
+    }
+
+    fn go_on(&mut self, generation: u64) {
+        let exit = match self.machine.state() {
+            State::Exited(exit) => exit,
+            state => unreachable!("the guest goes on from {state:?}"),
+        };
+        self.generation = generation;
+        self.proxy.release_all();
+        self.mirror.lock().detach();
+        self.copy = None;
+        let went_on = (|| {
+            self.domain.logdirty(false)?;
+            if exit == Exit::Alone {
+                self.domain.set_generation(generation)?;
+            }
+            self.resume()
+        })();
+        if let Err(error) = went_on {
+            self.error.get_or_insert(error.to_string());
+        }
+        self.end(exit);
+    }
+
+    fn end(&mut self, exit: Exit) {
+        self.output_due = None;
+        self.effects.push_back(Effect::Ended { exit, generation: self.generation });
+    }
+}
+
+fn cause_of(cause: compare::Cause) -> Cause {
+    match cause {
+        compare::Cause::PayloadDiffers => Cause::PayloadDiffers,
+        compare::Cause::Aged => Cause::Aged,
+        compare::Cause::OneSided => Cause::OneSided,
+        compare::Cause::Reused => Cause::Reused,
+        compare::Cause::BoundReached => Cause::PacketBound,
+        compare::Cause::Unparsable(_) => Cause::Unparsable,
+    }
+}
+
+/// Turns the answer of an NBD write into what the mirror takes.
+pub fn disk_result(result: Result<(), DiskError>) -> Result<(), String> {
+    result.map_err(|error| error.to_string())
+}

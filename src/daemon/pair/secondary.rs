@@ -1,0 +1,507 @@
+//! The secondary's side: the guest that stands ready, what is staged for it, and the replica under it.
+//!
+//! ```text
+//!  stream ──▶ handle_item ──▶ staged ── whole: seal ── owned ──▶ work(): cache ──▶ guest
+//!  packet link ──▶ handle_mirrored_frame(epoch) ──▶ Rewriter ──▶ guest ──▶ Rewriter ──▶ ToPrimary(epoch)
+//!  after a takeover: network ◀──▶ Rewriter ◀──▶ guest
+//! ```
+//!
+//! Nothing of a checkpoint touches guest, cache or disk before it is whole; then it is applied in slices, so that
+//! a lost peer is heard while a large one loads. Client frames carry the epoch in which the *primary's* guest got
+//! them: those of an epoch that ended are in the loaded state already, those of the next wait until it is loaded.
+
+use super::{Clock, lock};
+use crate::bitmap::Bitmap;
+use crate::clock::Instant;
+use crate::colo::arbiter::{Answer, Ask};
+use crate::colo::hello::Mode;
+use crate::colo::message::Message;
+use crate::colo::secondary::{Action, Config, Secondary, State};
+use crate::colo::stream::{Item, RECORD_EMBEDDED_DEVICES, find_device_record};
+use crate::colo::{Exit, Loss};
+use crate::compare::Rewriter;
+use crate::hypervisor::cache::RamCache;
+use crate::hypervisor::{Domain, DomainError};
+use crate::mutant::{self, Mutant};
+use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn};
+use crate::replica::epochs::Replica;
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Bytes of client frames kept for an epoch that is not loaded yet. Beyond it they are dropped: the guests then
+/// disagree, and a checkpoint follows.
+const INBOUND_MAX_BYTES: usize = 16 << 20;
+/// Bytes of sealed epochs written to the base disk in one slice of [`SecondarySide::work`].
+const DISK_APPLY_SLICE_BYTES: usize = 1 << 20;
+
+/// What the driver has to send or do.
+#[derive(Debug)]
+pub enum Effect {
+    /// A message on the stream.
+    Message(Message),
+    /// A frame of this guest to the primary's comparator.
+    ToPrimary {
+        /// The epoch in which the guest emitted it.
+        epoch: u64,
+        /// The frame.
+        frame: Bytes,
+    },
+    /// A frame to the network: only after a takeover.
+    ToNetwork(Bytes),
+    /// An arbitration; answer with [`SecondarySide::handle_answer`].
+    Ask(Ask),
+    /// Replication ended: close every link.
+    Ended {
+        /// How.
+        exit: Exit,
+        /// The generation in which the guest runs, if it does.
+        generation: u64,
+    },
+}
+
+/// Counters of the secondary's side.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats {
+    /// States owned.
+    pub checkpoints: u64,
+    /// Pages received.
+    pub pages: u64,
+    /// Client frames dropped at the bound.
+    pub inbound_dropped: u64,
+    /// Time spent loading the last state.
+    pub last_load: Duration,
+}
+
+/// A checkpoint that is not whole.
+#[derive(Default)]
+struct Staged {
+    batches: Vec<PageBatch>,
+    zero: Vec<Pfn>,
+    pages: u64,
+    devices: Vec<u8>,
+}
+
+/// A load under way: the pages still to be put into the guest.
+struct Load {
+    begun: Instant,
+    pages: Vec<Pfn>,
+    done: usize,
+    devices: Vec<u8>,
+}
+
+/// The secondary's side of a protected guest.
+pub struct SecondarySide {
+    machine: Secondary,
+    mode: Mode,
+    domain: Box<dyn Domain>,
+    replica: Arc<Mutex<Replica>>,
+    rewriter: Rewriter,
+    epoch: Arc<AtomicU64>,
+    clock: Clock,
+    mac: [u8; 6],
+    cache: RamCache,
+    changed: Bitmap,
+    staged: Staged,
+    load: Option<Load>,
+    inbound: VecDeque<(u64, Bytes)>,
+    inbound_bytes: usize,
+    running: bool,
+    generation: u64,
+    error: Option<String>,
+    effects: VecDeque<Effect>,
+    stats: Stats,
+}
+
+impl SecondarySide {
+    /// A side that waits for the first state of a guest. `domain` is blank and suspended; `epoch` is what its
+    /// frames are tagged with at emission.
+    pub fn new(
+        now: Instant,
+        config: Config,
+        mut domain: Box<dyn Domain>,
+        replica: Arc<Mutex<Replica>>,
+        epoch: Arc<AtomicU64>,
+        mac: [u8; 6],
+        clock: Clock,
+    ) -> Result<Self, DomainError> {
+        let cache = RamCache::new(domain.nr_pages())?;
+        domain.logdirty(true)?;
+        lock(&replica).start_sync(config.claim.expected);
+        Ok(Self {
+            mode: config.mode,
+            generation: config.claim.expected,
+            machine: Secondary::new(now, config),
+            changed: Bitmap::new(domain.nr_pages()),
+            domain,
+            replica,
+            rewriter: Rewriter::new(),
+            epoch,
+            clock,
+            mac,
+            cache,
+            staged: Staged::default(),
+            load: None,
+            inbound: VecDeque::new(),
+            inbound_bytes: 0,
+            running: false,
+            error: None,
+            effects: VecDeque::new(),
+            stats: Stats::default(),
+        })
+    }
+
+    /// The machine, for looking.
+    #[must_use]
+    pub fn machine(&self) -> &Secondary {
+        &self.machine
+    }
+
+    /// Counters.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    /// The replica.
+    #[must_use]
+    pub fn replica(&self) -> &Arc<Mutex<Replica>> {
+        &self.replica
+    }
+
+    /// The guest.
+    pub fn domain(&mut self) -> &mut dyn Domain {
+        &mut *self.domain
+    }
+
+    /// The generation in force.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// What went wrong on this host, if something did.
+    #[must_use]
+    pub fn error(&self) -> Option<&str> {
+        self.error.as_deref()
+    }
+
+    /// Whether this side carries the guest now.
+    #[must_use]
+    pub fn took_over(&self) -> bool {
+        self.machine.state() == State::Exited(Exit::Alone)
+    }
+
+    /// The next thing to send or do.
+    pub fn poll_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// When to call [`Self::handle_timeout`].
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.machine.poll_timeout()
+    }
+
+    /// Time has passed.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.machine.handle_timeout(now);
+        self.pump(now);
+    }
+
+    /// Something of the stream arrived.
+    pub fn handle_item(&mut self, now: Instant, item: Item) {
+        match (self.machine.state(), item) {
+            (_, Item::Message(message)) => self.machine.handle_message(now, message),
+            (State::Joining, Item::Pages(batch)) => {
+                // Nothing could be lost yet, so the first copy goes straight into the cache.
+                self.stats.pages += batch.len() as u64;
+                self.cache_pages(&batch);
+            }
+            (State::Joining, Item::ZeroPages(pfns)) => self.cache_zeroes(&pfns),
+            (State::Receiving, Item::Pages(batch)) => {
+                self.stats.pages += batch.len() as u64;
+                if mutant::active(Mutant::ApplyBeforeWhole) {
+                    let _ = self.domain.write_pages(&batch.pfns, &batch.bytes);
+                }
+                self.stage(now, batch.len());
+                self.staged.batches.push(batch);
+            }
+            (State::Receiving, Item::ZeroPages(pfns)) => {
+                self.stage(now, pfns.len());
+                self.staged.zero.extend(pfns);
+            }
+            (State::Joining | State::Receiving, Item::PagesEnd) => {}
+            (State::Joining | State::Receiving, Item::DeviceState(blob)) => {
+                self.staged.devices = blob;
+                self.machine.handle_whole(now);
+            }
+            (State::Arbitrating | State::Held | State::Exited(_), _) => {}
+            (state, _) => {
+                let violation = format!("part of a checkpoint in state {state:?}");
+                self.machine.handle_loss(now, Loss::Violation(violation));
+            }
+        }
+        self.machine.handle_progress(now);
+        self.pump(now);
+    }
+
+    /// The primary's guest got a frame from a client, in `epoch`.
+    pub fn handle_mirrored_frame(&mut self, now: Instant, epoch: u64, frame: Bytes) {
+        if epoch < self.machine.epoch() || matches!(self.machine.state(), State::Exited(_)) {
+            return;
+        }
+        if self.running && epoch == self.machine.epoch() {
+            self.deliver(now, frame);
+        } else if self.inbound_bytes + frame.len() <= INBOUND_MAX_BYTES {
+            self.inbound_bytes += frame.len();
+            self.inbound.push_back((epoch, frame));
+        } else {
+            self.stats.inbound_dropped += 1;
+        }
+    }
+
+    /// A frame came from the network. Before a takeover it is the primary's to answer.
+    pub fn handle_network_frame(&mut self, now: Instant, frame: Bytes) {
+        if self.took_over() {
+            self.deliver(now, frame);
+        }
+    }
+
+    /// This guest emitted a frame in `epoch`.
+    pub fn handle_guest_frame(&mut self, now: Instant, epoch: u64, frame: Bytes) {
+        let mut frame = frame.to_vec();
+        match self.machine.state() {
+            State::Exited(Exit::Alone) => {
+                self.rewriter.from_guest(now, &mut frame);
+                self.effects.push_back(Effect::ToNetwork(frame.into()));
+            }
+            State::Exited(_) => {}
+            // A frame of an epoch that ended meanwhile describes a state that no longer exists, and its
+            // connection may have lost the offset that would translate it.
+            _ if epoch == self.machine.epoch() || mutant::active(Mutant::NoFence) => {
+                self.rewriter.from_guest(now, &mut frame);
+                self.effects.push_back(Effect::ToPrimary { epoch, frame: frame.into() });
+            }
+            _ => {}
+        }
+        self.rewritten(now);
+    }
+
+    /// The peer is lost, or a failover is wanted.
+    pub fn handle_loss(&mut self, now: Instant, loss: Loss) {
+        self.machine.handle_loss(now, loss);
+        self.pump(now);
+    }
+
+    /// The answer to an [`Effect::Ask`].
+    pub fn handle_answer(&mut self, now: Instant, answer: Answer) {
+        self.machine.handle_answer(now, answer);
+        self.pump(now);
+    }
+
+    /// The operator orders a held guest to go on here. False when it is not held.
+    pub fn operator_decides(&mut self, now: Instant) -> bool {
+        let decided = self.machine.operator_decides();
+        self.pump(now);
+        decided
+    }
+
+    /// Whether [`Self::work`] has something urgent: a checkpoint is being loaded.
+    #[must_use]
+    pub fn is_loading(&self) -> bool {
+        self.load.is_some()
+    }
+
+    /// Does a slice of what is to be done in the background: loading a checkpoint, then applying sealed disk
+    /// epochs. True when there is more.
+    pub fn work(&mut self, now: Instant) -> bool {
+        if self.load.is_some() {
+            if let Some(result) = self.load_slice(now).transpose() {
+                self.load = None;
+                self.machine.handle_applied(now, result.map_err(|e| e.to_string()));
+                self.pump(now);
+            }
+            return true;
+        }
+        match lock(&self.replica).apply_some(DISK_APPLY_SLICE_BYTES) {
+            Ok(more) => more,
+            Err(error) => {
+                if self.error.is_none() {
+                    tracing::error!(%error, "the replica cannot be written");
+                    self.error = Some(error.to_string());
+                }
+                false
+            }
+        }
+    }
+
+    fn stage(&mut self, now: Instant, pages: usize) {
+        self.staged.pages += pages as u64;
+        // Each page belongs into a checkpoint once, which bounds what a peer can make us keep.
+        if self.staged.pages > self.domain.nr_pages() {
+            let violation = "more pages in a checkpoint than the guest has".to_owned();
+            self.machine.handle_loss(now, Loss::Violation(violation));
+        }
+    }
+
+    fn cache_pages(&mut self, batch: &PageBatch) {
+        for (pfn, page) in batch.iter() {
+            self.cache.store(pfn, page);
+            self.changed.set(pfn);
+        }
+    }
+
+    fn cache_zeroes(&mut self, pfns: &[Pfn]) {
+        for pfn in pfns {
+            self.cache.store_zero(*pfn);
+            self.changed.set(*pfn);
+        }
+    }
+
+    fn pump(&mut self, now: Instant) {
+        while let Some(action) = self.machine.poll_action() {
+            match action {
+                Action::Send(message) => self.effects.push_back(Effect::Message(message)),
+                Action::PauseGuest => {
+                    self.running = false;
+                    if let Err(error) = self.domain.suspend() {
+                        self.error.get_or_insert(error.to_string());
+                    }
+                }
+                Action::RunGuest => self.run(now),
+                Action::Seal => {
+                    let sealed = self.seal();
+                    self.machine.handle_sealed(now, sealed);
+                }
+                Action::Apply => self.begin_load(now),
+                Action::DropStaged => self.staged = Staged::default(),
+                Action::Ask(ask) => self.effects.push_back(Effect::Ask(ask)),
+                Action::TakeOver { generation } => self.take_over(now, generation),
+                Action::StopGuest => {
+                    self.running = false;
+                    let _ = self.domain.suspend();
+                    self.load = None;
+                    lock(&self.replica).stop();
+                    self.end();
+                }
+            }
+        }
+    }
+
+    /// Checks that the staged state can be found whole, and makes the disk's pending epoch the checkpoint.
+    fn seal(&mut self) -> Result<(), String> {
+        find_device_record(&self.staged.devices, RECORD_EMBEDDED_DEVICES).map_err(|e| e.to_string())?;
+        lock(&self.replica).seal().map_err(|e| e.to_string())
+    }
+
+    fn begin_load(&mut self, now: Instant) {
+        let staged = std::mem::take(&mut self.staged);
+        for batch in &staged.batches {
+            self.cache_pages(batch);
+        }
+        self.cache_zeroes(&staged.zero);
+        self.stats.checkpoints += 1;
+        // The guest may have written pages that the primary did not: they go back to the checkpoint as well.
+        let taken = self.domain.take_dirty(&mut self.changed);
+        if let Err(error) = taken {
+            self.machine.handle_applied(now, Err(error.to_string()));
+            return;
+        }
+        let pages = self.changed.iter().collect();
+        self.changed.clear_all();
+        self.load = Some(Load { begun: (self.clock)(), pages, done: 0, devices: staged.devices });
+    }
+
+    /// Puts one batch into the guest; `Some` when the load is finished.
+    fn load_slice(&mut self, _now: Instant) -> Result<Option<()>, DomainError> {
+        let Some(load) = self.load.as_mut() else { return Ok(None) };
+        let end = load.pages.len().min(load.done + BATCH_PAGES);
+        let pfns = &load.pages[load.done..end];
+        if !pfns.is_empty() {
+            let mut bytes = Vec::with_capacity(pfns.len() * PAGE_SIZE);
+            for pfn in pfns {
+                bytes.extend_from_slice(self.cache.page(*pfn));
+            }
+            self.domain.write_pages(pfns, &bytes)?;
+            load.done = end;
+            return Ok(None);
+        }
+        // What these writes dirtied is the checkpoint itself.
+        self.domain.take_dirty(&mut self.changed)?;
+        self.changed.clear_all();
+        let blob = find_device_record(&load.devices, RECORD_EMBEDDED_DEVICES)
+            .map_err(|e| DomainError::BadDeviceState(e.to_string()))?;
+        self.domain.load_devices(blob)?;
+        self.rewriter.checkpoint();
+        self.epoch.store(self.machine.epoch(), Ordering::SeqCst);
+        self.stats.last_load = (self.clock)() - load.begun;
+        self.inbound.retain(|(epoch, _)| *epoch >= self.machine.epoch());
+        self.inbound_bytes = self.inbound.iter().map(|(_, frame)| frame.len()).sum();
+        Ok(Some(()))
+    }
+
+    fn run(&mut self, now: Instant) {
+        self.running = true;
+        let current = self.machine.epoch();
+        let due: Vec<_> = self.inbound.extract_if(.., |(epoch, _)| *epoch == current).collect();
+        for (_, frame) in due {
+            self.inbound_bytes -= frame.len();
+            self.deliver(now, frame);
+        }
+        if let Err(error) = self.domain.resume() {
+            self.error.get_or_insert(error.to_string());
+        }
+    }
+
+    fn deliver(&mut self, now: Instant, frame: Bytes) {
+        let mut frame = frame.to_vec();
+        self.rewriter.from_network(now, &mut frame);
+        self.domain.receive_frame(&frame);
+        self.rewritten(now);
+    }
+
+    /// Frames that waited in the rewriter for their connection's offset.
+    fn rewritten(&mut self, _now: Instant) {
+        while let Some(frame) = self.rewriter.poll_output() {
+            self.domain.receive_frame(&frame);
+        }
+    }
+
+    fn take_over(&mut self, now: Instant, generation: u64) {
+        self.generation = generation;
+        self.staged = Staged::default();
+        lock(&self.replica).takeover(generation);
+        self.rewriter.takeover();
+        let announced = self.domain.logdirty(false).and_then(|()| self.domain.set_generation(generation));
+        if let Err(error) = announced {
+            self.error.get_or_insert(error.to_string());
+        }
+        self.effects.push_back(Effect::ToNetwork(announcement(self.mac).into()));
+        self.run(now);
+        self.inbound.clear();
+        self.inbound_bytes = 0;
+        self.end();
+    }
+
+    fn end(&mut self) {
+        let State::Exited(exit) = self.machine.state() else { return };
+        self.effects.push_back(Effect::Ended { exit, generation: self.generation });
+    }
+}
+
+/// A RARP "my address is" broadcast, which makes switches send the guest's frames here. It names only the MAC, as
+/// QEMU's self-announce does (qemu `net/announce.c`); the guest itself follows with a gratuitous ARP.
+fn announcement(mac: [u8; 6]) -> Vec<u8> {
+    let mut frame = vec![0xff; 6];
+    frame.extend(mac);
+    frame.extend([0x80, 0x35, 0, 1, 0x08, 0x00, 6, 4, 0, 3]);
+    frame.extend(mac);
+    frame.extend([0; 4]);
+    frame.extend(mac);
+    frame.extend([0; 4]);
+    frame.resize(60, 0);
+    frame
+}

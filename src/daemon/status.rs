@@ -1,0 +1,195 @@
+//! What a host says about itself.
+//!
+//! One structure, for people and for programs. The rule for every field: a value that was not measured is absent,
+//! never zero; and `protection` says `protected` only while the secondary owns a state it could go on from.
+
+use crate::colo::failover::{ExitReason, FailoverStatus};
+use crate::colo::hello::Mode;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// How safe the guest is, as seen from this host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Protection {
+    /// This host has no guest.
+    #[default]
+    Empty,
+    /// The guest runs here and nothing stands ready.
+    Unprotected,
+    /// The first copy is under way.
+    Syncing,
+    /// The peer owns a state it could go on from.
+    Protected,
+    /// This host stands ready.
+    StandingBy,
+    /// The peer is lost; the arbiter is being asked.
+    Arbitrating,
+    /// Nobody could decide; the guest is paused here.
+    Held,
+    /// The guest runs here because its other host was lost.
+    TakenOver,
+    /// Another host has the guest; it was stopped here.
+    Stopped,
+    /// This host's copy is unusable.
+    Failed,
+}
+
+/// Checkpoints that were owned.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Checkpoints {
+    /// All of them.
+    pub total: u64,
+    /// By what caused them.
+    pub by_cause: BTreeMap<String, u64>,
+}
+
+/// How long the guest stood still for a checkpoint, in µs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct PauseUs {
+    /// Median.
+    pub p50: Option<u32>,
+    /// 99th percentile.
+    pub p99: Option<u32>,
+    /// Longest.
+    pub max: Option<u32>,
+}
+
+/// The guest's packets at the proxy.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Packets {
+    /// Released because the secondary produced the same.
+    pub compared: u64,
+    /// Released, for whatever reason.
+    pub released: u64,
+    /// Had to wait.
+    pub held: u64,
+    /// Wait now.
+    pub waiting: u64,
+    /// Secondary packets dropped because their epoch had ended.
+    pub dropped_stale: u64,
+    /// Frames for the network that its queue could not take.
+    pub dropped_network: u64,
+}
+
+/// The disk.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Disk {
+    /// Bytes of the first copy that are at the secondary.
+    pub copied_bytes: u64,
+    /// Bytes the first copy has in all.
+    pub total_bytes: u64,
+    /// Bytes that wait for the wire (primary), or for the base image (secondary).
+    pub waiting_bytes: u64,
+    /// Writes of an old generation that were refused.
+    pub fenced_writes: u64,
+    /// What went wrong.
+    pub errors: Vec<String>,
+}
+
+/// A host's word about its guest.
+#[derive(Clone, PartialEq, Debug, Default, Serialize)]
+pub struct Status {
+    /// The host's name.
+    pub host: String,
+    /// Its process.
+    pub pid: u32,
+    /// The guest's name, if there is one.
+    pub guest: Option<String>,
+    /// How safe it is.
+    pub protection: Protection,
+    /// Why it is not protected, in a sentence.
+    pub why: Option<String>,
+    /// COLO or Remus, once protected.
+    pub mode: Option<Mode>,
+    /// The state of the protocol machine.
+    pub state: String,
+    /// The peer.
+    pub peer: Option<String>,
+    /// The generation in force here.
+    pub generation: u64,
+    /// The epoch of the guest's output.
+    pub epoch: u64,
+    /// QEMU's failover state.
+    pub failover: FailoverStatus,
+    /// QEMU's COLO_EXIT reason.
+    pub exit_reason: ExitReason,
+    /// Age of the state the secondary owns: what a takeover now would go back by, in ms.
+    pub recovery_point_ms: Option<u64>,
+    /// Checkpoints.
+    pub checkpoints: Checkpoints,
+    /// Pauses.
+    pub pause_us: PauseUs,
+    /// Bytes sent to the peer.
+    pub bytes_sent: u64,
+    /// Pages captured or received.
+    pub pages: u64,
+    /// Pages of the first copy that are sent, and how many it has.
+    pub copied_pages: (u64, u64),
+    /// Packets.
+    pub packets: Packets,
+    /// Disk.
+    pub disk: Disk,
+    /// When the peer was lost, in µs of Unix time.
+    pub lost_at_unix_us: Option<u64>,
+    /// When the arbitration was decided, in µs of Unix time.
+    pub decided_at_unix_us: Option<u64>,
+}
+
+impl fmt::Display for Protection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Empty => "no guest",
+            Self::Unprotected => "UNPROTECTED",
+            Self::Syncing => "syncing (not protected yet)",
+            Self::Protected => "protected",
+            Self::StandingBy => "standing by",
+            Self::Arbitrating => "arbitrating",
+            Self::Held => "HELD: paused until the arbiter answers or you decide (xl-colo failover)",
+            Self::TakenOver => "taken over, running alone",
+            Self::Stopped => "stopped: another host has the guest",
+            Self::Failed => "FAILED: this copy is unusable",
+        })
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "host        {} (pid {})", self.host, self.pid)?;
+        let Some(guest) = &self.guest else { return write!(f, "guest       none") };
+        writeln!(f, "guest       {guest}, generation {}, epoch {}", self.generation, self.epoch)?;
+        writeln!(f, "protection  {}", self.protection)?;
+        if let Some(why) = &self.why {
+            writeln!(f, "because     {why}")?;
+        }
+        if let Some(mode) = self.mode {
+            let peer = self.peer.as_deref().unwrap_or("unknown");
+            writeln!(f, "pair        {mode}, peer {peer}, state {}", self.state)?;
+        }
+        if self.protection == Protection::Syncing {
+            let (done, all) = self.copied_pages;
+            let mib = |pages: u64| pages / 256;
+            writeln!(f, "first copy  memory {} of {} MiB, disk {} of {} MiB", mib(done), mib(all),
+                self.disk.copied_bytes >> 20, self.disk.total_bytes >> 20)?;
+        }
+        if let Some(age_ms) = self.recovery_point_ms {
+            writeln!(f, "recovery    the peer could go on from {age_ms} ms ago")?;
+        }
+        if self.checkpoints.total > 0 {
+            let causes: Vec<_> = self.checkpoints.by_cause.iter().map(|(cause, n)| format!("{cause} {n}")).collect();
+            writeln!(f, "checkpoints {} ({})", self.checkpoints.total, causes.join(", "))?;
+        }
+        if let PauseUs { p50: Some(p50), p99: Some(p99), max: Some(max) } = self.pause_us {
+            writeln!(f, "pause       p50 {p50} µs, p99 {p99} µs, max {max} µs")?;
+        }
+        let packets = &self.packets;
+        writeln!(f, "packets     {} compared, {} released, {} held, {} waiting", packets.compared, packets.released,
+            packets.held, packets.waiting)?;
+        write!(f, "sent        {} KiB", self.bytes_sent / 1024)?;
+        for error in &self.disk.errors {
+            write!(f, "\ndisk error  {error}")?;
+        }
+        Ok(())
+    }
+}

@@ -55,8 +55,8 @@ impl EpochBuffer {
     /// The secondary owns the checkpoint that ended `epoch`.
     pub fn checkpoint(&mut self, epoch: u64) {
         self.epoch = self.epoch.max(epoch.saturating_add(1));
-        while let Some((_, frame)) = self.queue.pop_front_if(|(tag, _)| *tag <= epoch) {
-            self.unqueue(frame);
+        while self.queue.front().is_some_and(|(tag, _)| *tag <= epoch) {
+            self.release_oldest();
         }
     }
 
@@ -73,8 +73,8 @@ impl EpochBuffer {
 
     /// Lets everything go, in arrival order: the primary runs alone and owes nobody an explanation.
     pub fn release_all(&mut self) {
-        while let Some((_, frame)) = self.queue.pop_front() {
-            self.unqueue(frame);
+        while !self.queue.is_empty() {
+            self.release_oldest();
         }
     }
 
@@ -84,10 +84,12 @@ impl EpochBuffer {
         self.stats
     }
 
-    fn unqueue(&mut self, frame: Bytes) {
-        self.stats.currently_held -= 1;
-        self.stats.currently_held_bytes -= frame.len() + FRAME_OVERHEAD_BYTES;
-        self.release(frame);
+    fn release_oldest(&mut self) {
+        if let Some((_, frame)) = self.queue.pop_front() {
+            self.stats.currently_held -= 1;
+            self.stats.currently_held_bytes -= frame.len() + FRAME_OVERHEAD_BYTES;
+            self.release(frame);
+        }
     }
 
     fn release(&mut self, frame: Bytes) {

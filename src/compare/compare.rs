@@ -208,7 +208,7 @@ impl Comparator {
     /// Takes a frame that the secondary emitted in `epoch`.
     pub fn handle_secondary(&mut self, now: Instant, epoch: u64, frame: Bytes) {
         self.stats.secondary += 1;
-        let epoch = if mutant::active(Mutant::NoFence) { epoch.max(self.primary_epoch) } else { epoch };
+        let epoch = if mutant::active(Mutant::NoFence) { epoch.max(self.primary_epoch).max(self.epoch) } else { epoch };
         if epoch < self.epoch {
             self.stats.dropped_stale += 1;
         } else if self.stats.currently_secondary_bytes + cost_bytes(&frame) > self.config.max_queue_bytes {

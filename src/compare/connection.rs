@@ -165,7 +165,9 @@ impl Connection {
             return Ok(());
         }
         let verdict = match (&mut self.kind, transport) {
-            (Kind::Tcp(flow), Transport::Tcp(tcp)) => flow.push_secondary(now, tcp, frame).and_then(|()| drain(flow, out)),
+            (Kind::Tcp(flow), Transport::Tcp(tcp)) => {
+                flow.push_secondary(now, tcp, frame).and_then(|()| drain(flow, out))
+            }
             (Kind::Datagrams(flow), Transport::Udp { payload: range, .. } | Transport::Icmp { message: range, .. }) => {
                 collect(flow.push_secondary(now, frame.get(range.clone()).unwrap_or_default()), out)
             }

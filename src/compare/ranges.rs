@@ -18,7 +18,8 @@ impl Ranges {
         }
         let first = self.0.partition_point(|range| range.1 < start);
         let last = self.0.partition_point(|range| range.0 <= end);
-        let joined = self.0[first..last].iter().fold((start, end), |all, range| (all.0.min(range.0), all.1.max(range.1)));
+        let joined =
+            self.0[first..last].iter().fold((start, end), |all, range| (all.0.min(range.0), all.1.max(range.1)));
         self.0.splice(first..last, [joined]);
         if self.0.len() > MAX_RANGES {
             self.0.remove(0);

@@ -73,6 +73,26 @@ impl Flow {
         self.fins == [true; 2] || (self.handshake.is_some() && self.offset == 0)
     }
 
+    /// Whether guest B answers a SYN with anything but a SYN-ACK because it is in the midst of an older life.
+    fn refused(&self, tcp: &Tcp) -> bool {
+        let reborn = self.handshake.is_some_and(|new| new.svm_isn.is_none() && new.client_isn != self.client_isn);
+        reborn && self.fins != [true; 2] && !tcp.has(Tcp::SYN) && !tcp.has(Tcp::RST)
+    }
+
+    /// Lets the held frames go, translated, and tells what they cost.
+    fn free_held(&mut self, outputs: &mut VecDeque<Vec<u8>>) -> usize {
+        let mut freed = 0;
+        for mut held in std::mem::take(&mut self.held) {
+            freed += cost_bytes(&held);
+            if let Some((_, tcp)) = tcp_of(&held) {
+                self.note_end(0, &tcp);
+                translate_inbound(&mut held, &tcp, self.offset);
+            }
+            outputs.push_back(held);
+        }
+        freed
+    }
+
     /// Drops the held frames and tells what they cost.
     fn drop_held(&mut self) -> usize {
         self.held.drain(..).map(|held| cost_bytes(&held)).sum()
@@ -209,14 +229,10 @@ impl Rewriter {
             let client_isn = handshake.client_isn;
             let Some((_, first)) = flow.held.front().and_then(|first| tcp_of(first)) else { return };
             flow.establish(client_isn, tcp.seq, first.ack);
-            for mut held in std::mem::take(&mut flow.held) {
-                self.held_bytes -= cost_bytes(&held);
-                if let Some((_, tcp)) = tcp_of(&held) {
-                    flow.note_end(0, &tcp);
-                    translate_inbound(&mut held, &tcp, flow.offset);
-                }
-                self.outputs.push_back(held);
-            }
+            self.held_bytes -= flow.free_held(&mut self.outputs);
+        } else if flow.refused(&tcp) {
+            flow.handshake = None;
+            self.held_bytes -= flow.free_held(&mut self.outputs);
         }
         if flow.offset != 0 {
             let seq = tcp.seq.wrapping_sub(flow.offset);
@@ -320,7 +336,7 @@ mod tests {
     const SVM: u32 = 4_294_967_000; // wraps inside every test
 
     fn inbound(rewriter: &mut Rewriter, segment: Seg) -> Option<Seg> {
-        let mut frame = segment.from_client().frame();
+        let mut frame = segment.inbound().frame();
         (rewriter.from_network(Instant::ZERO, &mut frame) == Forward::Now).then(|| Seg::read(&frame))
     }
 
@@ -388,8 +404,12 @@ mod tests {
     #[test]
     fn a_forged_syn_does_not_break_a_live_flow() {
         let mut rewriter = established();
-        inbound(&mut rewriter, Seg::syn(CLIENT_ISN + 0x4000_0000)).unwrap();
-        assert_eq!(outbound(&mut rewriter, Seg::data(SVM + 1, b"x")).seq, PVM + 1);
+        inbound(&mut rewriter, Seg::syn(CLIENT_ISN)).unwrap();
+        inbound(&mut rewriter, Seg::syn(CLIENT_ISN - 1)).unwrap();
+        assert!(inbound(&mut rewriter, Seg::data(CLIENT_ISN + 1, b"x").ack(PVM + 1)).is_none(), "whose is it?");
+        let challenge_ack = Seg::data(SVM + 1, b"").ack(CLIENT_ISN + 1);
+        assert_eq!(outbound(&mut rewriter, challenge_ack).seq, PVM + 1);
+        assert_eq!(Seg::read(&rewriter.poll_output().unwrap()).ack, Some(SVM + 1));
         assert_eq!(inbound(&mut rewriter, Seg::data(CLIENT_ISN + 1, b"x").ack(PVM + 2)).unwrap().ack, Some(SVM + 2));
     }
 
@@ -416,7 +436,7 @@ mod tests {
 
         let mut rewriter = established();
         for flood in 0..MAX_FLOWS as u32 + 10 {
-            let mut syn = Seg::syn(flood).port((flood % 60_000) as u16).from_client().frame();
+            let mut syn = Seg::syn(flood).port((flood % 60_000) as u16).inbound().frame();
             syn[29] = (flood / 60_000) as u8 + 20;
             let _ = rewriter.from_network(Instant::ZERO, &mut syn);
         }

@@ -144,6 +144,38 @@ impl Secondary {
     }
 }
 
+impl Segment {
+    /// Moves `checked` as far as the payload is explained. `false`: it never will be.
+    fn check_bytes(&mut self, shown: &Shown, secondary: &mut Secondary) -> bool {
+        while self.checked < self.end {
+            if let Some(end) = shown.bytes.end_of(self.checked) {
+                self.checked = end;
+                continue;
+            }
+            let Some((since, mut theirs)) = secondary.take(self.checked) else { break };
+            let mine = &self.payload[(self.checked - self.start) as usize..];
+            let len = mine.len().min(theirs.len());
+            if mine[..len] != theirs[..len] {
+                return false;
+            }
+            self.checked += len as i64;
+            secondary.store(since, self.checked, theirs.split_off(len));
+        }
+        // The secondary's stream ended: before these bytes, or not where this one ends.
+        secondary.fin.is_none_or(|fin| (self.checked >= self.end || self.end <= fin) && (!self.fin || self.end == fin))
+    }
+
+    /// Whether everything beside the payload is explained too.
+    fn explained(&self, shown: &Shown, secondary: &Secondary) -> bool {
+        let ack = later(shown.ack, secondary.ack);
+        self.checked >= self.end
+            && self.ack.is_none_or(|mine| ack.is_some_and(|ack| !after(mine, ack)))
+            && (!self.syn || shown.isn == Some(self.seq) || secondary.syn)
+            && (!self.fin || shown.fin == Some(self.end) || secondary.fin == Some(self.end))
+            && (!self.rst || secondary.rst)
+    }
+}
+
 /// What the head of the queue may do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Verdict {
@@ -238,50 +270,18 @@ impl TcpFlow {
     pub(super) fn judge(&mut self) -> Verdict {
         let Some(head) = self.held.front_mut() else { return Verdict::Wait };
         // One guest began a new life and the other has not: it cannot speak for this one yet.
-        let secondary = (self.opened == self.secondary.syn).then_some(&mut self.secondary);
-        let shown = &self.shown;
-        if let Some(secondary) = secondary {
-            while head.checked < head.end {
-                if let Some(end) = shown.bytes.end_of(head.checked) {
-                    head.checked = end;
-                    continue;
-                }
-                let Some((since, mut piece)) = secondary.take(head.checked) else { break };
-                let rest = &head.payload[(head.checked - head.start) as usize..];
-                let len = rest.len().min(piece.len());
-                if rest[..len] != piece[..len] {
-                    return Verdict::Differs;
-                }
-                head.checked += len as i64;
-                secondary.store(since, head.checked, piece.split_off(len));
-            }
-            if let Some(fin) = secondary.fin {
-                if head.end > fin && head.checked < head.end || head.fin && head.end != fin {
-                    return Verdict::Differs;
-                }
-            }
-        } else {
-            while let Some(end) = shown.bytes.end_of(head.checked) {
-                head.checked = end;
-            }
+        let mut silent = Secondary::default();
+        let secondary = if self.opened == self.secondary.syn { &mut self.secondary } else { &mut silent };
+        if !head.check_bytes(&self.shown, secondary) {
+            return Verdict::Differs;
         }
-        let secondary = (self.opened == self.secondary.syn).then_some(&self.secondary);
-        let ack = later(shown.ack, secondary.and_then(|secondary| secondary.ack));
-        let explained = head.checked >= head.end
-            && head.ack.is_none_or(|mine| ack.is_some_and(|ack| !after(mine, ack)))
-            && (!head.rst || secondary.is_some_and(|secondary| secondary.rst))
-            && (!head.syn || shown.isn == Some(head.seq) || secondary.is_some_and(|secondary| secondary.syn))
-            && (!head.fin || shown.fin == Some(head.end) || secondary.is_some_and(|s| s.fin == Some(head.end)));
-        if !explained {
+        if !head.explained(&self.shown, secondary) {
             return Verdict::Wait;
         }
-        match self.held.pop_front() {
-            Some(head) => {
-                self.shown.add(&head);
-                Verdict::Release(head.serial)
-            }
-            None => Verdict::Wait,
-        }
+        self.held.pop_front().map_or(Verdict::Wait, |head| {
+            self.shown.add(&head);
+            Verdict::Release(head.serial)
+        })
     }
 
     /// The epoch ended in an owned checkpoint: all that was held has left, and guest B is guest A as captured.

@@ -11,13 +11,8 @@ pub(crate) const GUEST: [u8; 4] = [10, 0, 0, 2];
 pub(crate) const CLIENT: [u8; 4] = [10, 0, 0, 9];
 
 fn ipv4(src: [u8; 4], dst: [u8; 4], protocol: IpProtocol, len: usize, fill: impl FnOnce(&mut [u8])) -> Vec<u8> {
-    let ip = Ipv4Repr {
-        src_addr: src.into(),
-        dst_addr: dst.into(),
-        next_header: protocol,
-        payload_len: len,
-        hop_limit: 64,
-    };
+    let ip =
+        Ipv4Repr { src_addr: src.into(), dst_addr: dst.into(), next_header: protocol, payload_len: len, hop_limit: 64 };
     let mut frame = vec![0; 34 + len];
     let mut ethernet = EthernetFrame::new_unchecked(&mut frame);
     EthernetRepr {
@@ -78,7 +73,7 @@ impl Seg {
         Self { sack: Some((left, right)), ..self }
     }
 
-    pub(crate) fn from_client(self) -> Self {
+    pub(crate) fn inbound(self) -> Self {
         Self { from_client: true, ..self }
     }
 

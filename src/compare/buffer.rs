@@ -45,7 +45,7 @@ impl EpochBuffer {
         self.stats.currently_held += 1;
         self.stats.currently_held_bytes += frame.len() + FRAME_OVERHEAD_BYTES;
         self.queue.push_back((epoch, frame));
-        if self.stats.currently_held_bytes > self.max_queue_bytes && self.asked < Some(epoch) {
+        if !self.ready() && self.asked < Some(epoch) {
             self.asked = Some(epoch);
             self.stats.diverged += 1;
             self.outputs.push_back(Output::Diverged { epoch, cause: Cause::BoundReached });

@@ -33,7 +33,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::time::Duration;
 
-/// Limits, with QEMU's names where QEMU has the property.
+/// Limits, with QEMU's names where QEMU has the property. There is no expired_scan_cycle: [`Comparator::poll_timeout`]
+/// names the moment at which the oldest frame ages, so nothing is scanned for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Config {
     /// How long one guest may be alone with something it said.
@@ -92,7 +93,8 @@ impl fmt::Display for Cause {
 pub enum Output {
     /// Send this frame to the network.
     Release(Bytes),
-    /// Checkpoint, please: only one that ends `epoch` or a later one helps. Said at most once for an epoch.
+    /// Checkpoint, please: only one that ends `epoch` or a later one helps. Said at most once for an epoch, so it
+    /// must be remembered until such a checkpoint has been captured, also when another is under way.
     Diverged {
         /// The epoch that must end.
         epoch: u64,
@@ -200,7 +202,7 @@ impl Comparator {
             self.later.push_back(Later { epoch, primary: true, frame });
         }
         self.stats.held += u64::from(self.stats.currently_held > held);
-        if self.stats.currently_held_bytes > self.config.max_queue_bytes {
+        if !self.ready() {
             self.ask(epoch, Cause::BoundReached);
         }
     }

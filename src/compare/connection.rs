@@ -192,9 +192,8 @@ impl Connection {
         (self.held_bytes, self.stuck, self.indexed_since) = (0, false, None);
         match &mut self.kind {
             Kind::Tcp(flow) => flow.checkpoint(),
-            Kind::Datagrams(_) => return false,
+            Kind::Datagrams(_) => false,
         }
-        true
     }
 
     /// Whether the flow is as good as unknown: nothing waits and nothing is remembered.

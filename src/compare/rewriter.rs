@@ -193,6 +193,7 @@ impl Rewriter {
         flow.last = now;
         if let Some(handshake) = flow.handshake
             && tcp.has(Tcp::ACK)
+            && !tcp.has(Tcp::RST)
             && tcp.seq.wrapping_sub(handshake.client_isn.wrapping_add(1)) < HANDSHAKE_WINDOW
         {
             let Some(svm_isn) = handshake.svm_isn else {

@@ -67,7 +67,7 @@ struct Segment {
 }
 
 /// What left, ever: it survives checkpoints.
-#[derive(Debug, Default)]
+#[derive(PartialEq, Eq, Debug, Default)]
 struct Shown {
     isn: Option<u32>,
     bytes: Ranges,
@@ -285,12 +285,14 @@ impl TcpFlow {
     }
 
     /// The epoch ended in an owned checkpoint: all that was held has left, and guest B is guest A as captured.
-    pub(super) fn checkpoint(&mut self) {
+    /// `false`: nothing was ever shown.
+    pub(super) fn checkpoint(&mut self) -> bool {
         for segment in std::mem::take(&mut self.held) {
             self.shown.add(&segment);
         }
         self.forget_secondary();
         (self.spoke, self.opened) = (false, false);
+        self.shown != Shown::default()
     }
 
     /// Drops everything the secondary said.

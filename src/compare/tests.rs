@@ -238,6 +238,36 @@ fn a_reused_port_inherits_nothing() {
 }
 
 #[test]
+fn a_whole_connection_through_rewriter_and_comparator() {
+    let (client, pvm, svm) = (51, 7000, 4_000_000_000);
+    let (mut t, mut rewriter) = (Trace::new(), Rewriter::new());
+    let to_b = |rewriter: &mut Rewriter, segment: Seg| {
+        let mut frame = segment.inbound().frame();
+        assert_eq!(rewriter.from_network(Instant::ZERO, &mut frame), rewriter::Forward::Now);
+        Seg::read(&frame)
+    };
+    let from_b = |rewriter: &mut Rewriter, segment: Seg| {
+        let mut frame = segment.frame();
+        rewriter.from_guest(Instant::ZERO, &mut frame);
+        frame
+    };
+    to_b(&mut rewriter, Seg::syn(client));
+    t.p(0, Seg::syn(pvm).ack(client + 1));
+    assert_eq!(t.s_raw(0, from_b(&mut rewriter, Seg::syn(svm).ack(client + 1))), 1);
+    let request = to_b(&mut rewriter, Seg::data(client + 1, b"GET").ack(pvm + 1));
+    assert_eq!(request.ack, Some(svm + 1));
+    t.p(0, Seg::data(pvm + 1, b"200 OK").ack(client + 4));
+    assert_eq!(t.s_raw(0, from_b(&mut rewriter, Seg::data(svm + 1, b"200 OK").ack(client + 4))), 1);
+    // A checkpoint: guest B is guest A now, with its numbers.
+    rewriter.checkpoint();
+    t.checkpoint(0);
+    assert_eq!(to_b(&mut rewriter, Seg::data(client + 4, b"").ack(pvm + 7).fin()).ack, Some(pvm + 7));
+    t.p(1, Seg::data(pvm + 7, b"").ack(client + 5).fin());
+    assert_eq!(t.s_raw(1, from_b(&mut rewriter, Seg::data(pvm + 7, b"").ack(client + 5).fin())), 1);
+    assert_eq!((t.asked, t.comparator.stats().compared), (vec![], 3));
+}
+
+#[test]
 fn the_fence_keeps_a_dead_guests_frames_out() {
     let run = || {
         let mut t = Trace::new();

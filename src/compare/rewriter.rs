@@ -197,7 +197,8 @@ impl Rewriter {
             && tcp.seq.wrapping_sub(handshake.client_isn.wrapping_add(1)) < HANDSHAKE_WINDOW
         {
             let Some(svm_isn) = handshake.svm_isn else {
-                // Above the bound it is as if the network had lost it: the client sends it again.
+                // Above the bound it is dropped: guest B will not acknowledge it, so guest A's ACK is held, and the
+                // checkpoint that asks for makes it good.
                 if self.held_bytes + cost_bytes(frame) <= MAX_HELD_BYTES {
                     self.held_bytes += cost_bytes(frame);
                     flow.held.push_back(std::mem::take(frame));

@@ -1,0 +1,154 @@
+//! Frames for tests, built and checked by another implementation: smoltcp's wire module.
+
+use bytes::Bytes;
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{
+    EthernetAddress, EthernetFrame, EthernetProtocol, EthernetRepr, Icmpv4Packet, Icmpv4Repr, IpAddress, IpProtocol,
+    Ipv4Packet, Ipv4Repr, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber, UdpPacket, UdpRepr,
+};
+
+pub(crate) const GUEST: [u8; 4] = [10, 0, 0, 2];
+pub(crate) const CLIENT: [u8; 4] = [10, 0, 0, 9];
+
+fn ipv4(src: [u8; 4], dst: [u8; 4], protocol: IpProtocol, len: usize, fill: impl FnOnce(&mut [u8])) -> Vec<u8> {
+    let ip =
+        Ipv4Repr { src_addr: src.into(), dst_addr: dst.into(), next_header: protocol, payload_len: len, hop_limit: 64 };
+    let mut frame = vec![0; 34 + len];
+    let mut ethernet = EthernetFrame::new_unchecked(&mut frame);
+    EthernetRepr {
+        src_addr: EthernetAddress([2, 0, 0, 0, 0, src[3]]),
+        dst_addr: EthernetAddress([2, 0, 0, 0, 0, dst[3]]),
+        ethertype: EthernetProtocol::Ipv4,
+    }
+    .emit(&mut ethernet);
+    let mut packet = Ipv4Packet::new_unchecked(ethernet.payload_mut());
+    ip.emit(&mut packet, &ChecksumCapabilities::default());
+    fill(packet.payload_mut());
+    frame
+}
+
+/// A TCP segment, from the guest's port 80 to the client's 40000 unless told otherwise.
+#[derive(Clone)]
+pub(crate) struct Seg {
+    pub(crate) seq: u32,
+    pub(crate) ack: Option<u32>,
+    pub(crate) control: TcpControl,
+    pub(crate) payload: Vec<u8>,
+    pub(crate) port: u16,
+    pub(crate) sack: Option<(u32, u32)>,
+    pub(crate) from_client: bool,
+}
+
+impl Seg {
+    pub(crate) fn data(seq: u32, payload: &[u8]) -> Self {
+        let (ack, control) = (Some(0), TcpControl::None);
+        Self { seq, ack, control, payload: payload.to_vec(), port: 40000, sack: None, from_client: false }
+    }
+
+    pub(crate) fn pure_ack(ack: u32) -> Self {
+        Self::data(0, b"").ack(ack)
+    }
+
+    pub(crate) fn ack(self, ack: u32) -> Self {
+        Self { ack: Some(ack), ..self }
+    }
+
+    pub(crate) fn syn(seq: u32) -> Self {
+        Self { control: TcpControl::Syn, ack: None, ..Self::data(seq, b"") }
+    }
+
+    pub(crate) fn fin(self) -> Self {
+        Self { control: TcpControl::Fin, ..self }
+    }
+
+    pub(crate) fn rst(seq: u32) -> Self {
+        Self { control: TcpControl::Rst, ..Self::data(seq, b"") }
+    }
+
+    pub(crate) fn port(self, port: u16) -> Self {
+        Self { port, ..self }
+    }
+
+    pub(crate) fn sack(self, left: u32, right: u32) -> Self {
+        Self { sack: Some((left, right)), ..self }
+    }
+
+    pub(crate) fn inbound(self) -> Self {
+        Self { from_client: true, ..self }
+    }
+
+    pub(crate) fn frame(&self) -> Vec<u8> {
+        let (mut src, mut dst) = ((GUEST, 80), (CLIENT, self.port));
+        if self.from_client {
+            std::mem::swap(&mut src, &mut dst);
+        }
+        let tcp = TcpRepr {
+            src_port: src.1,
+            dst_port: dst.1,
+            control: self.control,
+            seq_number: TcpSeqNumber(self.seq as i32),
+            ack_number: self.ack.map(|ack| TcpSeqNumber(ack as i32)),
+            window_len: 1000,
+            window_scale: None,
+            max_seg_size: None,
+            sack_permitted: false,
+            sack_ranges: [self.sack, None, None],
+            timestamp: None,
+            payload: &self.payload,
+        };
+        ipv4(src.0, dst.0, IpProtocol::Tcp, tcp.buffer_len(), |bytes| {
+            let addresses = (IpAddress::Ipv4(src.0.into()), IpAddress::Ipv4(dst.0.into()));
+            let mut packet = TcpPacket::new_unchecked(bytes);
+            tcp.emit(&mut packet, &addresses.0, &addresses.1, &ChecksumCapabilities::default());
+        })
+    }
+
+    pub(crate) fn bytes(&self) -> Bytes {
+        self.frame().into()
+    }
+
+    /// Reads a segment back, its checksums verified.
+    pub(crate) fn read(frame: &[u8]) -> Self {
+        let ethernet = EthernetFrame::new_checked(frame).unwrap();
+        let ip = Ipv4Packet::new_checked(ethernet.payload()).unwrap();
+        assert!(ip.verify_checksum(), "IPv4 checksum");
+        let packet = TcpPacket::new_checked(ip.payload()).unwrap();
+        let addresses = (IpAddress::Ipv4(ip.src_addr()), IpAddress::Ipv4(ip.dst_addr()));
+        let tcp = TcpRepr::parse(&packet, &addresses.0, &addresses.1, &ChecksumCapabilities::default())
+            .expect("TCP checksum");
+        let from_client = ip.src_addr().octets() == CLIENT;
+        Self {
+            seq: tcp.seq_number.0 as u32,
+            ack: tcp.ack_number.map(|ack| ack.0 as u32),
+            control: tcp.control,
+            payload: tcp.payload.to_vec(),
+            port: if from_client { tcp.src_port } else { tcp.dst_port },
+            sack: tcp.sack_ranges[0],
+            from_client,
+        }
+    }
+}
+
+/// A UDP datagram from the guest's `port`.
+pub(crate) fn udp(port: u16, payload: &[u8]) -> Vec<u8> {
+    let repr = UdpRepr { src_port: port, dst_port: 5000 };
+    ipv4(GUEST, CLIENT, IpProtocol::Udp, 8 + payload.len(), |bytes| {
+        let (src, dst) = (IpAddress::Ipv4(GUEST.into()), IpAddress::Ipv4(CLIENT.into()));
+        repr.emit(
+            &mut UdpPacket::new_unchecked(bytes),
+            &src,
+            &dst,
+            payload.len(),
+            |out| out.copy_from_slice(payload),
+            &ChecksumCapabilities::default(),
+        );
+    })
+}
+
+/// An ICMP echo reply from the guest.
+pub(crate) fn icmp_echo_reply(ident: u16, data: &[u8]) -> Vec<u8> {
+    let repr = Icmpv4Repr::EchoReply { ident, seq_no: 1, data };
+    ipv4(GUEST, CLIENT, IpProtocol::Icmp, repr.buffer_len(), |bytes| {
+        repr.emit(&mut Icmpv4Packet::new_unchecked(bytes), &ChecksumCapabilities::default());
+    })
+}

@@ -16,6 +16,7 @@
 
 use super::layout::Layout;
 use super::ram::Ram;
+use super::wire::MSS;
 use super::words::{Word, words};
 
 /// Size of a control block in memory.
@@ -125,10 +126,10 @@ impl Tcb {
         let tcb = Self::from_words(&words);
         let (rx, tx) = (layout.rx_bytes as u32, layout.tx_bytes as u32);
         let rings_fit = tcb.rx_head < rx && tcb.rx_len <= rx && tcb.tx_head < tx && tcb.tx_len <= tx;
-        // One more than the ring: a FIN takes a sequence number.
-        let flight_fits = tcb.snd_nxt.wrapping_sub(tcb.snd_una) <= tcb.tx_len + 1
-            && tcb.snd_max.wrapping_sub(tcb.snd_una) <= tcb.tx_len + 1;
-        if rings_fit && flight_fits && (64..=super::wire::MSS).contains(&tcb.mss) { tcb } else { Self::default() }
+        // One more than the ring holds: a FIN takes a sequence number.
+        let flight_fits = |end: u32| end.wrapping_sub(tcb.snd_una) <= tcb.tx_len.saturating_add(1);
+        let sane = rings_fit && flight_fits(tcb.snd_nxt) && flight_fits(tcb.snd_max) && (64..=MSS).contains(&tcb.mss);
+        if sane { tcb } else { Self::default() }
     }
 
     /// Stores the block in `slot`.

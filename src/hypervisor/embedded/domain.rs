@@ -261,3 +261,35 @@ impl Drop for Embedded {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::MemoryDisk;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn a_step_that_was_about_to_start_does_not_start_after_a_suspend() {
+        let config =
+            MachineConfig { ram_pages: 256, mac: [2; 6], ip: [1; 4], diverge_percent: 0, host_entropy_seed: 1 };
+        let (send, frames) = mpsc::channel();
+        let transmit = Box::new(move |frame: &[u8]| drop(send.send(frame.to_vec())));
+        let disk = Box::new(MemoryDisk::new(1 << 16));
+        let mut guest = Embedded::boot(&config, disk, Arc::new(|| Instant::ZERO), transmit).unwrap();
+        guest.set_generation(1).unwrap();
+        let core = guest.shared.core().unwrap();
+        guest.shared.control().unwrap().running = true;
+        guest.shared.wake.notify_one();
+        // The thread takes the poke and then waits for the core: the moment a suspend can come in between.
+        while guest.shared.control().unwrap().poked {
+            std::thread::yield_now();
+        }
+        guest.shared.control().unwrap().running = false;
+        drop(core);
+        guest.suspend().unwrap();
+        assert!(frames.recv_timeout(Duration::from_millis(50)).is_err(), "it announced itself while suspended");
+        guest.resume().unwrap();
+        assert!(frames.recv_timeout(Duration::from_secs(10)).is_ok(), "nothing was lost either");
+    }
+}

@@ -4,8 +4,9 @@
 //! boot ─▶ step(now) ─▶ step(poll_timeout) ─▶ ... ─▶ pages + save_devices ─▶ blank + pages + load_devices ─▶ step ...
 //! ```
 //!
-//! A step does a bounded amount: what a changed generation calls for, up to 64 frames, the timers that are due.
-//! Guest time starts at zero when the guest boots and goes on from the captured time wherever it is loaded.
+//! A step does a bounded amount: what a changed generation calls for, up to 64 frames and 16 requests, the timers
+//! that are due.
+//! Guest time starts when the guest boots and goes on from the captured time wherever it is loaded.
 //!
 //! The hardware's random numbers are the host's and are not saved: two guests on two hosts draw different TCP
 //! sequence numbers, as real ones would, and with a `diverge_percent` above zero different response bytes. With
@@ -27,6 +28,8 @@ use std::collections::VecDeque;
 
 /// Frames taken from the receive ring in one step.
 const FRAMES_A_STEP: usize = 64;
+/// Requests answered in one step. Each may wait for the disk to flush, and a suspend waits for the step.
+const REQUESTS_A_STEP: usize = 16;
 /// Longest random delay added to timers of a guest that is to diverge, in microseconds.
 const JITTER_MAX_US: u64 = 5000;
 
@@ -81,6 +84,7 @@ pub(super) struct Context<'a> {
     pub(super) now_us: u64,
     pub(super) jitter_us: u64,
     pub(super) diverge_percent: u8,
+    pub(super) requests_left: usize,
 }
 
 impl Context<'_> {
@@ -105,7 +109,7 @@ impl Context<'_> {
 }
 
 impl Machine {
-    /// A guest with nothing in it, to be loaded. Until then it does nothing.
+    /// A guest with nothing in it, to be loaded. Until then it does nothing; then its addresses are the loaded ones.
     pub fn blank(config: &MachineConfig) -> Result<Self, DomainError> {
         let bad = |what: String| DomainError::BadConfig(what);
         let layout = Layout::for_ram(config.ram_pages).ok_or_else(|| {
@@ -127,7 +131,7 @@ impl Machine {
         })
     }
 
-    /// A guest that starts at guest time zero: formats an empty disk, or reads the log that is there.
+    /// A guest that starts now: formats an empty disk, or reads the log that is there.
     pub fn boot(config: &MachineConfig, now: Instant, disk: &mut dyn Disk) -> Result<Self, DomainError> {
         let mut machine = Self::blank(config)?;
         let log_id = machine.hardware.next();
@@ -146,7 +150,8 @@ impl Machine {
             log_keys: cursor.keys,
             ..Registers::default()
         };
-        machine.registers.set_clock(now, 0);
+        // Not at zero, which means "no time" in a connection.
+        machine.registers.set_clock(now, 1);
         Ok(machine)
     }
 
@@ -207,17 +212,21 @@ impl Machine {
             now_us,
             jitter_us,
             diverge_percent: self.diverge_percent,
+            requests_left: REQUESTS_A_STEP,
         };
+        let connections = context.layout.connections;
         if context.registers.announced != context.registers.generation {
             context.registers.announced = context.registers.generation;
             context.announce_address();
-            (0..context.layout.connections).for_each(|slot| context.tcp_announce(slot));
+            (0..connections).for_each(|slot| context.tcp_announce(slot));
         }
         for _ in 0..FRAMES_A_STEP {
             let Some(frame) = self.ring.pop_front() else { break };
             context.frame_input(&frame);
         }
-        (0..context.layout.connections).for_each(|slot| context.tcp_timers(slot));
+        // Whoever comes first may use up the requests of the step: it is somebody else each time.
+        let first = (context.registers.requests % connections as u64) as usize;
+        (0..connections).for_each(|n| context.tcp_timers((first + n) % connections));
         self.poll_timeout().is_some_and(|at| at <= now)
     }
 

@@ -20,8 +20,6 @@ use super::layout::HEAD_MAX_BYTES;
 use super::machine::Context;
 use super::tcb::{State, Tcb};
 
-/// Requests answered in a row on one connection before the others get their turn.
-const REQUESTS_IN_A_ROW: usize = 8;
 /// How long until a busy disk is asked again.
 const DISK_RETRY_US: u64 = 1000;
 /// Room for a response with a body of our own making.
@@ -47,12 +45,12 @@ impl Context<'_> {
             return;
         }
         tcb.work_us = 0;
-        for _ in 0..REQUESTS_IN_A_ROW {
+        while self.requests_left > 0 {
             if !matches!(tcb.state, State::Established | State::CloseWait) {
                 return;
             }
             match self.serve_one(slot, tcb) {
-                Wait::Done => {}
+                Wait::Done => self.requests_left -= 1,
                 // The client half-closed and everything it asked is answered.
                 Wait::Bytes if tcb.state == State::CloseWait => return self.close(tcb),
                 Wait::Bytes | Wait::Room => return,

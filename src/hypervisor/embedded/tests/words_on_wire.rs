@@ -319,3 +319,18 @@ fn two_guests_fed_alike_differ_in_sequence_numbers_and_in_nothing_else() {
     assert_eq!(one.1, two.1);
     assert!(one.1.len() >= 5);
 }
+
+#[test]
+fn a_step_answers_a_bounded_number_of_requests() {
+    let mut bench = Bench::new();
+    let next = bench.open();
+    let requests = b"GET /x HTTP/1.1\r\n\r\n".repeat(50);
+    let (ack, flags, payload) = (next, ACK, &requests[..]);
+    let segment =
+        Segment { src_port: 4000, dst_port: 80, seq: 101, ack, flags, window: 60_000, payload, ..Segment::default() };
+    assert!(bench.machine.receive(&tcp_frame(&segment)));
+    assert!(bench.machine.step(bench.now, &mut bench.disk, &mut |_| {}), "more is due");
+    assert_eq!(bench.machine.requests(), 16);
+    bench.step();
+    assert_eq!(bench.machine.requests(), 50);
+}

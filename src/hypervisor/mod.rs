@@ -7,7 +7,10 @@
 //! The trap: `suspend` must be complete when it returns. A guest that still emits one frame or one disk write
 //! after the caller marked the epoch has output in an epoch whose state does not explain it.
 
+pub mod cache;
 pub mod embedded;
+
+pub use cache::RamCache;
 
 use crate::bitmap::Bitmap;
 use crate::page::Pfn;

@@ -1,0 +1,81 @@
+//! The secondary's copy of the primary's memory as of the last checkpoint (QEMU's RAM cache,
+//! `migration/colo.c`, `colo_init_ram_cache`).
+//!
+//! ```text
+//! stream ─▶ store ─▶ cache ── apply: pages the primary changed ∪ pages the secondary's guest dirtied ──▶ guest
+//! ```
+//!
+//! The trap: in COLO the secondary's guest runs and dirties pages the primary never touched. Loading only what
+//! the primary sent would leave those behind; the cache is whole so that they can be put back.
+
+use super::embedded::ram::zeroed;
+use super::{Domain, DomainError};
+use crate::bitmap::Bitmap;
+use crate::page::{BATCH_PAGES, PAGE_SIZE, Pfn};
+
+/// A whole copy of a guest's memory, outside the guest.
+#[derive(Debug)]
+pub struct RamCache {
+    bytes: Vec<u8>,
+    nr_pages: u64,
+}
+
+impl RamCache {
+    /// A cache of zero pages. An error when the host has not that much memory.
+    pub fn new(nr_pages: u64) -> Result<Self, DomainError> {
+        let refuse = || DomainError::BadConfig(format!("cannot allocate a RAM cache of {nr_pages} pages"));
+        let len = usize::try_from(nr_pages).ok().and_then(|n| n.checked_mul(PAGE_SIZE)).ok_or_else(refuse)?;
+        Ok(Self { bytes: zeroed(len).ok_or_else(refuse)?, nr_pages })
+    }
+
+    /// Size in pages.
+    #[must_use]
+    pub fn nr_pages(&self) -> u64 {
+        self.nr_pages
+    }
+
+    /// Replaces a page. Panics when `pfn` is out of range or `page` is not a page: the stream's reader checks.
+    pub fn store(&mut self, pfn: Pfn, page: &[u8]) {
+        let at = self.at(pfn);
+        self.bytes[at..at + PAGE_SIZE].copy_from_slice(page);
+    }
+
+    /// Makes a page zero.
+    pub fn store_zero(&mut self, pfn: Pfn) {
+        let at = self.at(pfn);
+        self.bytes[at..at + PAGE_SIZE].fill(0);
+    }
+
+    /// A page as of the last checkpoint.
+    #[must_use]
+    pub fn page(&self, pfn: Pfn) -> &[u8] {
+        let at = self.at(pfn);
+        &self.bytes[at..at + PAGE_SIZE]
+    }
+
+    /// Makes the guest's memory equal to the cache, given the pages `changed` since it last was; returns how many
+    /// pages were written. The guest's own dirty pages are taken, and so is the dirt these writes make.
+    pub fn apply(&mut self, domain: &mut dyn Domain, changed: &Bitmap) -> Result<u64, DomainError> {
+        let mut pages = changed.clone();
+        domain.take_dirty(&mut pages)?;
+        let mut pfns = Vec::with_capacity(BATCH_PAGES);
+        let mut bytes = Vec::with_capacity(BATCH_PAGES * PAGE_SIZE);
+        let mut todo = pages.iter().peekable();
+        while todo.peek().is_some() {
+            pfns.clear();
+            bytes.clear();
+            for pfn in todo.by_ref().take(BATCH_PAGES) {
+                pfns.push(pfn);
+                bytes.extend_from_slice(self.page(pfn));
+            }
+            domain.write_pages(&pfns, &bytes)?;
+        }
+        domain.take_dirty(&mut Bitmap::new(self.nr_pages))?;
+        Ok(pages.count())
+    }
+
+    fn at(&self, pfn: Pfn) -> usize {
+        assert!(pfn.0 < self.nr_pages, "pfn {:#x} is outside a cache of {:#x} pages", pfn.0, self.nr_pages);
+        pfn.0 as usize * PAGE_SIZE
+    }
+}

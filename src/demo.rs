@@ -1,6 +1,231 @@
 //! The main job, to be seen without Xen: a pair of hosts, a client, a kill, a report.
 //!
-//! [`client`] is the load that must notice nothing, [`report`] is what a person reads afterwards.
+//! ```text
+//!  this process:  client ─ TCP ─▶ edge ─▶ switch ◀── net-a ── host a (child)  guest
+//!                                          ▲  └──── net-b ── host b (child)  its copy
+//!                                 arbiter ─┘ fences the port of who lost
+//! ```
+//!
+//! The hosts are the same `xl-colo host` that runs by hand. [`client`] is the load that must notice nothing,
+//! [`report`] is what a person reads afterwards. The trap: a child must not outlive a demo that was itself killed,
+//! so each host follows its standard input, which closes with this process.
 
 pub mod client;
+mod pair;
 pub mod report;
+
+use crate::cli::{DemoArgs, EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_LOST, Victim};
+use crate::daemon::status::{Protection, Status};
+use crate::daemon::unix_us;
+use client::{ClientConfig, Live};
+use indicatif::{ProgressBar, ProgressStyle};
+use pair::{Pair, PairConfig, PairError};
+use report::DemoReport;
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+
+/// The demo guest's MAC address.
+pub const GUEST_MAC: [u8; 6] = [0x02, 0x10, 0x77, 0x00, 0x00, 0x02];
+/// The demo guest's IPv4 address.
+pub const GUEST_IP: [u8; 4] = [10, 77, 0, 2];
+
+/// How long the first copy may take.
+const SYNC_DEADLINE: Duration = Duration::from_secs(120);
+/// How long the survivor may take to go on.
+const TAKEOVER_DEADLINE: Duration = Duration::from_secs(20);
+/// Time between two looks at a host's status.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Runs the demo.
+pub async fn run(args: &DemoArgs) -> ExitCode {
+    let config = PairConfig { guest_mib: args.guest_mib, diverge_percent: args.diverge, serve: args.serve };
+    let result = async {
+        let mut pair = Pair::start(&config).await?;
+        let outcome = if args.serve.is_some() { serve(args, &mut pair).await } else { kill_one(args, &mut pair).await };
+        pair.end().await;
+        outcome
+    };
+    match result.await {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("xl-colo demo: {error}");
+            let environment = matches!(error, PairError::Environment(_));
+            ExitCode::from(if environment { EXIT_ENVIRONMENT } else { EXIT_FAILED })
+        }
+    }
+}
+
+/// Says what is going on, on standard error, so that `--json` has standard output for itself.
+fn say(line: impl std::fmt::Display) {
+    eprintln!("{line}");
+}
+
+async fn protect(args: &DemoArgs, pair: &Pair) -> Result<(), PairError> {
+    say(format_args!("protecting the guest: {} mode, {} MiB of memory", args.mode, args.guest_mib));
+    pair.protect(args.mode).await?;
+    let begun = Instant::now();
+    let terminal = std::io::stderr().is_terminal();
+    let bar = if terminal { ProgressBar::new(args.guest_mib) } else { ProgressBar::hidden() };
+    if let Ok(style) = ProgressStyle::with_template("first copy  {bar:32} {pos:>6} of {len} MiB  {elapsed}") {
+        bar.set_style(style);
+    }
+    loop {
+        let status = pair.status("a").await?;
+        bar.set_position(status.copied_pages.0 / 256);
+        match status.protection {
+            Protection::Protected => {
+                bar.finish_and_clear();
+                let ms = begun.elapsed().as_millis();
+                say(format_args!("first copy done: {} MiB of memory in {ms} ms; the guest is protected", args.guest_mib));
+                return Ok(());
+            }
+            Protection::Syncing if begun.elapsed() < SYNC_DEADLINE => tokio::time::sleep(LOOK_INTERVAL).await,
+            Protection::Syncing => return Err(PairError::Failed("the first copy does not end".into())),
+            other => {
+                let why = status.why.unwrap_or_default();
+                return Err(PairError::Failed(format!("the guest is {other}: {why}")));
+            }
+        }
+    }
+}
+
+/// The whole story: load, protection, kill, survivor, verification.
+async fn kill_one(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
+    let live = Arc::new(Live::default());
+    let (stop, stopped) = watch::channel(false);
+    let config = ClientConfig { short_connections_parallel: 4, pause_between_ms: 4, keys_max: 100_000, seed: unix_us() };
+    let load = tokio::spawn(client::run(pair.address(), stopped, config, live.clone()));
+    say(format_args!("a guest runs on host a; a client works on it through {}", pair.address()));
+    protect(args, pair).await?;
+
+    let half = Duration::from_millis(args.seconds * 500);
+    let before = watch_pair(pair, &live, half).await?;
+    let (victim, survivor) = match args.kill {
+        Victim::Primary => ("a", "b"),
+        Victim::Secondary => ("b", "a"),
+    };
+    let killed_at_us = unix_us();
+    let killed_at = Instant::now();
+    say(format_args!("kill -9 {} (host {victim}, the {:?}) in mid-traffic", pair.pid(victim), args.kill).to_string().to_lowercase());
+    pair.kill(victim).await?;
+    let reaped_after = killed_at.elapsed();
+    live.mark_kill();
+
+    let deadline = Instant::now() + TAKEOVER_DEADLINE;
+    let mut alone = pair.status(survivor).await?;
+    while alone.protection != Protection::TakenOver && Instant::now() < deadline {
+        tokio::time::sleep(LOOK_INTERVAL).await;
+        alone = pair.status(survivor).await?;
+    }
+    say(format_args!("host {survivor}: {} (generation {})", alone.protection, alone.generation));
+    tokio::time::sleep(half).await;
+    let _ = stop.send(true);
+    let client = load.await.map_err(|error| PairError::Failed(format!("the client: {error}")))?;
+    say(format_args!("looking for {} acknowledged writes on the survivor", client.ledger.names.len()));
+    let verified = client::verify(pair.address(), &client.ledger).await;
+    let after = pair.status(survivor).await?;
+
+    // What the primary counted: its own last word, which for a killed one is the one before the kill.
+    let counted = if args.kill == Victim::Primary { before } else { after.clone() };
+    let detected_us = after.lost_at_unix_us.map(|at| at.saturating_sub(killed_at_us));
+    let takeover = live.takeover().map(|takeover| (takeover + reaped_after).as_secs_f64() * 1000.0);
+    let mut failures = client.failures;
+    failures.extend(verified.failures);
+    if after.protection != Protection::TakenOver {
+        failures.push(format!("host {survivor} is {}", after.protection));
+    }
+    let report = DemoReport {
+        mode: args.mode.to_string(),
+        killed: format!("{:?}", args.kill).to_lowercase(),
+        seed: config_seed(&client.ledger),
+        guest_mib: args.guest_mib,
+        seconds: args.seconds as f64,
+        checkpoints: report::Checkpoints { total: counted.checkpoints.total, by_cause: counted.checkpoints.by_cause.clone() },
+        pause_us: report::PauseMicros {
+            p50: counted.pause_us.p50.map(f64::from),
+            p99: counted.pause_us.p99.map(f64::from),
+            max: counted.pause_us.max.map(f64::from),
+        },
+        bytes_sent: Some(counted.bytes_sent),
+        packets: report::Packets {
+            compared: Some(counted.packets.compared),
+            released: Some(counted.packets.released),
+            held: Some(counted.packets.held),
+        },
+        fenced_frames: Some(pair.fenced_frames()),
+        detection_ms: detected_us.map(|us| us as f64 / 1000.0),
+        takeover_ms: takeover,
+        longest_silence_ms: Some(live.longest_silence().as_secs_f64() * 1000.0),
+        connection_kept: client.connection_kept,
+        connection_error: client.connection_error,
+        acknowledged_writes: client.ledger.names.len() as u64,
+        acknowledged_after_kill: live.acknowledged_after_kill(),
+        checked_writes: verified.checked,
+        lost_writes: verified.lost.len() as u64,
+        lost_names: verified.lost,
+        unknown_writes: client.unknown_writes,
+        retried_writes: client.retries,
+        failures,
+    };
+    if args.json {
+        println!("{}", serde_json::to_string(&report).unwrap_or_default());
+    } else {
+        println!("{report}");
+    }
+    Ok(if report.exit_code() == 0 { 0 } else { EXIT_LOST })
+}
+
+fn config_seed(ledger: &client::Ledger) -> u64 {
+    ledger.seed
+}
+
+/// Shows the pair at work for a while, and returns the primary's last word.
+async fn watch_pair(pair: &Pair, live: &Live, time: Duration) -> Result<Status, PairError> {
+    let until = Instant::now() + time;
+    let mut said_at = Instant::now();
+    loop {
+        let status = pair.status("a").await?;
+        if Instant::now() >= until {
+            return Ok(status);
+        }
+        if said_at.elapsed() >= Duration::from_secs(1) {
+            said_at = Instant::now();
+            let pause = status.pause_us.p50.map_or_else(String::new, |us| format!(", pause p50 {us} µs"));
+            say(format_args!(
+                "{}: {} checkpoints{pause}, {} writes acknowledged",
+                status.protection,
+                status.checkpoints.total,
+                live.acknowledged()
+            ));
+        }
+        tokio::time::sleep(LOOK_INTERVAL.min(until.saturating_duration_since(Instant::now()))).await;
+    }
+}
+
+/// Leaves the pair to the user: their curl, their kill.
+async fn serve(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
+    protect(args, pair).await?;
+    let address = pair.address();
+    say(format_args!("the guest answers at http://{address}/  (try: curl -T FILE http://{address}/k/NAME)"));
+    say(format_args!("host a (primary) is pid {}, host b is pid {}; kill -9 or kill -STOP one", pair.pid("a"), pair.pid("b")));
+    say("Ctrl-C ends the demo");
+    let mut known: [Option<Protection>; 2] = [None; 2];
+    loop {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => return Ok(0),
+            () = tokio::time::sleep(LOOK_INTERVAL * 5) => {}
+        }
+        for (slot, name) in known.iter_mut().zip(["a", "b"]) {
+            let look = tokio::time::timeout(Duration::from_millis(500), pair.status(name)).await;
+            let Ok(Ok(status)) = look else { continue };
+            if *slot != Some(status.protection) {
+                *slot = Some(status.protection);
+                let why = status.why.map_or_else(String::new, |why| format!(" ({why})"));
+                say(format_args!("host {name}: {}, generation {}{why}", status.protection, status.generation));
+            }
+        }
+    }
+}

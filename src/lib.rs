@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bitmap;
+pub mod cli;
 pub mod clock;
 pub mod colo;
 pub mod compare;

@@ -1,4 +1,173 @@
-//! `xl-colo`.
+//! `xl-colo`: parse, run, and turn what came of it into an exit code.
 #![forbid(unsafe_code)]
 
-fn main() {}
+use clap::Parser;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+use tracing_subscriber::EnvFilter;
+use xen_colo::cli::{self, ArbiterArgs, Cli, Command, HostArgs, HostRef, ProtectArgs, StatusArgs};
+use xen_colo::daemon::control::{self, Protect, Request};
+use xen_colo::daemon::host::{self, BootConfig, HostConfig};
+use xen_colo::daemon::{arbiter, status};
+use xen_colo::demo;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_env("XEN_COLO_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(cli::EXIT_ENVIRONMENT, &error),
+    };
+    let code = runtime.block_on(run(cli.command));
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    code
+}
+
+async fn run(command: Command) -> ExitCode {
+    match command {
+        Command::Demo(args) => demo::run(&args).await,
+        Command::Host(args) => host(args).await,
+        Command::Arbiter(args) => serve_arbiter(args).await,
+        Command::Protect(args) => protect(args).await,
+        Command::Status(args) => show_status(args).await,
+        Command::Checkpoint(host) => order(&host, Request::Checkpoint).await,
+        Command::Failover(host) => order(&host, Request::Failover).await,
+        Command::Stop(host) => order(&host, Request::Stop).await,
+    }
+}
+
+fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
+    eprintln!("xl-colo: {error}");
+    ExitCode::from(code)
+}
+
+async fn host(args: HostArgs) -> ExitCode {
+    let mut seed = [0; 8];
+    if let Err(error) = getrandom::fill(&mut seed) {
+        return fail(cli::EXIT_ENVIRONMENT, &error);
+    }
+    let boot = args.guest.map(|name| BootConfig {
+        name,
+        ram_mib: args.guest_mib,
+        disk_mib: args.disk_mib,
+        mac: demo::GUEST_MAC,
+        ip: demo::GUEST_IP,
+        diverge_percent: args.diverge,
+    });
+    let config = HostConfig {
+        name: args.name,
+        listen: args.listen,
+        run_dir: args.run_dir,
+        disk: args.disk,
+        spill_dir: args.spill_dir,
+        net: args.net,
+        arbiter: args.arbiter,
+        policy: args.policy,
+        boot,
+        entropy_seed: args.seed.unwrap_or(u64::from_le_bytes(seed)),
+    };
+    let name = config.name.clone();
+    if args.follow_stdin {
+        // A thread of its own: reading standard input cannot be cancelled, and must not hold the runtime up.
+        std::thread::spawn(|| {
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            std::process::exit(0);
+        });
+    }
+    match host::run(config, |address| println!("host {name} listens on {address}")).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(cli::EXIT_ENVIRONMENT, &error),
+    }
+}
+
+async fn serve_arbiter(args: ArbiterArgs) -> ExitCode {
+    let listener = match args.listen.listen().await {
+        Ok(listener) => listener,
+        Err(error) => return fail(cli::EXIT_ENVIRONMENT, &format!("listen on {}: {error}", args.listen)),
+    };
+    println!("arbiter listens on {}", listener.local_address().unwrap_or(args.listen));
+    match arbiter::serve(listener, args.file, Arc::new(|_| {})).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(cli::EXIT_FAILED, &error),
+    }
+}
+
+async fn protect(args: ProtectArgs) -> ExitCode {
+    let request = Request::Protect(Protect {
+        peer: args.peer.to_string(),
+        mode: args.mode,
+        resume: args.resume.into(),
+        checkpoint_delay_ms: args.checkpoint_delay_ms,
+        heartbeat_interval_ms: args.heartbeat_ms,
+        heartbeat_misses: args.heartbeat_misses,
+    });
+    let code = order(&args.host, request).await;
+    if !args.wait || code != ExitCode::SUCCESS {
+        return code;
+    }
+    loop {
+        match ask(&args.host, &Request::Status).await {
+            Err(error) => return fail(cli::EXIT_FAILED, &error),
+            Ok(status) => match status["protection"].as_str() {
+                Some("protected") => return ExitCode::SUCCESS,
+                Some("syncing") => {}
+                other => {
+                    let why = status["why"].as_str().unwrap_or("no reason given");
+                    return fail(cli::EXIT_FAILED, &format!("the guest is {}: {why}", other.unwrap_or("gone")));
+                }
+            },
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn show_status(args: StatusArgs) -> ExitCode {
+    loop {
+        match ask(&args.host, &Request::Status).await {
+            Err(error) => return fail(cli::EXIT_FAILED, &error),
+            Ok(status) if args.json => println!("{status}"),
+            Ok(status) => match serde_json::from_value::<status::Status>(status) {
+                Ok(status) => println!("{status}"),
+                Err(error) => return fail(cli::EXIT_FAILED, &format!("the host is of another version: {error}")),
+            },
+        }
+        if !args.watch {
+            return ExitCode::SUCCESS;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+async fn order(host: &HostRef, request: Request) -> ExitCode {
+    match ask(host, &request).await {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(error) => fail(cli::EXIT_FAILED, &error),
+    }
+}
+
+async fn ask(host: &HostRef, request: &Request) -> Result<serde_json::Value, String> {
+    let socket = match &host.host {
+        Some(name) => control::socket_path(&host.run_dir, name),
+        None => only_socket(&host.run_dir)?,
+    };
+    control::ask(&socket, request).await.map_err(|error| error.to_string())
+}
+
+/// The one host that runs here, or a sentence that names the choice.
+fn only_socket(run_dir: &Path) -> Result<std::path::PathBuf, String> {
+    let entries = std::fs::read_dir(run_dir).map_err(|error| format!("no host runs here: {}: {error}", run_dir.display()))?;
+    let mut sockets: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    sockets.retain(|path| path.extension().is_some_and(|extension| extension == "sock"));
+    sockets.sort();
+    match &sockets[..] {
+        [] => Err(format!("no host runs here ({} has no socket)", run_dir.display())),
+        [one] => Ok(one.clone()),
+        many => {
+            let names: Vec<_> = many.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
+            Err(format!("several hosts run here; choose with --host: {}", names.join(", ")))
+        }
+    }
+}

@@ -11,10 +11,10 @@
 //! it leaves `relaunch` only after a *successful* load, so a load that fails hangs the failover for ever. Here a
 //! failed load ends the secondary, and the arrow `relaunch → completed` says so.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Where a failover stands.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FailoverStatus {
     /// No failover.
@@ -31,7 +31,7 @@ pub enum FailoverStatus {
 }
 
 /// Why COLO ended on this side.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ExitReason {
     /// It has not ended.

@@ -79,7 +79,8 @@ impl<T> Outbox<T> {
 }
 
 impl<T> Outgoing<T> {
-    async fn recv(&mut self) -> Option<(usize, T)> {
+    /// The next, when there is one; `None` when the outbox is gone.
+    pub async fn recv(&mut self) -> Option<(usize, T)> {
         self.receiver.recv().await
     }
 
@@ -87,7 +88,8 @@ impl<T> Outgoing<T> {
         self.receiver.try_recv().ok()
     }
 
-    fn written(&self, bytes: usize) {
+    /// Something of this size is written.
+    pub fn written(&self, bytes: usize) {
         self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 }
@@ -331,7 +333,7 @@ async fn flush(write: &mut WriteHalf<Link>, buffer: &mut BytesMut, sent: &Atomic
 }
 
 async fn read_packets(mut read: ReadHalf<Link>, to: mpsc::Sender<(u64, Bytes)>) -> io::Result<()> {
-    let mut decoder = wire::TaggedDecoder::new();
+    let mut decoder = wire::TaggedDecoder::default();
     let mut input = BytesMut::new();
     loop {
         input.reserve(FRAME_BYTES_MAX);

@@ -5,12 +5,12 @@
 
 use crate::colo::failover::{ExitReason, FailoverStatus};
 use crate::colo::hello::Mode;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 
 /// How safe the guest is, as seen from this host.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Protection {
     /// This host has no guest.
@@ -37,7 +37,7 @@ pub enum Protection {
 }
 
 /// Checkpoints that were owned.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Checkpoints {
     /// All of them.
     pub total: u64,
@@ -46,7 +46,7 @@ pub struct Checkpoints {
 }
 
 /// How long the guest stood still for a checkpoint, in µs.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct PauseUs {
     /// Median.
     pub p50: Option<u32>,
@@ -57,7 +57,7 @@ pub struct PauseUs {
 }
 
 /// The guest's packets at the proxy.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Packets {
     /// Released because the secondary produced the same.
     pub compared: u64,
@@ -74,7 +74,7 @@ pub struct Packets {
 }
 
 /// The disk.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Disk {
     /// Bytes of the first copy that are at the secondary.
     pub copied_bytes: u64,
@@ -89,7 +89,7 @@ pub struct Disk {
 }
 
 /// A host's word about its guest.
-#[derive(Clone, PartialEq, Debug, Default, Serialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct Status {
     /// The host's name.
     pub host: String,

@@ -21,7 +21,6 @@ use crate::colo::primary::{Action, Config, Primary, State};
 use crate::colo::stream::{RECORD_EMBEDDED_DEVICES, device_record};
 use crate::colo::{Cause, Exit, Loss};
 use crate::compare::{self, Output, Proxy};
-use crate::disk::DiskError;
 use crate::hypervisor::{Domain, DomainError};
 use crate::page::{BATCH_PAGES, PageBatch, Pfn};
 use crate::replica::mirror::MirrorHandle;
@@ -397,7 +396,11 @@ impl PrimarySide {
                 idle = false;
                 match output {
                     Output::Release(frame) => self.effects.push_back(Effect::ToNetwork(frame)),
-                    Output::Diverged { cause, .. } => self.machine.request_checkpoint(now, cause_of(cause)),
+                    // A checkpoint that was captured meanwhile has already ended the epoch in question.
+                    Output::Diverged { epoch, cause } if epoch == self.machine.epoch() => {
+                        self.machine.request_checkpoint(now, cause_of(cause));
+                    }
+                    Output::Diverged { .. } => {}
                 }
             }
             let mut mirror = self.mirror.lock();
@@ -520,9 +523,4 @@ fn cause_of(cause: compare::Cause) -> Cause {
         compare::Cause::BoundReached => Cause::PacketBound,
         compare::Cause::Unparsable(_) => Cause::Unparsable,
     }
-}
-
-/// Turns the answer of an NBD write into what the mirror takes.
-pub fn disk_result(result: Result<(), DiskError>) -> Result<(), String> {
-    result.map_err(|error| error.to_string())
 }

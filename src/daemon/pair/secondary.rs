@@ -20,6 +20,7 @@ use crate::colo::secondary::{Action, Config, Secondary, State};
 use crate::colo::stream::{Item, RECORD_EMBEDDED_DEVICES, find_device_record};
 use crate::colo::{Exit, Loss};
 use crate::compare::Rewriter;
+use crate::compare::rewriter::Forward;
 use crate::hypervisor::cache::RamCache;
 use crate::hypervisor::{Domain, DomainError};
 use crate::mutant::{self, Mutant};
@@ -35,7 +36,7 @@ use std::time::Duration;
 /// disagree, and a checkpoint follows.
 const INBOUND_MAX_BYTES: usize = 16 << 20;
 /// Bytes of sealed epochs written to the base disk in one slice of [`SecondarySide::work`].
-const DISK_APPLY_SLICE_BYTES: usize = 1 << 20;
+const DISK_APPLY_SLICE_BYTES: u64 = 1 << 20;
 
 /// What the driver has to send or do.
 #[derive(Debug)]
@@ -116,8 +117,8 @@ pub struct SecondarySide {
 }
 
 impl SecondarySide {
-    /// A side that waits for the first state of a guest. `domain` is blank and suspended; `epoch` is what its
-    /// frames are tagged with at emission.
+    /// A side that waits for the first state of a guest. `domain` is blank and suspended, `replica` has begun its
+    /// sync, `epoch` is what the guest's frames are tagged with at emission.
     pub fn new(
         now: Instant,
         config: Config,
@@ -129,7 +130,6 @@ impl SecondarySide {
     ) -> Result<Self, DomainError> {
         let cache = RamCache::new(domain.nr_pages())?;
         domain.logdirty(true)?;
-        lock(&replica).start_sync(config.claim.expected);
         Ok(Self {
             mode: config.mode,
             generation: config.claim.expected,
@@ -202,11 +202,13 @@ impl SecondarySide {
     /// When to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.machine.poll_timeout()
+        [self.machine.poll_timeout(), self.rewriter.poll_timeout()].into_iter().flatten().min()
     }
 
     /// Time has passed.
     pub fn handle_timeout(&mut self, now: Instant) {
+        self.rewriter.handle_timeout(now);
+        self.rewritten();
         self.machine.handle_timeout(now);
         self.pump(now);
     }
@@ -287,7 +289,7 @@ impl SecondarySide {
             }
             _ => {}
         }
-        self.rewritten(now);
+        self.rewritten();
     }
 
     /// The peer is lost, or a failover is wanted.
@@ -384,7 +386,9 @@ impl SecondarySide {
                     self.running = false;
                     let _ = self.domain.suspend();
                     self.load = None;
-                    lock(&self.replica).stop();
+                    if let Err(error) = lock(&self.replica).stop() {
+                        self.error.get_or_insert(error.to_string());
+                    }
                     self.end();
                 }
             }
@@ -458,13 +462,14 @@ impl SecondarySide {
 
     fn deliver(&mut self, now: Instant, frame: Bytes) {
         let mut frame = frame.to_vec();
-        self.rewriter.from_network(now, &mut frame);
-        self.domain.receive_frame(&frame);
-        self.rewritten(now);
+        if self.rewriter.from_network(now, &mut frame) == Forward::Now {
+            self.domain.receive_frame(&frame);
+        }
+        self.rewritten();
     }
 
     /// Frames that waited in the rewriter for their connection's offset.
-    fn rewritten(&mut self, _now: Instant) {
+    fn rewritten(&mut self) {
         while let Some(frame) = self.rewriter.poll_output() {
             self.domain.receive_frame(&frame);
         }
@@ -473,7 +478,9 @@ impl SecondarySide {
     fn take_over(&mut self, now: Instant, generation: u64) {
         self.generation = generation;
         self.staged = Staged::default();
-        lock(&self.replica).takeover(generation);
+        if let Err(error) = lock(&self.replica).takeover(generation) {
+            self.error.get_or_insert(error.to_string());
+        }
         self.rewriter.takeover();
         let announced = self.domain.logdirty(false).and_then(|()| self.domain.set_generation(generation));
         if let Err(error) = announced {

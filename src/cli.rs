@@ -1,0 +1,244 @@
+//! The command line: what can be typed, and nothing of what it does.
+//!
+//! Exit codes: 0 done; 1 the command failed, with one line that says why; 2 the command line is wrong;
+//! 3 (`demo`) something was lost; 4 (`host`) this machine cannot give what was asked (port, memory, disk).
+
+use crate::colo::arbiter::Policy;
+use crate::colo::hello::{Mode, ResumeOrder};
+use crate::daemon::address::Address;
+use crate::daemon::arbiter::Arbiter;
+use crate::daemon::control;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// The command failed.
+pub const EXIT_FAILED: u8 = 1;
+/// The demo lost something.
+pub const EXIT_LOST: u8 = 3;
+/// This machine cannot give what was asked.
+pub const EXIT_ENVIRONMENT: u8 = 4;
+
+/// Keeps a Xen guest running, with its connections and its disk, when its host dies.
+#[derive(Parser, Debug)]
+#[command(name = "xl-colo", version, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Protect a guest, kill its host, and report what a client saw
+    Demo(DemoArgs),
+    /// Run a host: with --guest it boots one, without it stands by for another host's
+    Host(HostArgs),
+    /// Replicate the guest of a host to a peer
+    Protect(ProtectArgs),
+    /// Say how a host and its guest are
+    Status(StatusArgs),
+    /// Take a checkpoint now
+    Checkpoint(HostRef),
+    /// Go on alone on this host, or decide for a guest that is held here
+    Failover(HostRef),
+    /// End a host's process; its guest goes on at the peer if it is protected, and ends if it is not
+    Stop(HostRef),
+    /// Serve an arbiter's register to two hosts, on a third machine
+    Arbiter(ArbiterArgs),
+}
+
+/// Which host a command is for.
+#[derive(Args, Clone, Debug)]
+pub struct HostRef {
+    /// The host's name; may be left out when only one runs here
+    #[arg(long)]
+    pub host: Option<String>,
+    /// The directory of the control sockets
+    #[arg(long, value_name = "DIR", default_value_os_t = control::default_run_dir())]
+    pub run_dir: PathBuf,
+}
+
+/// Arguments of `host`.
+#[derive(Args, Debug)]
+pub struct HostArgs {
+    /// The host's name; the two of a pair must differ
+    #[arg(long)]
+    pub name: String,
+    /// Where the peer connects: HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9740")]
+    pub listen: Address,
+    /// The directory of the control sockets
+    #[arg(long, value_name = "DIR", default_value_os_t = control::default_run_dir())]
+    pub run_dir: PathBuf,
+    /// The disk image: of the guest booted here, or of the replica
+    #[arg(long, value_name = "FILE")]
+    pub disk: PathBuf,
+    /// Where disk epochs go that do not fit into memory; beside the image by default
+    #[arg(long, value_name = "DIR")]
+    pub spill_dir: Option<PathBuf>,
+    /// The switch port of the guest's NIC
+    #[arg(long, value_name = "ADDRESS")]
+    pub net: Option<Address>,
+    /// Who decides which host goes on alone: file:PATH, or the address of `xl-colo arbiter`
+    #[arg(long, value_name = "ARBITER")]
+    pub arbiter: Option<Arbiter>,
+    /// What must be won before going on alone: arbiter, hold, script:PATH, or alone (unsafe, for tests)
+    #[arg(long, value_parser = parse_policy, default_value = "arbiter")]
+    pub policy: Policy,
+    /// Boot an embedded guest of this name
+    #[arg(long, value_name = "NAME")]
+    pub guest: Option<String>,
+    /// The guest's memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
+    pub guest_mib: u64,
+    /// The size of a new disk image in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
+    pub disk_mib: u64,
+    /// How often, in percent, the guest's responses differ between its two copies
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub diverge: u8,
+    /// Seeds the guest's hardware randomness on this host; drawn when absent
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// End when standard input closes
+    #[arg(long, hide = true)]
+    pub follow_stdin: bool,
+}
+
+/// Arguments of `protect`.
+#[derive(Args, Debug)]
+pub struct ProtectArgs {
+    /// The peer's address
+    pub peer: Address,
+    /// The host whose guest is protected
+    #[command(flatten)]
+    pub host: HostRef,
+    /// colo: both guests run; remus: output waits for checkpoints
+    #[arg(long, default_value = "colo")]
+    pub mode: Mode,
+    /// When the guest runs on after a capture
+    #[arg(long, value_enum, default_value = "after-capture")]
+    pub resume: Resume,
+    /// Longest time between two checkpoints; 5000 for colo, 200 for remus
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    pub checkpoint_delay_ms: Option<u64>,
+    /// Time between two heartbeats
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub heartbeat_ms: Option<u64>,
+    /// Missed heartbeats after which the peer is lost
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1000))]
+    pub heartbeat_misses: Option<u32>,
+    /// Return when the guest is protected, not when the copy has begun
+    #[arg(long)]
+    pub wait: bool,
+}
+
+/// When the guest runs on after a capture.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Resume {
+    /// At once; the wire is not in the pause.
+    AfterCapture,
+    /// When the peer has loaded the state: the classic order.
+    AfterLoaded,
+}
+
+impl From<Resume> for ResumeOrder {
+    fn from(resume: Resume) -> Self {
+        match resume {
+            Resume::AfterCapture => Self::AfterCapture,
+            Resume::AfterLoaded => Self::AfterLoaded,
+        }
+    }
+}
+
+/// Arguments of `status`.
+#[derive(Args, Debug)]
+pub struct StatusArgs {
+    /// Which host
+    #[command(flatten)]
+    pub host: HostRef,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Print again every second until interrupted
+    #[arg(long)]
+    pub watch: bool,
+}
+
+/// Arguments of `arbiter`.
+#[derive(Args, Debug)]
+pub struct ArbiterArgs {
+    /// Where hosts connect: HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Address,
+    /// The register
+    #[arg(long, value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+/// Arguments of `demo`.
+#[derive(Args, Debug)]
+pub struct DemoArgs {
+    /// colo: both guests run; remus: output waits for checkpoints
+    #[arg(long, default_value = "colo")]
+    pub mode: Mode,
+    /// Which host dies
+    #[arg(long, value_enum, default_value = "primary")]
+    pub kill: Victim,
+    /// The guest's memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(4..=1 << 20))]
+    pub guest_mib: u64,
+    /// How long the client works before and after the kill together
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(2..=3600))]
+    pub seconds: u64,
+    /// How often, in percent, the guest's responses differ between its two copies
+    #[arg(long, value_name = "PERCENT", default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub diverge: u8,
+    /// Keep the pair running and serve the guest at this address, for your own curl and your own kill
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub serve: Option<std::net::SocketAddr>,
+    /// Print one JSON object instead of the report
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which host dies in the demo.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Victim {
+    /// The host that runs the guest.
+    Primary,
+    /// The host that stands by.
+    Secondary,
+}
+
+fn parse_policy(text: &str) -> Result<Policy, String> {
+    match text {
+        "arbiter" => Ok(Policy::Arbiter),
+        "hold" => Ok(Policy::Hold),
+        "alone" => Ok(Policy::Alone),
+        other => match other.strip_prefix("script:") {
+            Some(path) if !path.is_empty() => Ok(Policy::Script(path.into())),
+            _ => Err(format!("{other:?} is no policy: arbiter, hold, script:PATH or alone")),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn policies_are_spelt_as_documented() {
+        assert_eq!(parse_policy("script:/sbin/fence"), Ok(Policy::Script("/sbin/fence".into())));
+        for bad in ["", "script", "script:", "Arbiter"] {
+            assert!(parse_policy(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,510 @@
+//! One host: a process with a control socket, a peer listener, a switch port and an engine.
+//!
+//! ```text
+//!   control socket ─▶ engine ─ protect ─▶ knock() ── hello × 4 ──▶ peer's listener
+//!   peer listener  ─▶ greet() ── four links of one session ──▶ engine: Join
+//!   switch port    ◀─▶ engine
+//! ```
+//!
+//! A protection is a session: the primary claims the next generation, then opens the COLO stream, the packet link,
+//! the heartbeat and NBD one after another, each with the session's number. The traps: strangers knock too, so
+//! every hello has a deadline and a bound, and a session that never completes is forgotten; and the claim comes
+//! *before* the first link, so that whatever a former primary still sends carries an older generation.
+
+use super::address::{Address, Link, Listener};
+use super::arbiter::Arbiter;
+use super::control::{self, Answer as Reply, Protect};
+use super::engine::{Engine, EngineParts, HostInput};
+use super::frames::{FrameReader, FrameWriter};
+use super::guest::{DISK_NAME, Guest, GuestError};
+use super::links::{self, Outgoing, Side, outbox};
+use super::{engine_clock, nbd};
+use crate::colo::arbiter::{Claim, Policy, Verdict};
+use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
+use crate::colo::hello::{self, Channel, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome};
+use crate::colo::{primary, secondary};
+use crate::hypervisor::embedded::MachineConfig;
+use crate::replica::epochs::PrimaryView;
+use bytes::{Bytes, BytesMut};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{mpsc, oneshot};
+
+/// How long a hello or a welcome may take.
+const HELLO_DEADLINE: Duration = Duration::from_secs(5);
+/// Connections that may be greeted at once.
+const GREETINGS_MAX: usize = 32;
+/// Time between two attempts to reach the switch.
+const SWITCH_RETRY: Duration = Duration::from_millis(50);
+/// The feature a secondary names when its disk is new and all zero.
+const BLANK_DISK: &str = "blank-disk";
+
+/// A guest to boot at the start.
+#[derive(Clone, Debug)]
+pub struct BootConfig {
+    /// Its name.
+    pub name: String,
+    /// Its memory.
+    pub ram_mib: u64,
+    /// The size of its disk, when the image is made.
+    pub disk_mib: u64,
+    /// Its MAC address.
+    pub mac: [u8; 6],
+    /// Its IPv4 address.
+    pub ip: [u8; 4],
+    /// How often, in percent, its responses differ between its two copies.
+    pub diverge_percent: u8,
+}
+
+/// How to run a host.
+#[derive(Clone, Debug)]
+pub struct HostConfig {
+    /// Its name, which its control socket, its claims and its hellos carry.
+    pub name: String,
+    /// Where peers connect.
+    pub listen: Address,
+    /// The directory of the control socket.
+    pub run_dir: PathBuf,
+    /// The disk image, of the guest that boots here or of the replica that is made here.
+    pub disk: PathBuf,
+    /// Where disk epochs spill to; the image's directory when absent.
+    pub spill_dir: Option<PathBuf>,
+    /// The switch port.
+    pub net: Option<Address>,
+    /// The arbiter.
+    pub arbiter: Option<Arbiter>,
+    /// What must be won before going on alone.
+    pub policy: Policy,
+    /// The guest to boot.
+    pub boot: Option<BootConfig>,
+    /// Seeds the guest's hardware randomness on this host.
+    pub entropy_seed: u64,
+}
+
+/// Why a host does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// The peer listener.
+    #[error("listen on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: Address,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The control socket.
+    #[error("control socket of host {host} in {}: {source}", run_dir.display())]
+    Control {
+        /// Whose.
+        host: String,
+        /// Where.
+        run_dir: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The guest.
+    #[error("guest {name}: {source}")]
+    Guest {
+        /// Which.
+        name: String,
+        /// Why not.
+        source: GuestError,
+    },
+    /// The engine's thread.
+    #[error("start the engine: {0}")]
+    Thread(io::Error),
+    /// A policy that cannot be carried out.
+    #[error("{0}")]
+    Policy(&'static str),
+}
+
+struct Shared {
+    config: HostConfig,
+    vacant: Arc<AtomicBool>,
+    host: mpsc::Sender<HostInput>,
+}
+
+/// Runs a host until it is told to stop. `ready` is called when its sockets are open.
+pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(), HostError> {
+    if config.policy == Policy::Arbiter && config.arbiter.is_none() {
+        return Err(HostError::Policy(
+            "the arbiter policy needs --arbiter file:PATH or --arbiter ADDRESS (or choose --policy hold, script:PATH, alone)",
+        ));
+    }
+    let address = config.listen.clone();
+    let listener = address.listen().await.map_err(|source| HostError::Listen { address, source })?;
+    let control = control::listen(&config.run_dir, &config.name).await.map_err(|source| HostError::Control {
+        host: config.name.clone(),
+        run_dir: config.run_dir.clone(),
+        source,
+    })?;
+    let guest = boot(&config)?;
+
+    let (control_sender, control_receiver) = mpsc::channel(16);
+    let (protect_sender, mut protects) = mpsc::channel::<(Protect, oneshot::Sender<Reply>)>(1);
+    let (host_sender, host_receiver) = mpsc::channel(1);
+    let (network_sender, network_in) = mpsc::channel(1024);
+    let (network_out, network_outgoing) = outbox();
+    let vacant = Arc::new(AtomicBool::new(guest.is_none()));
+    let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone()));
+    let engine = Engine::new(EngineParts {
+        name: config.name.clone(),
+        guest,
+        arbiter: config.arbiter.clone(),
+        control: control_receiver,
+        protect: protect_sender,
+        host: host_receiver,
+        network_in,
+        network_out,
+        vacant: vacant.clone(),
+        runtime: tokio::runtime::Handle::current(),
+    });
+    let (engine_ended, engine_end) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("engine".into())
+        .spawn(move || {
+            match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime.block_on(engine.run()),
+                Err(error) => tracing::error!(%error, "no runtime for the engine"),
+            }
+            let _ = engine_ended.send(());
+        })
+        .map_err(HostError::Thread)?;
+
+    let socket = control::socket_path(&config.run_dir, &config.name);
+    tokio::spawn(control::serve(control, control_sender));
+    if let Some(net) = config.net.clone() {
+        tokio::spawn(switch_port(net, network_sender, network_outgoing));
+    }
+    let shared = Arc::new(Shared { config, vacant, host: host_sender });
+    ready(&listener.local_address().unwrap_or_else(|_| shared.config.listen.clone()));
+    let greeting = tokio::spawn(greet_all(listener, shared.clone()));
+    let protecting = tokio::spawn(async move {
+        while let Some((protect, reply)) = protects.recv().await {
+            let answer = match &shape {
+                None => Reply::error("this host has no guest"),
+                Some((name, geometry)) => match knock(&shared, &protect, name, geometry).await {
+                    Ok(()) => Reply::done(),
+                    Err(why) => Reply::error(why),
+                },
+            };
+            let _ = reply.send(answer);
+        }
+    });
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
+    tokio::select! {
+        _ = engine_end => {}
+        _ = tokio::signal::ctrl_c() => {}
+        () = async { match &mut terminate {
+            Some(signal) => _ = signal.recv().await,
+            None => std::future::pending().await,
+        } } => {}
+    }
+    greeting.abort();
+    protecting.abort();
+    // Lets the answer to `stop` out, and removes what would look like a host that runs.
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let _ = std::fs::remove_file(socket);
+    Ok(())
+}
+
+fn boot(config: &HostConfig) -> Result<Option<Guest>, HostError> {
+    let Some(boot) = &config.boot else { return Ok(None) };
+    let machine = MachineConfig {
+        ram_pages: boot.ram_mib.saturating_mul(256),
+        mac: boot.mac,
+        ip: boot.ip,
+        diverge_percent: boot.diverge_percent,
+        host_entropy_seed: config.entropy_seed,
+    };
+    let disk_bytes = boot.disk_mib.saturating_mul(1 << 20);
+    Guest::boot(&boot.name, &machine, &config.disk, disk_bytes, 0)
+        .map(Some)
+        .map_err(|source| HostError::Guest { name: boot.name.clone(), source })
+}
+
+/// Keeps a connection to the switch, as a cable that is plugged in again when it falls out.
+async fn switch_port(net: Address, frames_in: mpsc::Sender<Bytes>, mut frames_out: Outgoing<Bytes>) {
+    loop {
+        if let Ok(link) = net.connect().await {
+            let (read, write) = tokio::io::split(link);
+            let (mut reader, mut writer) = (FrameReader::new(read), FrameWriter::new(write));
+            let incoming = async {
+                while let Ok(Some(frame)) = reader.read().await {
+                    if frames_in.send(frame).await.is_err() {
+                        return;
+                    }
+                }
+            };
+            let outgoing = async {
+                while let Some((bytes, frame)) = frames_out.recv().await {
+                    let written = writer.write(&frame).await;
+                    frames_out.written(bytes);
+                    if written.is_err() {
+                        return;
+                    }
+                }
+            };
+            tokio::select! { () = incoming => {}, () = outgoing => {} }
+        }
+        tokio::time::sleep(SWITCH_RETRY).await;
+    }
+}
+
+/// The primary's way in: claims the next generation, opens the links, hands them to the engine.
+async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geometry) -> Result<(), String> {
+    let config = &shared.config;
+    let peer: Address = protect.peer.parse().map_err(|error| format!("{error}"))?;
+    // A peer that is not there must be found out before a generation is spent.
+    let stream = peer.connect().await.map_err(|error| format!("peer {peer}: {error} (is xl-colo host running there?)"))?;
+    let generation = claim(config, guest).await?;
+    let mut session = [0; 8];
+    getrandom::fill(&mut session).map_err(|error| format!("no randomness for a session number: {error}"))?;
+    let interval_ms = protect.heartbeat_interval_ms.unwrap_or(INTERVAL_DEFAULT_MS);
+    let misses = protect.heartbeat_misses.unwrap_or(MISSES_DEFAULT);
+    let word = |channel| Hello {
+        protocol: PROTOCOL_VERSION,
+        channel,
+        guest: guest.to_owned(),
+        session: u64::from_le_bytes(session),
+        generation,
+        from: config.name.clone(),
+        mode: protect.mode,
+        features: vec![],
+        geometry: geometry.clone(),
+        heartbeat_interval_ms: interval_ms,
+        heartbeat_misses: misses,
+    };
+    word(Channel::Colo).check().map_err(|error| error.to_string())?;
+    let (stream, welcome) = introduce(stream, word(Channel::Colo)).await?;
+    let mut others = Vec::with_capacity(3);
+    for channel in [Channel::Packets, Channel::Heartbeat, Channel::Nbd] {
+        let link = peer.connect().await.map_err(|error| format!("peer {peer}: {error}"))?;
+        others.push(introduce(link, word(channel)).await?.0);
+    }
+    let [Some(nbd), Some(heartbeat_link), Some(packets)] = [others.pop(), others.pop(), others.pop()] else {
+        return Err("the links did not come up".into());
+    };
+    let heartbeat = Heartbeat::new(engine_clock(), Duration::from_millis(interval_ms), misses, generation);
+    let side = Side::Primary { nbd, export: DISK_NAME.into() };
+    let links = links::start(stream, packets, heartbeat_link, heartbeat, side);
+    let claim = Claim { guest: guest.to_owned(), expected: generation, holder: config.name.clone() };
+    let mut machine = primary::Config::new(protect.mode, claim);
+    machine.resume = protect.resume;
+    machine.policy = config.policy.clone();
+    if let Some(delay_ms) = protect.checkpoint_delay_ms {
+        machine.checkpoint_delay = Duration::from_millis(delay_ms);
+    }
+    let target_is_blank = welcome.features.iter().any(|feature| feature == BLANK_DISK);
+    let input = HostInput::Protect { links, config: machine, peer: welcome.from, target_is_blank };
+    shared.host.send(input).await.map_err(|_| "the host is shutting down".to_owned())
+}
+
+/// Wins the next generation for this host, or says who stands in the way.
+async fn claim(config: &HostConfig, guest: &str) -> Result<u64, String> {
+    let Some(arbiter) = &config.arbiter else { return Ok(1) };
+    let register = arbiter.query(guest).await.map_err(|error| format!("{error}; the guest stays unprotected"))?;
+    let claim = Claim { guest: guest.to_owned(), expected: register.generation, holder: config.name.clone() };
+    match arbiter.claim(claim).await.map_err(|error| error.to_string())? {
+        Verdict::Won { generation } => Ok(generation),
+        Verdict::Lost(other) => Err(format!("host {} has just claimed guest {guest}; look there first", other.holder)),
+    }
+}
+
+/// Says hello and reads the welcome.
+async fn introduce(mut link: Link, word: Hello) -> Result<(Link, Welcome), String> {
+    let mut out = BytesMut::new();
+    hello::encode(&word, &mut out);
+    let exchange = async {
+        link.write_all(&out).await.map_err(|error| error.to_string())?;
+        // The peer says nothing more until it is spoken to, except NBD's greeting: read no byte beyond the welcome.
+        read_word::<Welcome>(&mut link).await.map_err(|error| error.to_string())
+    };
+    let welcome = match tokio::time::timeout(HELLO_DEADLINE, exchange).await {
+        Ok(welcome) => welcome?,
+        Err(_) => return Err(format!("the peer did not answer a hello within {HELLO_DEADLINE:?}")),
+    };
+    match welcome.refused {
+        Some(why) => Err(format!("the peer refused: {why}")),
+        None => Ok((link, welcome)),
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum GreetError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Hello(#[from] HelloError),
+}
+
+/// Reads one hello or welcome and not a byte more.
+async fn read_word<T: serde::de::DeserializeOwned>(link: &mut Link) -> Result<T, GreetError> {
+    let mut input = BytesMut::zeroed(4);
+    link.read_exact(&mut input).await?;
+    let len_bytes = u32::from_be_bytes([input[0], input[1], input[2], input[3]]) as usize;
+    if len_bytes <= hello::HELLO_MAX_BYTES {
+        input.resize(4 + len_bytes, 0);
+        link.read_exact(&mut input[4..]).await?;
+    }
+    match hello::decode(&mut input)? {
+        Some(word) => Ok(word),
+        None => Err(HelloError::TooLong(len_bytes).into()),
+    }
+}
+
+/// A session whose links are coming up.
+struct Session {
+    hello: Hello,
+    stream: Link,
+    guest: Box<Guest>,
+    packets: Option<Link>,
+    heartbeat: Option<Link>,
+}
+
+async fn greet_all(listener: Listener, shared: Arc<Shared>) {
+    let (greeted, mut words) = mpsc::channel::<(Link, Hello)>(4);
+    let greetings = Arc::new(tokio::sync::Semaphore::new(GREETINGS_MAX));
+    tokio::spawn(async move {
+        while let Ok(mut link) = listener.accept().await {
+            let Ok(permit) = greetings.clone().acquire_owned().await else { return };
+            let greeted = greeted.clone();
+            tokio::spawn(async move {
+                let _permit = permit;
+                match tokio::time::timeout(HELLO_DEADLINE, read_word::<Hello>(&mut link)).await {
+                    Ok(Ok(word)) => _ = greeted.send((link, word)).await,
+                    Ok(Err(error)) => {
+                        tracing::warn!(%error, "a stranger on the peer port");
+                        answer(&mut link, &error.to_string(), "").await;
+                    }
+                    Err(_) => tracing::warn!("a connection on the peer port said no hello"),
+                }
+            });
+        }
+    });
+    let mut session: Option<Session> = None;
+    loop {
+        let next = tokio::time::timeout(HELLO_DEADLINE, words.recv()).await;
+        match next {
+            Ok(None) => return,
+            Err(_) => {
+                if let Some(session) = session.take() {
+                    tracing::warn!(peer = %session.hello.from, "a session did not complete");
+                }
+            }
+            Ok(Some((mut link, word))) => match welcome(&shared, session.as_ref(), &word) {
+                Err(why) => {
+                    tracing::warn!(peer = %word.from, reason = %why, "refused");
+                    answer(&mut link, &why, &shared.config.name).await;
+                }
+                Ok(made) => {
+                    let blank = made.as_ref().is_some_and(|(_, is_blank)| *is_blank);
+                    let welcome = Welcome {
+                        protocol: PROTOCOL_VERSION,
+                        from: shared.config.name.clone(),
+                        refused: None,
+                        features: if blank { vec![BLANK_DISK.into()] } else { vec![] },
+                    };
+                    let mut out = BytesMut::new();
+                    hello::encode(&welcome, &mut out);
+                    if link.write_all(&out).await.is_ok() {
+                        let guest = made.map(|(guest, _)| Box::new(guest));
+                        take(&shared, &mut session, link, word, guest).await;
+                    }
+                }
+            },
+        }
+    }
+}
+
+async fn answer(link: &mut Link, why: &str, from: &str) {
+    let refused = Some(why.to_owned());
+    let welcome = Welcome { protocol: PROTOCOL_VERSION, from: from.to_owned(), refused, features: vec![] };
+    let mut out = BytesMut::new();
+    hello::encode(&welcome, &mut out);
+    let _ = link.write_all(&out).await;
+}
+
+/// Decides on a hello. For a COLO hello it makes the room the guest needs, so that a host without it says so to
+/// the primary and not only to its own log.
+fn welcome(shared: &Shared, session: Option<&Session>, word: &Hello) -> Result<Option<(Guest, bool)>, String> {
+    word.check().map_err(|error| error.to_string())?;
+    let config = &shared.config;
+    if word.from == config.name {
+        return Err(format!("both hosts are called {}; an arbiter could not tell them apart", word.from));
+    }
+    if word.channel != Channel::Colo {
+        let known = session.is_some_and(|session| session.hello.session == word.session);
+        return if known { Ok(None) } else { Err("this link belongs to no session".into()) };
+    }
+    if !shared.vacant.load(Ordering::SeqCst) {
+        return Err(format!("host {} has a guest already", config.name));
+    }
+    let beside = config.disk.parent().filter(|dir| !dir.as_os_str().is_empty()).map(ToOwned::to_owned);
+    let spill_dir = config.spill_dir.clone().or(beside).unwrap_or_else(|| ".".into());
+    Guest::stand_by(&word.guest, &word.geometry, &config.disk, &spill_dir, config.entropy_seed)
+        .map(Some)
+        .map_err(|error| format!("host {}: {error}", config.name))
+}
+
+/// Keeps a welcomed link with its session, and starts the engine's part when all four are there.
+async fn take(shared: &Shared, session: &mut Option<Session>, link: Link, word: Hello, guest: Option<Box<Guest>>) {
+    match (word.channel, guest) {
+        (Channel::Colo, Some(guest)) => {
+            *session = Some(Session { hello: word, stream: link, guest, packets: None, heartbeat: None });
+        }
+        (Channel::Packets, _) => _ = session.as_mut().map(|session| session.packets = Some(link)),
+        (Channel::Heartbeat, _) => _ = session.as_mut().map(|session| session.heartbeat = Some(link)),
+        (Channel::Nbd, _) => {
+            if let Some(input) = session.take().and_then(|session| join(shared, session, link)) {
+                let _ = shared.host.send(input).await;
+            }
+        }
+        (Channel::Colo, None) => {}
+    }
+}
+
+fn join(shared: &Shared, session: Session, nbd_link: Link) -> Option<HostInput> {
+    let Session { hello: word, stream, guest, packets: Some(packets), heartbeat: Some(beats) } = session else {
+        tracing::warn!(peer = %session.hello.from, "the disk link came before the others");
+        return None;
+    };
+    let generation = word.generation;
+    let replica = guest.replica.clone()?;
+    // Before the first write can arrive: the primary begins as soon as its last link is welcomed.
+    if let Err(error) = links::lock(&replica).start_sync(generation) {
+        tracing::error!(%error, "the replica cannot begin");
+        return None;
+    }
+    let view = Box::new(PrimaryView { replica, generation });
+    let server = tokio::spawn(async move {
+        if let Err(error) = nbd::serve_connection(nbd_link, DISK_NAME.into(), view).await {
+            tracing::warn!(%error, "the disk link ended");
+        }
+    });
+    let interval = Duration::from_millis(word.heartbeat_interval_ms);
+    let heartbeat = Heartbeat::new(engine_clock(), interval, word.heartbeat_misses, generation);
+    let side = Side::Secondary { nr_pages: word.geometry.nr_pages, nbd: server };
+    let links = links::start(stream, packets, beats, heartbeat, side);
+    let claim = Claim { guest: word.guest.clone(), expected: generation, holder: shared.config.name.clone() };
+    let mut config = secondary::Config::new(word.mode, claim);
+    config.policy = shared.config.policy.clone();
+    Some(HostInput::Join { links, config, peer: word.from, guest })
+}
+
+/// The mode names a command line accepts.
+impl std::str::FromStr for Mode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "colo" => Ok(Self::Colo),
+            "remus" => Ok(Self::Remus),
+            other => Err(format!("{other:?} is no mode: colo or remus")),
+        }
+    }
+}

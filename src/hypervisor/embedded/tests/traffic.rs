@@ -224,3 +224,17 @@ fn divergence_changes_bytes_and_never_lengths() {
     let zeroes = String::from_utf8(two).unwrap().matches("X-Hash-Seed: 0000000000000000").count();
     assert!((25..58).contains(&zeroes), "about seven in ten, not {zeroes} of 60");
 }
+
+#[test]
+fn a_client_that_goes_on_sending_after_its_refusal_still_reads_it() {
+    let mut world = World::new(&config(SMALL), 1);
+    let client = world.connect(&put("a", &[1; 100_000]), 4096);
+    assert!(world.run(MINUTE, |world| world.clients[client].to_send.is_empty()), "what is refused is still taken in");
+    assert_eq!(world.clients[client].statuses(), [413]);
+    assert_eq!(world.state(client), State::CloseWait, "closed in order, not reset");
+    world.clients[client].half_close = true;
+    assert!(world.run(MINUTE, |world| world.state(client) == State::Closed));
+    world.run(Duration::from_secs(2), |_| false);
+    assert_eq!(world.machine.poll_timeout(), None);
+    assert!(kv::scan(&mut world.disk).unwrap().is_empty());
+}

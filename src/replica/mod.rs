@@ -1,1 +1,34 @@
-//! Under construction.
+//! The two ends of disk replication.
+//!
+//! ```text
+//!  primary                                       secondary
+//!  guest A ─▶ Mirror ─▶ local disk               guest B ◀──▶ GuestView ─┐
+//!               └─ queue, by epoch ─▶ (NBD) ─▶ PrimaryView ─▶ Replica ◀──┘
+//!                                                              active / sealed / pending / base
+//! ```
+//!
+//! - [`extents`]: a sparse layer over a disk, in memory up to a budget, then in a spill file;
+//! - [`epochs`]: the secondary's disk, built of such layers, one checkpoint deep for its guest;
+//! - [`mirror`]: the primary's disk, and the copies of its writes on their way to the other host.
+//!
+//! The trap is shared: guest B must see the disk of the last checkpoint and its own writes, never the primary's
+//! writes since; so what arrives early waits in a layer of its own, and what the primary writes for a checkpoint
+//! that is not yet owned waits in its queue.
+//!
+//! Nothing here waits, spawns or knows the wire: callers wrap an end in a mutex and drive it.
+//!
+//! Source: QEMU `docs/block-replication.txt`, whose visible behaviour this matches by other means.
+
+pub mod epochs;
+pub mod extents;
+pub mod mirror;
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Mutex, MutexGuard};
+
+/// Locks an end. A thread that panicked while holding it left it in an unknown state: that is our own fault, and
+/// going on would write unknown bytes to a disk.
+fn lock<T>(end: &Mutex<T>) -> MutexGuard<'_, T> {
+    end.lock().expect("a thread panicked while it held this disk")
+}

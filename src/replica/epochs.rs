@@ -1,0 +1,546 @@
+//! The secondary's disk: what guest B sees is the last checkpoint and its own writes since.
+//!
+//! ```text
+//!   guest B reads                     primary (NBD)
+//!      │   ▲ writes                        │ writes of this generation
+//!      ▼   │                               ▼
+//!    active ─── seal: dropped           pending ─── seal: becomes a sealed epoch
+//!      │                                (unseen by guest B)
+//!      ▼
+//!    sealed, newest … oldest ─── apply_some ──▶ base
+//! ```
+//!
+//! | stage | in | does | goes to |
+//! |---|---|---|---|
+//! | None, Syncing, Running, Done after stop | `start_sync` | forget every layer; primary writes go to base | Syncing |
+//! | Syncing | `seal` | the base is the first checkpoint | Running |
+//! | Running | `seal` | pending becomes a sealed epoch, active is dropped | Running |
+//! | Running | `takeover` | pending is dropped, active becomes the newest sealed epoch, the generation is over | Failover |
+//! | Syncing, Running | `stop` | pending and active are dropped, sealed is applied | Done |
+//! | Failover | `apply_some`, last byte | the base is the disk | Done |
+//! | Failover | `apply_some`, base fails | the layers stay and are read through; try again | FailoverFailed |
+//! | FailoverFailed | `apply_some`, base works again | – | Failover |
+//! | Failover, FailoverFailed, Done | `seal`, `takeover` | nothing | – |
+//!
+//! A checkpoint moves two structures and copies nothing. QEMU's copy-before-write pays for a checkpoint by emptying
+//! two images; here the debt is the sealed epochs, paid in the background by [`Replica::apply_some`].
+//!
+//! The trap: after a takeover guest B writes on while the layers are merged. A write goes in place where a layer
+//! covers it and straight to the base where none does, so the merge can neither undo it nor go on for ever, and
+//! needs no room.
+//!
+//! Nothing sealed is durable before it is applied: two hosts hold each checkpoint, and this survives the loss of
+//! one. After a takeover one host is left, so [`Replica::guest_flush`] is honest again: busy until all is merged.
+//!
+//! Source: QEMU `docs/block-replication.txt` and `block/replication.c` (stages, their words), of which this matches
+//! what a guest can see.
+
+use super::extents::{Budget, Overlay};
+use super::lock;
+use crate::disk::{Disk, DiskError, check_range};
+use crate::mutant::{self, Mutant};
+use serde::Serialize;
+use std::collections::VecDeque;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+/// Sealed epochs waiting at most. A secondary whose base is slower than its primary pays for one at a seal then:
+/// checkpoints slow down to what it can bear, and reads never look through more layers than this.
+pub const MAX_SEALED_EPOCHS: usize = 64;
+/// Error texts kept for the status; the first ones, since they tell the cause.
+pub const MAX_ERRORS: usize = 16;
+/// What one guest flush merges before it says busy again, in bytes.
+pub const FLUSH_STEP_BYTES: u64 = 8 << 20;
+
+/// Where a replica stands, in QEMU's words.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    /// Not started: neither guest nor primary may touch it.
+    None,
+    /// The initial copy is arriving; there is nothing to take over with.
+    Syncing,
+    /// Checkpoints are sealed.
+    Running,
+    /// Taken over; layers are being merged into the base.
+    Failover,
+    /// Taken over; merging met an error and may be tried again. The guest's disk is whole.
+    FailoverFailed,
+    /// The base is the disk.
+    Done,
+}
+
+/// Why a step of the replica's life was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicaError {
+    /// The step makes no sense at this stage.
+    #[error("{step}: not possible while the replica is in stage {stage:?}")]
+    Stage {
+        /// The step.
+        step: &'static str,
+        /// The stage.
+        stage: Stage,
+    },
+    /// The generation is not newer than the one in force.
+    #[error("generation {theirs} is over: this replica is at generation {ours}")]
+    StaleGeneration {
+        /// The generation offered.
+        theirs: u64,
+        /// The generation in force.
+        ours: u64,
+    },
+    /// A write was lost since the last good checkpoint. This one must not be acknowledged; what was sealed before
+    /// is whole, and only a new initial copy makes checkpoints possible again.
+    #[error("this checkpoint's disk is not whole: {first}")]
+    Broken {
+        /// The first error.
+        first: String,
+    },
+    /// The disk below failed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+}
+
+/// What a replica may use.
+#[derive(Clone, Debug)]
+pub struct ReplicaConfig {
+    /// Memory for all layers together, their index included.
+    pub memory_budget_bytes: u64,
+    /// Where spill files are made; without it a full memory is a full disk.
+    pub spill_dir: Option<PathBuf>,
+    /// All spill files together.
+    pub spill_budget_bytes: u64,
+}
+
+impl Default for ReplicaConfig {
+    /// 256 MiB of memory and no spill files.
+    fn default() -> Self {
+        Self { memory_budget_bytes: 256 << 20, spill_dir: None, spill_budget_bytes: u64::MAX }
+    }
+}
+
+/// A replica's state, for people and for the daemon's status.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct ReplicaStatus {
+    /// Where it stands.
+    pub stage: Stage,
+    /// The generation whose writes are accepted.
+    pub generation: u64,
+    /// The disk's size.
+    pub size_bytes: u64,
+    /// The primary's writes since the last checkpoint.
+    pub pending_bytes: u64,
+    /// Guest B's writes since the last checkpoint.
+    pub active_bytes: u64,
+    /// Epochs sealed and not yet applied.
+    pub sealed_epochs: usize,
+    /// Bytes still to be copied to the base.
+    pub debt_bytes: u64,
+    /// Memory in use by all layers.
+    pub memory_bytes: u64,
+    /// Spill files in use by all layers.
+    pub spill_bytes: u64,
+    /// Checkpoints sealed since the initial copy, that copy's own included.
+    pub seals: u64,
+    /// Primary requests refused because of their generation.
+    pub fenced_writes: u64,
+    /// Whether the next seal will be refused.
+    pub broken: bool,
+    /// The first [`MAX_ERRORS`] errors since the start.
+    pub errors: Vec<String>,
+}
+
+/// The secondary's disk.
+pub struct Replica {
+    base: Box<dyn Disk>,
+    budget: Arc<Budget>,
+    stage: Stage,
+    generation: u64,
+    taken_over: bool,
+    sealed: VecDeque<Overlay>,
+    pending: Overlay,
+    active: Overlay,
+    /// Layers nobody reads any more; freeing them takes time a checkpoint does not have.
+    dropped: Vec<Overlay>,
+    base_unflushed: bool,
+    seals: u64,
+    fenced_writes: u64,
+    broken: Option<String>,
+    errors: Vec<String>,
+}
+
+impl Replica {
+    /// A replica over `base`, not started.
+    #[must_use]
+    pub fn new(base: Box<dyn Disk>, config: ReplicaConfig) -> Self {
+        let budget = Budget::new(config.memory_budget_bytes, config.spill_dir, config.spill_budget_bytes);
+        Self {
+            base,
+            stage: Stage::None,
+            generation: 0,
+            taken_over: false,
+            sealed: VecDeque::new(),
+            pending: Overlay::new(&budget),
+            active: Overlay::new(&budget),
+            dropped: Vec::new(),
+            base_unflushed: false,
+            seals: 0,
+            fenced_writes: 0,
+            broken: None,
+            errors: Vec::new(),
+            budget,
+        }
+    }
+
+    /// The disk's size.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.base.size_bytes()
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    /// Begins the initial copy from the primary of `generation`, from scratch: until the first seal the base is
+    /// neither the old disk nor the new one. Refused for an older generation, and once a guest was taken over.
+    pub fn start_sync(&mut self, generation: u64) -> Result<(), ReplicaError> {
+        if self.taken_over {
+            return Err(ReplicaError::Stage { step: "start", stage: self.stage });
+        }
+        if generation < self.generation {
+            return Err(ReplicaError::StaleGeneration { theirs: generation, ours: self.generation });
+        }
+        self.drop_pending();
+        self.drop_active();
+        self.dropped.extend(self.sealed.drain(..));
+        self.generation = generation;
+        self.stage = Stage::Syncing;
+        self.seals = 0;
+        self.broken = None;
+        self.errors.clear();
+        Ok(())
+    }
+
+    /// A write of the primary: into the base during the initial copy, into pending after it.
+    pub fn primary_write(&mut self, generation: u64, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        check_range(self.size_bytes(), offset, bytes.len() as u64)?;
+        if self.taken_over && mutant::active(Mutant::AcceptOldGeneration) {
+            return self.write_below(offset, bytes);
+        }
+        self.check_primary(generation)?;
+        let result = match self.stage {
+            Stage::Running => self.pending.write(offset, bytes),
+            _ => {
+                self.base_unflushed = true;
+                self.base.write(offset, bytes)
+            }
+        };
+        self.latch("a write of the primary", result)
+    }
+
+    /// A read of the primary: its own latest writes.
+    pub fn primary_read(&mut self, generation: u64, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+        self.check_primary(generation)?;
+        check_range(self.size_bytes(), offset, into.len() as u64)?;
+        let Self { pending, sealed, base, .. } = self;
+        pending.read(offset, into, &mut |offset, into| read_layers(sealed, base.as_mut(), offset, into))
+    }
+
+    /// A flush of the primary. During the initial copy it reaches the medium; after it, what it would make
+    /// durable is a checkpoint that does not exist yet, so there is nothing to do.
+    pub fn primary_flush(&mut self, generation: u64) -> Result<(), DiskError> {
+        self.check_primary(generation)?;
+        let result = if self.stage == Stage::Syncing { self.flush_base() } else { Ok(()) };
+        self.latch("a flush of the initial copy", result)
+    }
+
+    /// A read of guest B: its own writes, else the last checkpoint. Fails before the first one.
+    pub fn guest_read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+        self.check_guest()?;
+        check_range(self.size_bytes(), offset, into.len() as u64)?;
+        let Self { active, sealed, base, .. } = self;
+        active.read(offset, into, &mut |offset, into| read_layers(sealed, base.as_mut(), offset, into))
+    }
+
+    /// A write of guest B. Its failure is the guest's news; the next checkpoint drops the layer it failed in.
+    pub fn guest_write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        self.check_guest()?;
+        check_range(self.size_bytes(), offset, bytes.len() as u64)?;
+        let result = if self.stage == Stage::Running {
+            self.active.write(offset, bytes)
+        } else {
+            self.write_below(offset, bytes)
+        };
+        result.inspect_err(|error| self.note("a write of the secondary's guest", error))
+    }
+
+    /// A flush of guest B. Before a takeover there is nothing to make durable. After it: [`DiskError::Busy`] until
+    /// every layer is merged, each call merging [`FLUSH_STEP_BYTES`], then a flush of the base.
+    pub fn guest_flush(&mut self) -> Result<(), DiskError> {
+        self.check_guest()?;
+        if self.stage == Stage::Running {
+            return Ok(());
+        }
+        self.apply_some(FLUSH_STEP_BYTES)?;
+        if self.sealed.is_empty() { self.flush_base() } else { Err(DiskError::Busy) }
+    }
+
+    /// The checkpoint: what the primary wrote becomes what guest B sees, what guest B wrote is forgotten. Copies
+    /// nothing, whatever the sizes. On an error the checkpoint must not be acknowledged; guest B's view is
+    /// untouched. After a takeover or a stop it does nothing, as in QEMU.
+    pub fn seal(&mut self) -> Result<(), ReplicaError> {
+        match self.stage {
+            Stage::None => return Err(ReplicaError::Stage { step: "checkpoint", stage: self.stage }),
+            Stage::Failover | Stage::FailoverFailed | Stage::Done => return Ok(()),
+            Stage::Syncing | Stage::Running => {}
+        }
+        if let Some(first) = &self.broken {
+            return Err(ReplicaError::Broken { first: first.clone() });
+        }
+        if !self.pending.is_empty() {
+            while self.sealed.len() >= MAX_SEALED_EPOCHS {
+                self.apply_some(FLUSH_STEP_BYTES)?;
+            }
+            self.sealed.push_back(std::mem::replace(&mut self.pending, Overlay::new(&self.budget)));
+        }
+        if !mutant::active(Mutant::KeepActiveAtCheckpoint) {
+            self.drop_active();
+        }
+        self.stage = Stage::Running;
+        self.seals += 1;
+        Ok(())
+    }
+
+    /// Guest B carries on from the last checkpoint and its own writes; the primary's since then are dropped and
+    /// its generation is over. Copies nothing; the layers are merged by [`Self::apply_some`]. Does nothing when
+    /// the guest was already taken over; refused before the first checkpoint.
+    pub fn takeover(&mut self, new_generation: u64) -> Result<(), ReplicaError> {
+        match self.stage {
+            Stage::Failover | Stage::FailoverFailed | Stage::Done if self.taken_over => return Ok(()),
+            Stage::Running => {}
+            stage => return Err(ReplicaError::Stage { step: "takeover", stage }),
+        }
+        if new_generation <= self.generation {
+            return Err(ReplicaError::StaleGeneration { theirs: new_generation, ours: self.generation });
+        }
+        self.generation = new_generation;
+        self.taken_over = true;
+        self.drop_pending();
+        self.sealed.push_back(std::mem::replace(&mut self.active, Overlay::new(&self.budget)));
+        self.stage = Stage::Failover;
+        Ok(())
+    }
+
+    /// Ends replication without a takeover; guest B must be stopped. The base becomes the last checkpoint, as far
+    /// as there was one, before this returns. Does nothing when it is over already.
+    pub fn stop(&mut self) -> Result<(), ReplicaError> {
+        match self.stage {
+            Stage::None => return Err(ReplicaError::Stage { step: "stop", stage: self.stage }),
+            Stage::Failover | Stage::FailoverFailed | Stage::Done => return Ok(()),
+            Stage::Syncing | Stage::Running => {}
+        }
+        self.drop_pending();
+        self.drop_active();
+        while self.apply_some(u64::MAX)? {}
+        self.stage = Stage::Done;
+        Ok(())
+    }
+
+    /// Copies about `budget_bytes` of sealed epochs into the base, oldest first, flushes it when they are all
+    /// there, and frees as much of the dropped layers. True while there is more to do. An error is kept for the
+    /// status and breaks the next seal; nothing is lost by it, and calling again tries again.
+    pub fn apply_some(&mut self, budget_bytes: u64) -> Result<bool, DiskError> {
+        let result = self.merge(budget_bytes);
+        match (&result, self.stage) {
+            (Err(_), Stage::Failover) => self.stage = Stage::FailoverFailed,
+            (Ok(()), Stage::FailoverFailed) => self.stage = Stage::Failover,
+            _ => {}
+        }
+        self.latch("applying a checkpoint", result)?;
+        if self.stage == Stage::Failover && self.sealed.is_empty() {
+            self.stage = Stage::Done;
+        }
+        self.free(budget_bytes);
+        Ok(!self.sealed.is_empty() || !self.dropped.is_empty())
+    }
+
+    /// Bytes still to be copied to the base.
+    #[must_use]
+    pub fn debt_bytes(&self) -> u64 {
+        self.sealed.iter().map(Overlay::bytes).sum()
+    }
+
+    /// Where it stands, in numbers.
+    #[must_use]
+    pub fn status(&self) -> ReplicaStatus {
+        ReplicaStatus {
+            stage: self.stage,
+            generation: self.generation,
+            size_bytes: self.size_bytes(),
+            pending_bytes: self.pending.bytes(),
+            active_bytes: self.active.bytes(),
+            sealed_epochs: self.sealed.len(),
+            debt_bytes: self.debt_bytes(),
+            memory_bytes: self.budget.memory_bytes(),
+            spill_bytes: self.budget.spill_bytes(),
+            seals: self.seals,
+            fenced_writes: self.fenced_writes,
+            broken: self.broken.is_some(),
+            errors: self.errors.clone(),
+        }
+    }
+
+    fn check_primary(&mut self, generation: u64) -> Result<(), DiskError> {
+        match self.stage {
+            Stage::Syncing | Stage::Running if generation == self.generation => Ok(()),
+            _ => {
+                self.fenced_writes += 1;
+                Err(DiskError::Fenced { theirs: generation, ours: self.generation })
+            }
+        }
+    }
+
+    fn check_guest(&self) -> Result<(), DiskError> {
+        match self.stage {
+            Stage::None | Stage::Syncing => {
+                Err(DiskError::io("the secondary's guest disk", io::Error::other("there is no checkpoint yet")))
+            }
+            Stage::Running | Stage::Failover | Stage::FailoverFailed | Stage::Done => Ok(()),
+        }
+    }
+
+    /// Writes where the guest will see it and the merge will not undo it.
+    fn write_below(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        self.base_unflushed = true;
+        write_layers(self.sealed.make_contiguous(), self.base.as_mut(), offset, bytes)
+    }
+
+    fn merge(&mut self, budget_bytes: u64) -> Result<(), DiskError> {
+        let mut left_bytes = budget_bytes.max(1);
+        while let (Some(oldest), 1..) = (self.sealed.front_mut(), left_bytes) {
+            let step_bytes = usize::try_from(left_bytes).unwrap_or(usize::MAX);
+            let moved_bytes = oldest.move_first(self.base.as_mut(), step_bytes)?;
+            self.base_unflushed |= moved_bytes > 0;
+            left_bytes = left_bytes.saturating_sub(moved_bytes as u64);
+            if oldest.is_empty() {
+                self.flush_base()?;
+                self.sealed.pop_front();
+            }
+        }
+        Ok(())
+    }
+
+    fn flush_base(&mut self) -> Result<(), DiskError> {
+        if self.base_unflushed {
+            self.base.flush()?;
+            self.base_unflushed = false;
+        }
+        Ok(())
+    }
+
+    fn free(&mut self, budget_bytes: u64) {
+        let mut left_bytes = budget_bytes.max(1);
+        while let (Some(last), 1..) = (self.dropped.last_mut(), left_bytes) {
+            left_bytes = left_bytes.saturating_sub(last.forget_first() as u64);
+            if last.is_empty() {
+                self.dropped.pop();
+            }
+        }
+    }
+
+    fn drop_pending(&mut self) {
+        let pending = std::mem::replace(&mut self.pending, Overlay::new(&self.budget));
+        self.dropped.extend((!pending.is_empty()).then_some(pending));
+    }
+
+    fn drop_active(&mut self) {
+        let active = std::mem::replace(&mut self.active, Overlay::new(&self.budget));
+        self.dropped.extend((!active.is_empty()).then_some(active));
+    }
+
+    /// Keeps an error that makes the checkpoint being collected worthless.
+    fn latch<T>(&mut self, doing: &str, result: Result<T, DiskError>) -> Result<T, DiskError> {
+        result.inspect_err(|error| {
+            self.note(doing, error);
+            self.broken.get_or_insert_with(|| format!("{doing}: {error}"));
+        })
+    }
+
+    fn note(&mut self, doing: &str, error: &DiskError) {
+        if self.errors.len() < MAX_ERRORS {
+            self.errors.push(format!("{doing}: {error}"));
+        }
+    }
+}
+
+fn read_layers(sealed: &VecDeque<Overlay>, base: &mut dyn Disk, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+    fn below(
+        upper: &VecDeque<Overlay>,
+        count: usize,
+        base: &mut dyn Disk,
+        offset: u64,
+        into: &mut [u8],
+    ) -> Result<(), DiskError> {
+        match count.checked_sub(1) {
+            None => base.read(offset, into),
+            Some(top) => upper[top].read(offset, into, &mut |offset, into| below(upper, top, base, offset, into)),
+        }
+    }
+    below(sealed, sealed.len(), base, offset, into)
+}
+
+fn write_layers(sealed: &mut [Overlay], base: &mut dyn Disk, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+    match sealed.split_last_mut() {
+        None => base.write(offset, bytes),
+        Some((newest, older)) => {
+            newest.write_covered(offset, bytes, &mut |offset, bytes| write_layers(older, base, offset, bytes))
+        }
+    }
+}
+
+/// Guest B's disk.
+#[derive(Clone)]
+pub struct GuestView(pub Arc<Mutex<Replica>>);
+
+impl Disk for GuestView {
+    fn size_bytes(&self) -> u64 {
+        lock(&self.0).size_bytes()
+    }
+    fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+        lock(&self.0).guest_read(offset, into)
+    }
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        lock(&self.0).guest_write(offset, bytes)
+    }
+    fn flush(&mut self) -> Result<(), DiskError> {
+        lock(&self.0).guest_flush()
+    }
+}
+
+/// The disk a primary's connection writes to, for as long as its generation lasts.
+#[derive(Clone)]
+pub struct PrimaryView {
+    /// The replica.
+    pub replica: Arc<Mutex<Replica>>,
+    /// The generation the primary proved when it connected.
+    pub generation: u64,
+}
+
+impl Disk for PrimaryView {
+    fn size_bytes(&self) -> u64 {
+        lock(&self.replica).size_bytes()
+    }
+    fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+        lock(&self.replica).primary_read(self.generation, offset, into)
+    }
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        lock(&self.replica).primary_write(self.generation, offset, bytes)
+    }
+    fn flush(&mut self) -> Result<(), DiskError> {
+        lock(&self.replica).primary_flush(self.generation)
+    }
+}

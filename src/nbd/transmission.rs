@@ -168,7 +168,8 @@ pub enum Served {
 }
 
 /// Carries a request out on `disk` and appends the reply to `out`: at most 16 bytes and what was read. A failing
-/// disk is the client's news, not an error here.
+/// disk is the client's news, not an error here. Send `out` before serving much more: a client that asks without
+/// listening would fill it.
 pub fn serve(request: &Request, disk: &mut dyn Disk, out: &mut BytesMut) -> Served {
     let start = out.len();
     put_reply(out, request.cookie, None);

@@ -31,6 +31,11 @@ pub const MAX_EXTENT_BYTES: usize = 1 << 20;
 /// What an extent's place in the index is charged, beside its bytes.
 pub const EXTENT_COST_BYTES: u64 = 128;
 
+/// Whoever reads what a layer does not cover: an offset and the bytes to fill.
+pub type ReadBelow<'a> = dyn FnMut(u64, &mut [u8]) -> Result<(), DiskError> + 'a;
+/// Whoever writes what a layer does not cover: an offset and the bytes.
+pub type WriteBelow<'a> = dyn FnMut(u64, &[u8]) -> Result<(), DiskError> + 'a;
+
 /// What all layers of one replica may use together.
 #[derive(Debug)]
 pub struct Budget {
@@ -138,12 +143,7 @@ impl Overlay {
     }
 
     /// Writes only where the layer covers the range; each gap is handed to `below`.
-    pub fn write_covered(
-        &mut self,
-        offset: u64,
-        bytes: &[u8],
-        below: &mut dyn FnMut(u64, &[u8]) -> Result<(), DiskError>,
-    ) -> Result<(), DiskError> {
+    pub fn write_covered(&mut self, offset: u64, bytes: &[u8], below: &mut WriteBelow<'_>) -> Result<(), DiskError> {
         for piece in self.pieces(offset, bytes.len()) {
             match piece {
                 Piece::Extent { start, range } => self.overwrite(start, range.start, part(bytes, offset, &range))?,
@@ -154,12 +154,7 @@ impl Overlay {
     }
 
     /// Fills `into` where the layer covers the range; each gap is handed to `below`.
-    pub fn read(
-        &self,
-        offset: u64,
-        into: &mut [u8],
-        below: &mut dyn FnMut(u64, &mut [u8]) -> Result<(), DiskError>,
-    ) -> Result<(), DiskError> {
+    pub fn read(&self, offset: u64, into: &mut [u8], below: &mut ReadBelow<'_>) -> Result<(), DiskError> {
         for piece in self.pieces(offset, into.len()) {
             match piece {
                 Piece::Extent { start, range } => {

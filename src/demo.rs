@@ -79,7 +79,10 @@ async fn protect(args: &DemoArgs, pair: &Pair) -> Result<(), PairError> {
             Protection::Protected => {
                 bar.finish_and_clear();
                 let ms = begun.elapsed().as_millis();
-                say(format_args!("first copy done: {} MiB of memory in {ms} ms; the guest is protected", args.guest_mib));
+                say(format_args!(
+                    "first copy done: {} MiB of memory in {ms} ms; the guest is protected",
+                    args.guest_mib
+                ));
                 return Ok(());
             }
             Protection::Syncing if begun.elapsed() < SYNC_DEADLINE => tokio::time::sleep(LOOK_INTERVAL).await,
@@ -96,7 +99,8 @@ async fn protect(args: &DemoArgs, pair: &Pair) -> Result<(), PairError> {
 async fn kill_one(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
     let live = Arc::new(Live::default());
     let (stop, stopped) = watch::channel(false);
-    let config = ClientConfig { short_connections_parallel: 4, pause_between_ms: 4, keys_max: 100_000, seed: unix_us() };
+    let config =
+        ClientConfig { short_connections_parallel: 4, pause_between_ms: 4, keys_max: 100_000, seed: unix_us() };
     let load = tokio::spawn(client::run(pair.address(), stopped, config, live.clone()));
     say(format_args!("a guest runs on host a; a client works on it through {}", pair.address()));
     protect(args, pair).await?;
@@ -109,7 +113,9 @@ async fn kill_one(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
     };
     let killed_at_us = unix_us();
     let killed_at = Instant::now();
-    say(format_args!("kill -9 {} (host {victim}, the {:?}) in mid-traffic", pair.pid(victim), args.kill).to_string().to_lowercase());
+    say(format_args!("kill -9 {} (host {victim}, the {:?}) in mid-traffic", pair.pid(victim), args.kill)
+        .to_string()
+        .to_lowercase());
     pair.kill(victim).await?;
     let reaped_after = killed_at.elapsed();
     live.mark_kill();
@@ -143,7 +149,10 @@ async fn kill_one(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
         seed: config_seed(&client.ledger),
         guest_mib: args.guest_mib,
         seconds: args.seconds as f64,
-        checkpoints: report::Checkpoints { total: counted.checkpoints.total, by_cause: counted.checkpoints.by_cause.clone() },
+        checkpoints: report::Checkpoints {
+            total: counted.checkpoints.total,
+            by_cause: counted.checkpoints.by_cause.clone(),
+        },
         pause_us: report::PauseMicros {
             p50: counted.pause_us.p50.map(f64::from),
             p99: counted.pause_us.p99.map(f64::from),
@@ -210,7 +219,11 @@ async fn serve(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
     protect(args, pair).await?;
     let address = pair.address();
     say(format_args!("the guest answers at http://{address}/  (try: curl -T FILE http://{address}/k/NAME)"));
-    say(format_args!("host a (primary) is pid {}, host b is pid {}; kill -9 or kill -STOP one", pair.pid("a"), pair.pid("b")));
+    say(format_args!(
+        "host a (primary) is pid {}, host b is pid {}; kill -9 or kill -STOP one",
+        pair.pid("a"),
+        pair.pid("b")
+    ));
     say("Ctrl-C ends the demo");
     let mut known: [Option<Protection>; 2] = [None; 2];
     loop {

@@ -158,7 +158,8 @@ async fn ask(host: &HostRef, request: &Request) -> Result<serde_json::Value, Str
 
 /// The one host that runs here, or a sentence that names the choice.
 fn only_socket(run_dir: &Path) -> Result<std::path::PathBuf, String> {
-    let entries = std::fs::read_dir(run_dir).map_err(|error| format!("no host runs here: {}: {error}", run_dir.display()))?;
+    let entries =
+        std::fs::read_dir(run_dir).map_err(|error| format!("no host runs here: {}: {error}", run_dir.display()))?;
     let mut sockets: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
     sockets.retain(|path| path.extension().is_some_and(|extension| extension == "sock"));
     sockets.sort();

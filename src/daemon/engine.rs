@@ -25,6 +25,7 @@ use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask, Register, Verdict};
 use crate::colo::hello::Mode;
 use crate::colo::{Cause, Exit, Loss, primary as primary_machine, secondary as secondary_machine};
+use crate::disk::DiskError;
 use crate::page::PAGE_SIZE;
 use bytes::Bytes;
 use std::sync::Arc;
@@ -116,7 +117,7 @@ enum Input {
     Host(HostInput),
     Lost(Loss),
     Stream(StreamIn),
-    Disk(u64, Result<(), String>),
+    Disk(u64, Result<(), DiskError>),
     Recycled(crate::page::PageBatch),
     SecondaryOrMirrored(u64, Bytes),
     GuestFrames,
@@ -315,7 +316,9 @@ impl Engine {
             Input::Host(HostInput::Protect { links, config, peer, target_is_blank }) => {
                 self.begin_primary(now, links, config, peer, target_is_blank);
             }
-            Input::Host(HostInput::Join { links, config, peer, guest }) => self.begin_secondary(now, links, config, peer, guest),
+            Input::Host(HostInput::Join { links, config, peer, guest }) => {
+                self.begin_secondary(now, links, config, peer, guest)
+            }
             Input::Lost(loss) => self.lose(loss),
             Input::Answer(answer) => self.answered(now, answer),
             Input::GuestFrames => self.take_guest_frames(now),
@@ -372,8 +375,12 @@ impl Engine {
             }
         }
         match &mut self.role {
-            Role::Primary(role) if role.side.poll_timeout().is_some_and(|at| at <= now) => role.side.handle_timeout(now),
-            Role::Secondary(role) if role.side.poll_timeout().is_some_and(|at| at <= now) => role.side.handle_timeout(now),
+            Role::Primary(role) if role.side.poll_timeout().is_some_and(|at| at <= now) => {
+                role.side.handle_timeout(now)
+            }
+            Role::Secondary(role) if role.side.poll_timeout().is_some_and(|at| at <= now) => {
+                role.side.handle_timeout(now)
+            }
             _ => {}
         }
         self.flush();
@@ -523,7 +530,14 @@ impl Engine {
         self.close_links();
     }
 
-    fn begin_primary(&mut self, now: Instant, links: Links, config: primary_machine::Config, peer: String, blank: bool) {
+    fn begin_primary(
+        &mut self,
+        now: Instant,
+        links: Links,
+        config: primary_machine::Config,
+        peer: String,
+        blank: bool,
+    ) {
         let role = std::mem::replace(&mut self.role, Role::Empty);
         let mut guest = match role {
             Role::Running(guest) => guest,
@@ -553,7 +567,14 @@ impl Engine {
         }
     }
 
-    fn begin_secondary(&mut self, now: Instant, links: Links, config: secondary_machine::Config, peer: String, mut guest: Box<Guest>) {
+    fn begin_secondary(
+        &mut self,
+        now: Instant,
+        links: Links,
+        config: secondary_machine::Config,
+        peer: String,
+        mut guest: Box<Guest>,
+    ) {
         let (Some(domain), Some(replica)) = (guest.domain.take(), guest.replica.clone()) else { return };
         let mode = config.mode;
         let clock = Arc::new(engine_clock);

@@ -19,6 +19,8 @@ use tokio::sync::Notify;
 pub const DISK_NAME: &str = "disk0";
 /// Bytes of frames a guest may have on its transmit ring. Beyond it they are dropped, before they left the guest.
 const TRANSMIT_RING_BYTES: usize = 8 << 20;
+/// Bytes of disk writes that may wait for the secondary; at half of it a checkpoint is asked for.
+const MIRROR_QUEUE_BYTES: u64 = 64 << 20;
 /// Memory a replica may use for disk epochs before it spills to a file.
 pub const REPLICA_MEMORY_BYTES: u64 = 256 << 20;
 
@@ -133,7 +135,7 @@ impl Guest {
         check_memory("the guest", config.ram_pages)?;
         let disk = FileDisk::open_or_create(image, disk_bytes)?;
         let disks = vec![DiskGeometry { name: DISK_NAME.into(), size_bytes: disk.size_bytes() }];
-        let mirror = MirrorHandle::new(Mirror::new(Box::new(disk)));
+        let mirror = self::mirror(Box::new(disk));
         let (queue, epoch) = (Arc::<GuestQueue>::default(), Arc::new(AtomicU64::new(0)));
         let transmit = transmit(&queue, &epoch);
         let mut domain = Embedded::boot(config, Box::new(mirror.clone()), Arc::new(engine_clock), transmit)?;
@@ -167,8 +169,11 @@ impl Guest {
             let (path, have_bytes) = (image.to_owned(), base.size_bytes());
             return Err(GuestError::DiskSize { path, have_bytes, need_bytes: size_bytes });
         }
-        let config =
-            ReplicaConfig { memory_budget_bytes: REPLICA_MEMORY_BYTES, spill_dir: Some(spill_dir.to_owned()), ..ReplicaConfig::default() };
+        let config = ReplicaConfig {
+            memory_budget_bytes: REPLICA_MEMORY_BYTES,
+            spill_dir: Some(spill_dir.to_owned()),
+            ..ReplicaConfig::default()
+        };
         let replica = Arc::new(Mutex::new(Replica::new(Box::new(base), config)));
         let machine = MachineConfig {
             ram_pages: geometry.nr_pages,
@@ -187,11 +192,15 @@ impl Guest {
             domain: Some(Box::new(domain)),
             queue,
             epoch,
-            mirror: MirrorHandle::new(Mirror::new(Box::new(GuestView(replica.clone())))),
+            mirror: mirror(Box::new(GuestView(replica.clone()))),
             replica: Some(replica),
         };
         Ok((guest, is_blank))
     }
+}
+
+fn mirror(disk: Box<dyn Disk>) -> MirrorHandle {
+    MirrorHandle(Arc::new(Mutex::new(Mirror::new(disk, MIRROR_QUEUE_BYTES))))
 }
 
 fn geometry(config: &MachineConfig, disks: Vec<DiskGeometry>) -> Geometry {

@@ -260,7 +260,8 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
     let config = &shared.config;
     let peer: Address = protect.peer.parse().map_err(|error| format!("{error}"))?;
     // A peer that is not there must be found out before a generation is spent.
-    let stream = peer.connect().await.map_err(|error| format!("peer {peer}: {error} (is xl-colo host running there?)"))?;
+    let stream =
+        peer.connect().await.map_err(|error| format!("peer {peer}: {error} (is xl-colo host running there?)"))?;
     let generation = claim(config, guest).await?;
     let mut session = [0; 8];
     getrandom::fill(&mut session).map_err(|error| format!("no randomness for a session number: {error}"))?;

@@ -15,11 +15,12 @@ use super::address::Link;
 use super::engine_clock;
 use super::frames::FRAME_BYTES_MAX;
 pub use super::pair::lock;
+use crate::colo::Loss;
 use crate::colo::heartbeat::{BEAT_BYTES, Beat, Heartbeat};
 use crate::colo::message::Message;
 use crate::colo::stream::{self, Item};
-use crate::colo::Loss;
 use crate::compare::wire;
+use crate::disk::DiskError;
 use crate::nbd::client::{Client, Limits, SubmitError};
 use crate::page::PageBatch;
 use bytes::{Bytes, BytesMut};
@@ -137,7 +138,7 @@ pub struct Links {
     /// To the packet link.
     pub packets_out: Outbox<(u64, Bytes)>,
     /// Answers to disk writes; never any on the secondary.
-    pub disk_in: mpsc::Receiver<(u64, Result<(), String>)>,
+    pub disk_in: mpsc::Receiver<(u64, Result<(), DiskError>)>,
     /// Disk writes; unused on the secondary.
     pub disk_out: Outbox<DiskWrite>,
     /// Page buffers to be used again.
@@ -163,7 +164,6 @@ impl Drop for Links {
 }
 
 /// Which side the links are for.
-#[derive(Debug)]
 pub enum Side {
     /// The primary writes disk blocks through this NBD connection.
     Primary {
@@ -365,11 +365,16 @@ async fn write_packets(mut write: WriteHalf<Link>, mut outgoing: Outgoing<(u64, 
     Ok(())
 }
 
+/// What the secondary said to a write, as a disk would.
+fn refused(why: &dyn std::fmt::Debug) -> DiskError {
+    DiskError::Io { what: "the secondary's disk".into(), source: io::Error::other(format!("{why:?}")) }
+}
+
 async fn forward_disk(
     mut link: Link,
     export: String,
     mut outgoing: Outgoing<DiskWrite>,
-    acks: mpsc::Sender<(u64, Result<(), String>)>,
+    acks: mpsc::Sender<(u64, Result<(), DiskError>)>,
     sent: Arc<AtomicU64>,
 ) -> io::Result<()> {
     let mut client = Client::new(export, Limits::default()).map_err(invalid)?;
@@ -386,7 +391,7 @@ async fn forward_disk(
                         break;
                     }
                     Err(error) => {
-                        let _ = acks.send((write.seq, Err(error.to_string()))).await;
+                        let _ = acks.send((write.seq, Err(refused(&error)))).await;
                         outgoing.written(bytes);
                     }
                 }
@@ -399,7 +404,7 @@ async fn forward_disk(
         while let Some(completion) = client.poll_completion() {
             let Some((seq, bytes)) = under_way.remove(&completion.cookie) else { continue };
             outgoing.written(bytes);
-            if acks.send((seq, completion.result.map_err(|errno| format!("{errno:?}")))).await.is_err() {
+            if acks.send((seq, completion.result.map_err(|errno| refused(&errno)))).await.is_err() {
                 return Ok(());
             }
         }
@@ -431,7 +436,7 @@ fn beat(link: Link, heartbeat: Arc<Mutex<Heartbeat>>, lost: Lost) -> tokio::sync
             };
             runtime.block_on(async {
                 tokio::select! {
-                    loss = beat_on(link, &heartbeat) => _ = lost.send(loss).await,
+                    loss = beat_on(link, &heartbeat) => { let _ = lost.send(loss).await; }
                     _ = stopped => {}
                 }
             });

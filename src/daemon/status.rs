@@ -170,8 +170,14 @@ impl fmt::Display for Status {
         if self.protection == Protection::Syncing {
             let (done, all) = self.copied_pages;
             let mib = |pages: u64| pages / 256;
-            writeln!(f, "first copy  memory {} of {} MiB, disk {} of {} MiB", mib(done), mib(all),
-                self.disk.copied_bytes >> 20, self.disk.total_bytes >> 20)?;
+            writeln!(
+                f,
+                "first copy  memory {} of {} MiB, disk {} of {} MiB",
+                mib(done),
+                mib(all),
+                self.disk.copied_bytes >> 20,
+                self.disk.total_bytes >> 20
+            )?;
         }
         if let Some(age_ms) = self.recovery_point_ms {
             writeln!(f, "recovery    the peer could go on from {age_ms} ms ago")?;
@@ -184,8 +190,11 @@ impl fmt::Display for Status {
             writeln!(f, "pause       p50 {p50} µs, p99 {p99} µs, max {max} µs")?;
         }
         let packets = &self.packets;
-        writeln!(f, "packets     {} compared, {} released, {} held, {} waiting", packets.compared, packets.released,
-            packets.held, packets.waiting)?;
+        writeln!(
+            f,
+            "packets     {} compared, {} released, {} held, {} waiting",
+            packets.compared, packets.released, packets.held, packets.waiting
+        )?;
         write!(f, "sent        {} KiB", self.bytes_sent / 1024)?;
         for error in &self.disk.errors {
             write!(f, "\ndisk error  {error}")?;

@@ -385,6 +385,22 @@ impl Client {
     }
 }
 
+/// Waits until the guest answers a request, or says what stood in the way at the end.
+///
+/// # Errors
+/// The last failure, when `deadline` passes.
+pub async fn wait_for_answer(addr: SocketAddr, deadline: Duration) -> Result<(), HttpError> {
+    let until = Instant::now() + deadline;
+    loop {
+        let answer = async { Connection::open(addr).await?.request("GET", "/", None).await };
+        match answer.await {
+            Ok(_) => return Ok(()),
+            Err(error) if Instant::now() >= until => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
 /// Reads every acknowledged write back over new connections and compares the bytes.
 pub async fn verify(addr: SocketAddr, ledger: &Ledger) -> Verification {
     let mut readers = JoinSet::new();

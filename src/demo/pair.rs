@@ -27,18 +27,18 @@ const GUEST_PORT: u16 = 80;
 
 /// What the pair is made with.
 #[derive(Clone, Debug)]
-pub struct PairConfig {
+pub(super) struct PairConfig {
     /// The guest's memory.
-    pub guest_mib: u64,
+    pub(super) guest_mib: u64,
     /// How often its two copies answer differently.
-    pub diverge_percent: u8,
+    pub(super) diverge_percent: u8,
     /// Where clients connect; a free port of the loopback address when absent.
-    pub serve: Option<SocketAddr>,
+    pub(super) serve: Option<SocketAddr>,
 }
 
 /// Why the demo cannot go on.
 #[derive(Debug, thiserror::Error)]
-pub enum PairError {
+pub(super) enum PairError {
     /// This machine does not give what is needed.
     #[error("{0}")]
     Environment(String),
@@ -55,7 +55,7 @@ struct Host {
 }
 
 /// Two hosts and their world.
-pub struct Pair {
+pub(super) struct Pair {
     dir: PathBuf,
     hosts: Vec<Host>,
     switch: Arc<Switch>,
@@ -65,8 +65,9 @@ pub struct Pair {
 
 impl Pair {
     /// Starts everything; the guest runs on host a, unprotected.
-    pub async fn start(config: &PairConfig) -> Result<Self, PairError> {
-        let environment = |what: &str, error: &dyn std::fmt::Display| PairError::Environment(format!("{what}: {error}"));
+    pub(super) async fn start(config: &PairConfig) -> Result<Self, PairError> {
+        let environment =
+            |what: &str, error: &dyn std::fmt::Display| PairError::Environment(format!("{what}: {error}"));
         let dir = std::env::temp_dir().join(format!("xl-colo-demo-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&dir);
         std::fs::DirBuilder::new().mode(0o700).create(&dir).map_err(|e| environment(&dir.display().to_string(), &e))?;
@@ -158,19 +159,19 @@ impl Pair {
 
     /// Where clients connect.
     #[must_use]
-    pub fn address(&self) -> SocketAddr {
+    pub(super) fn address(&self) -> SocketAddr {
         self.edge.local_addr
     }
 
     /// A host's process.
     #[must_use]
-    pub fn pid(&self, name: &str) -> u32 {
+    pub(super) fn pid(&self, name: &str) -> u32 {
         self.hosts.iter().find(|host| host.name == name).map_or(0, |host| host.pid)
     }
 
     /// Frames the switch refused from a host that lost.
     #[must_use]
-    pub fn fenced_frames(&self) -> u64 {
+    pub(super) fn fenced_frames(&self) -> u64 {
         self.switch.stats().iter().map(|port| port.fenced_frames).sum()
     }
 
@@ -180,13 +181,13 @@ impl Pair {
     }
 
     /// What a host says of itself.
-    pub async fn status(&self, name: &str) -> Result<Status, PairError> {
+    pub(super) async fn status(&self, name: &str) -> Result<Status, PairError> {
         let status = self.ask(name, &Request::Status).await?;
         serde_json::from_value(status).map_err(|e| PairError::Failed(format!("host {name}: {e}")))
     }
 
     /// Begins to protect the guest of host a with host b.
-    pub async fn protect(&self, mode: Mode) -> Result<(), PairError> {
+    pub(super) async fn protect(&self, mode: Mode) -> Result<(), PairError> {
         let peer = self.hosts.iter().find(|host| host.name == "b").map(|host| host.address.clone()).unwrap_or_default();
         let protect = Protect {
             peer,
@@ -200,13 +201,13 @@ impl Pair {
     }
 
     /// SIGKILL, and the end of the process.
-    pub async fn kill(&mut self, name: &str) -> Result<(), PairError> {
+    pub(super) async fn kill(&mut self, name: &str) -> Result<(), PairError> {
         let Some(host) = self.hosts.iter_mut().find(|host| host.name == name) else { return Ok(()) };
         host.child.kill().await.map_err(|e| PairError::Failed(format!("kill host {name}: {e}")))
     }
 
     /// Ends everything and removes its files.
-    pub async fn end(&mut self) {
+    pub(super) async fn end(&mut self) {
         for host in &mut self.hosts {
             let _ = host.child.kill().await;
         }

@@ -42,13 +42,13 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         dropped_stale: packets.dropped_stale,
         dropped_network: status.packets.dropped_network,
     };
-    let mirror = role.guest.mirror.lock().status();
+    let mirror = lock(&role.guest.mirror.0).status();
     status.disk = Disk {
         copied_bytes: mirror.sync_done_bytes,
         total_bytes: mirror.sync_total_bytes,
-        waiting_bytes: mirror.queued_bytes,
+        waiting_bytes: mirror.queued_bytes as u64,
         fenced_writes: 0,
-        errors: mirror.errors,
+        errors: mirror.error.into_iter().collect(),
     };
 }
 

@@ -12,9 +12,6 @@
 pub mod primary;
 pub mod secondary;
 
-#[cfg(test)]
-mod tests;
-
 use crate::clock::Instant;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -23,7 +20,7 @@ use std::time::Duration;
 pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
 
 /// Locks what a thread that panicked may have held: every holder leaves plain data valid at every step.
-pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

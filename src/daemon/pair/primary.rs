@@ -11,7 +11,7 @@
 //! where they are emitted, the mirror's writes where they are made. All three change inside the capture, while
 //! the guest stands still; that is the only moment at which they can change together.
 
-use super::{Clock, Samples};
+use super::{Clock, Samples, lock};
 use crate::bitmap::Bitmap;
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask};
@@ -21,9 +21,10 @@ use crate::colo::primary::{Action, Config, Primary, State};
 use crate::colo::stream::{RECORD_EMBEDDED_DEVICES, device_record};
 use crate::colo::{Cause, Exit, Loss};
 use crate::compare::{self, Output, Proxy};
+use crate::disk::DiskError;
 use crate::hypervisor::{Domain, DomainError};
 use crate::page::{BATCH_PAGES, PageBatch, Pfn};
-use crate::replica::mirror::MirrorHandle;
+use crate::replica::mirror::{MirrorHandle, SyncStep};
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -105,6 +106,8 @@ pub struct PrimarySide {
     mode: Mode,
     domain: Box<dyn Domain>,
     mirror: MirrorHandle,
+    /// The mirror counts on from protection to protection; this is where it stood when this one began.
+    disk_epoch_base: u64,
     proxy: Proxy,
     epoch: Arc<AtomicU64>,
     clock: Clock,
@@ -140,13 +143,18 @@ impl PrimarySide {
         let nr_pages = domain.nr_pages();
         let mut todo = Bitmap::new(nr_pages);
         todo.set_all();
-        mirror.lock().attach(target_is_blank);
+        let disk_epoch_base = {
+            let mut mirror = lock(&mirror.0);
+            mirror.attach(target_is_blank);
+            mirror.status().epoch
+        };
         Ok(Self {
             mode: config.mode,
             generation: config.claim.expected,
             machine: Primary::new(now, config),
             domain,
             mirror,
+            disk_epoch_base,
             proxy: Proxy::open(),
             epoch,
             clock,
@@ -278,9 +286,9 @@ impl PrimarySide {
     }
 
     /// The secondary's answer to a disk write.
-    pub fn handle_disk_acked(&mut self, now: Instant, seq: u64, result: Result<(), String>) {
-        let failed = result.as_ref().err().cloned();
-        self.mirror.lock().handle_acked(seq, result);
+    pub fn handle_disk_acked(&mut self, now: Instant, seq: u64, result: Result<(), DiskError>) {
+        let failed = result.as_ref().err().map(ToString::to_string);
+        lock(&self.mirror.0).handle_acked(seq, result);
         if let Some(why) = failed {
             self.machine.handle_loss(now, Loss::Local(format!("disk write to the secondary: {why}")));
         }
@@ -347,10 +355,12 @@ impl PrimarySide {
     fn copy_slice(&mut self, now: Instant) -> Result<(), String> {
         let Some(copy) = self.copy.as_mut() else { return Ok(()) };
         if !copy.disk_done {
-            copy.disk_done = !self.mirror.lock().next_sync_chunk().map_err(|e| e.to_string())?;
+            let step = lock(&self.mirror.0).next_sync_chunk().map_err(|e| e.to_string())?;
+            copy.disk_done = matches!(step, SyncStep::Finished);
         }
         let nr_pages = self.domain.nr_pages();
-        let pfns: Vec<Pfn> = (copy.next..nr_pages).map(Pfn).filter(|pfn| copy.todo.get(*pfn)).take(BATCH_PAGES).collect();
+        let pfns: Vec<Pfn> =
+            (copy.next..nr_pages).map(Pfn).filter(|pfn| copy.todo.get(*pfn)).take(BATCH_PAGES).collect();
         if let Some(last) = pfns.last() {
             copy.next = last.0 + 1;
             let mut bytes = Vec::with_capacity(pfns.len() * crate::page::PAGE_SIZE);
@@ -403,7 +413,7 @@ impl PrimarySide {
                     Output::Diverged { .. } => {}
                 }
             }
-            let mut mirror = self.mirror.lock();
+            let mut mirror = lock(&self.mirror.0);
             while let Some(forward) = mirror.poll_forward() {
                 idle = false;
                 let (seq, offset, data) = (forward.seq, forward.offset, forward.data);
@@ -412,7 +422,8 @@ impl PrimarySide {
             if mirror.pressure() {
                 self.machine.request_checkpoint(now, Cause::DiskBound);
             }
-            if self.machine.state() == State::Sending && mirror.drained(self.machine.epoch() - 1) {
+            if self.machine.state() == State::Sending && mirror.drained(self.disk_epoch_base + self.machine.epoch() - 1)
+            {
                 self.machine.handle_disk_drained(now);
             }
             drop(mirror);
@@ -439,7 +450,7 @@ impl PrimarySide {
                 self.stats.last_owned_at = Some(now);
                 self.proxy.checkpoint(now, epoch);
             }
-            Action::AllowDisk { epoch } => self.mirror.lock().allow(epoch),
+            Action::AllowDisk { epoch } => lock(&self.mirror.0).allow(self.disk_epoch_base + epoch),
             Action::ResumeGuest => self.resume().map_err(|e| e.to_string())?,
             Action::PauseGuest => self.domain.suspend().map_err(|e| e.to_string())?,
             Action::Ask(ask) => self.effects.push_back(Effect::Ask(ask)),
@@ -447,7 +458,7 @@ impl PrimarySide {
             Action::StopGuest => {
                 let _ = self.domain.suspend();
                 self.proxy = Proxy::open();
-                self.mirror.lock().detach();
+                lock(&self.mirror.0).detach();
                 self.end(Exit::Stopped);
             }
         }
@@ -460,8 +471,8 @@ impl PrimarySide {
         self.domain.suspend()?;
         let epoch = self.machine.epoch();
         self.epoch.store(epoch, Ordering::SeqCst);
-        let marked = self.mirror.lock().mark();
-        assert_eq!(marked, epoch, "packets and disk are marked together");
+        let ended = lock(&self.mirror.0).mark();
+        assert_eq!(ended + 1, self.disk_epoch_base + epoch, "packets and disk are marked together");
         self.domain.take_dirty(&mut self.dirty)?;
         self.capture.clear();
         self.capture.pfns.extend(self.dirty.iter());
@@ -493,7 +504,7 @@ impl PrimarySide {
         };
         self.generation = generation;
         self.proxy.release_all();
-        self.mirror.lock().detach();
+        lock(&self.mirror.0).detach();
         self.copy = None;
         let went_on = (|| {
             self.domain.logdirty(false)?;

@@ -14,7 +14,6 @@ use super::{Clock, lock};
 use crate::bitmap::Bitmap;
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask};
-use crate::colo::hello::Mode;
 use crate::colo::message::Message;
 use crate::colo::secondary::{Action, Config, Secondary, State};
 use crate::colo::stream::{Item, RECORD_EMBEDDED_DEVICES, find_device_record};
@@ -28,8 +27,8 @@ use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn};
 use crate::replica::epochs::Replica;
 use bytes::Bytes;
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Bytes of client frames kept for an epoch that is not loaded yet. Beyond it they are dropped: the guests then
@@ -96,7 +95,6 @@ struct Load {
 /// The secondary's side of a protected guest.
 pub struct SecondarySide {
     machine: Secondary,
-    mode: Mode,
     domain: Box<dyn Domain>,
     replica: Arc<Mutex<Replica>>,
     rewriter: Rewriter,
@@ -131,7 +129,6 @@ impl SecondarySide {
         let cache = RamCache::new(domain.nr_pages())?;
         domain.logdirty(true)?;
         Ok(Self {
-            mode: config.mode,
             generation: config.claim.expected,
             machine: Secondary::new(now, config),
             changed: Bitmap::new(domain.nr_pages()),
@@ -248,6 +245,11 @@ impl SecondarySide {
         }
         self.machine.handle_progress(now);
         self.pump(now);
+    }
+
+    /// Bytes are arriving on the stream.
+    pub fn handle_progress(&mut self, now: Instant) {
+        self.machine.handle_progress(now);
     }
 
     /// The primary's guest got a frame from a client, in `epoch`.
@@ -450,8 +452,8 @@ impl SecondarySide {
     fn run(&mut self, now: Instant) {
         self.running = true;
         let current = self.machine.epoch();
-        let due: Vec<_> = self.inbound.extract_if(.., |(epoch, _)| *epoch == current).collect();
-        for (_, frame) in due {
+        // Tags never decrease on the packet link, so what is due stands in front.
+        while let Some((_, frame)) = self.inbound.pop_front_if(|(epoch, _)| *epoch <= current) {
             self.inbound_bytes -= frame.len();
             self.deliver(now, frame);
         }

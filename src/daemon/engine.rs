@@ -56,6 +56,8 @@ pub enum HostInput {
         peer: String,
         /// Whether the peer's disk is new and all zero.
         target_is_blank: bool,
+        /// Told when the first copy has begun, or why it has not.
+        begun: tokio::sync::oneshot::Sender<Reply>,
     },
     /// A primary wants this host to stand by, and its links are up.
     Join {
@@ -313,8 +315,8 @@ impl Engine {
         let now = engine_clock();
         match input {
             Input::Control((request, reply)) => self.control(request, reply),
-            Input::Host(HostInput::Protect { links, config, peer, target_is_blank }) => {
-                self.begin_primary(now, links, config, peer, target_is_blank);
+            Input::Host(HostInput::Protect { links, config, peer, target_is_blank, begun }) => {
+                let _ = begun.send(self.begin_primary(now, links, config, peer, target_is_blank));
             }
             Input::Host(HostInput::Join { links, config, peer, guest }) => {
                 self.begin_secondary(now, links, config, peer, guest)
@@ -537,7 +539,7 @@ impl Engine {
         config: primary_machine::Config,
         peer: String,
         blank: bool,
-    ) {
+    ) -> Reply {
         let role = std::mem::replace(&mut self.role, Role::Empty);
         let mut guest = match role {
             Role::Running(guest) => guest,
@@ -548,21 +550,22 @@ impl Engine {
             }
             other => {
                 self.role = other;
-                return;
+                return Reply::error("the guest was taken away meanwhile");
             }
         };
-        let Some(domain) = guest.domain.take() else { return };
+        let Some(domain) = guest.domain.take() else { return Reply::error("this host has no guest") };
         let mode = config.mode;
         let clock = Arc::new(engine_clock);
         match PrimarySide::new(now, config, domain, guest.mirror.clone(), guest.epoch.clone(), clock, blank) {
             Ok(side) => {
                 self.role = Role::Primary(Box::new(PrimaryRole { side, guest }));
                 self.adopt(links, peer, mode);
+                Reply::done()
             }
             Err((domain, error)) => {
-                tracing::error!(%error, "the guest cannot be protected");
                 guest.domain = Some(domain);
                 self.role = Role::Running(guest);
+                Reply::error(format!("the guest cannot be protected: {error}"))
             }
         }
     }

@@ -301,8 +301,14 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
         machine.checkpoint_delay = Duration::from_millis(delay_ms);
     }
     let target_is_blank = welcome.features.iter().any(|feature| feature == BLANK_DISK);
-    let input = HostInput::Protect { links, config: machine, peer: welcome.from, target_is_blank };
-    shared.host.send(input).await.map_err(|_| "the host is shutting down".to_owned())
+    let (begun, answer) = oneshot::channel();
+    let input = HostInput::Protect { links, config: machine, peer: welcome.from, target_is_blank, begun };
+    let gone = || "the host is shutting down".to_owned();
+    shared.host.send(input).await.map_err(|_| gone())?;
+    match answer.await.map_err(|_| gone())? {
+        Reply::Return(_) => Ok(()),
+        Reply::Error { desc } => Err(desc),
+    }
 }
 
 /// Wins the next generation for this host, or says who stands in the way.

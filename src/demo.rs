@@ -167,6 +167,7 @@ async fn kill_one(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
         fenced_frames: Some(pair.fenced_frames()),
         detection_ms: detected_us.map(|us| us as f64 / 1000.0),
         takeover_ms: takeover,
+        after_detection_ms: takeover.zip(detected_us).map(|(ms, us)| (ms - us as f64 / 1000.0).max(0.0)),
         longest_silence_ms: Some(live.longest_silence().as_secs_f64() * 1000.0),
         connection_kept: client.connection_kept,
         connection_error: client.connection_error,

@@ -122,6 +122,8 @@ pub struct PrimarySide {
     error: Option<String>,
     effects: VecDeque<Effect>,
     stats: Stats,
+    /// The proxy's counters when it ended: an open one counts nothing.
+    last_packets: Option<compare::Stats>,
 }
 
 impl PrimarySide {
@@ -168,6 +170,7 @@ impl PrimarySide {
             error: None,
             effects: VecDeque::new(),
             stats: Stats { copied_pages: (0, nr_pages), ..Stats::default() },
+            last_packets: None,
         })
     }
 
@@ -186,7 +189,7 @@ impl PrimarySide {
     /// Counters of the proxy.
     #[must_use]
     pub fn packets(&self) -> compare::Stats {
-        self.proxy.stats()
+        self.last_packets.unwrap_or_else(|| self.proxy.stats())
     }
 
     /// The guest.
@@ -457,6 +460,7 @@ impl PrimarySide {
             Action::GoOn { generation } => self.go_on(generation),
             Action::StopGuest => {
                 let _ = self.domain.suspend();
+                self.last_packets = Some(self.proxy.stats());
                 self.proxy = Proxy::open();
                 lock(&self.mirror.0).detach();
                 self.end(Exit::Stopped);
@@ -503,6 +507,7 @@ impl PrimarySide {
             state => unreachable!("the guest goes on from {state:?}"),
         };
         self.generation = generation;
+        self.last_packets = Some(compare::Stats { currently_held: 0, ..self.proxy.stats() });
         self.proxy.release_all();
         lock(&self.mirror.0).detach();
         self.copy = None;

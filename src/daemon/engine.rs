@@ -145,7 +145,6 @@ pub struct Engine {
     dropped_network: u64,
     sent_bytes_before: u64,
     moved_bytes: u64,
-    background: bool,
     stopping: bool,
 }
 
@@ -169,7 +168,6 @@ impl Engine {
             dropped_network: 0,
             sent_bytes_before: 0,
             moved_bytes: 0,
-            background: false,
             stopping: false,
         }
     }
@@ -207,8 +205,8 @@ impl Engine {
                 Some(answer) = self.answers.recv() => Input::Answer(answer),
                 () = frames => Input::GuestFrames,
                 Some(frame) = self.parts.network_in.recv() => Input::Network(frame),
-                () = sleep => Input::Deadline,
                 () = std::future::ready(()), if busy => Input::Work,
+                () = sleep => Input::Deadline,
                 else => Input::Closed,
             };
         };
@@ -224,8 +222,8 @@ impl Engine {
             () = frames => Input::GuestFrames,
             Some(frame) = self.parts.network_in.recv() => Input::Network(frame),
             Some(input) = self.parts.host.recv() => Input::Host(Box::new(input)),
-            () = sleep => Input::Deadline,
             () = std::future::ready(()), if busy => Input::Work,
+            () = sleep => Input::Deadline,
             else => Input::Closed,
         }
     }
@@ -267,7 +265,7 @@ impl Engine {
     fn has_work(&self) -> bool {
         match &self.role {
             Role::Primary(role) => role.side.wants_copy() && self.links_take_more(),
-            Role::Secondary(role) => role.side.is_loading() || self.background,
+            Role::Secondary(role) => role.side.wants_work(engine_clock()),
             Role::Empty | Role::Running(_) => false,
         }
     }
@@ -352,7 +350,7 @@ impl Engine {
             },
             Input::Work => match &mut self.role {
                 Role::Primary(role) => role.side.copy_some(now),
-                Role::Secondary(role) => self.background = role.side.work(now),
+                Role::Secondary(role) => _ = role.side.work(now),
                 Role::Empty | Role::Running(_) => {}
             },
             Input::Deadline => {}
@@ -368,10 +366,7 @@ impl Engine {
                 self.moved_bytes = moved;
                 match &mut self.role {
                     Role::Primary(role) => role.side.handle_progress(now),
-                    Role::Secondary(role) => {
-                        role.side.handle_progress(now);
-                        self.background = true;
-                    }
+                    Role::Secondary(role) => role.side.handle_progress(now),
                     Role::Empty | Role::Running(_) => {}
                 }
             }

@@ -34,6 +34,9 @@ use std::time::Duration;
 /// Bytes of client frames kept for an epoch that is not loaded yet. Beyond it they are dropped: the guests then
 /// disagree, and a checkpoint follows.
 const INBOUND_MAX_BYTES: usize = 16 << 20;
+/// How long sealed disk epochs may wait before they are written to the base disk: long enough that their one flush,
+/// for which guest and engine wait, is rare.
+const DISK_APPLY_DELAY: Duration = Duration::from_millis(250);
 /// Bytes of sealed epochs written to the base disk in one slice of [`SecondarySide::work`].
 const DISK_APPLY_SLICE_BYTES: u64 = 1 << 20;
 
@@ -105,6 +108,8 @@ pub struct SecondarySide {
     changed: Bitmap,
     staged: Staged,
     load: Option<Load>,
+    /// When sealed disk epochs are to be written to the base disk; `None` when there are none.
+    disk_due: Option<Instant>,
     inbound: VecDeque<(u64, Bytes)>,
     inbound_bytes: usize,
     running: bool,
@@ -141,6 +146,7 @@ impl SecondarySide {
             cache,
             staged: Staged::default(),
             load: None,
+            disk_due: None,
             inbound: VecDeque::new(),
             inbound_bytes: 0,
             running: false,
@@ -199,7 +205,7 @@ impl SecondarySide {
     /// When to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        [self.machine.poll_timeout(), self.rewriter.poll_timeout()].into_iter().flatten().min()
+        [self.machine.poll_timeout(), self.rewriter.poll_timeout(), self.disk_due].into_iter().flatten().min()
     }
 
     /// Time has passed.
@@ -316,10 +322,11 @@ impl SecondarySide {
         decided
     }
 
-    /// Whether [`Self::work`] has something urgent: a checkpoint is being loaded.
+    /// Whether [`Self::work`] has something to do now: a checkpoint is being loaded, or disk epochs have waited
+    /// long enough.
     #[must_use]
-    pub fn is_loading(&self) -> bool {
-        self.load.is_some()
+    pub fn wants_work(&self, now: Instant) -> bool {
+        self.load.is_some() || self.disk_due.is_some_and(|due| due <= now)
     }
 
     /// Does a slice of what is to be done in the background: loading a checkpoint, then applying sealed disk
@@ -333,16 +340,22 @@ impl SecondarySide {
             }
             return true;
         }
-        match lock(&self.replica).apply_some(DISK_APPLY_SLICE_BYTES) {
-            Ok(more) => more,
+        if !self.wants_work(now) {
+            return false;
+        }
+        let applied = lock(&self.replica).apply_some(DISK_APPLY_SLICE_BYTES);
+        match applied {
+            Ok(true) => return true,
+            Ok(false) => self.disk_due = None,
             Err(error) => {
+                self.disk_due = Some(now + DISK_APPLY_DELAY);
                 if self.error.is_none() {
                     tracing::error!(%error, "the replica cannot be written");
                     self.error = Some(error.to_string());
                 }
-                false
             }
         }
+        false
     }
 
     /// Takes pages of the first copy straight into cache and guest: there is no state yet that they could spoil,
@@ -393,6 +406,7 @@ impl SecondarySide {
                 Action::RunGuest => self.run(now),
                 Action::Seal => {
                     let sealed = self.seal();
+                    self.disk_due.get_or_insert(now + DISK_APPLY_DELAY);
                     self.machine.handle_sealed(now, sealed);
                 }
                 Action::Apply => self.begin_load(now),
@@ -504,6 +518,7 @@ impl SecondarySide {
             self.error.get_or_insert(error.to_string());
         }
         self.rewriter.takeover();
+        self.disk_due = Some(now);
         let announced = self.domain.logdirty(false).and_then(|()| self.domain.set_generation(generation));
         if let Err(error) = announced {
             self.error.get_or_insert(error.to_string());

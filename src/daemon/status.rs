@@ -184,17 +184,20 @@ impl fmt::Display for Status {
         }
         if self.checkpoints.total > 0 {
             let causes: Vec<_> = self.checkpoints.by_cause.iter().map(|(cause, n)| format!("{cause} {n}")).collect();
-            writeln!(f, "checkpoints {} ({})", self.checkpoints.total, causes.join(", "))?;
+            let causes = if causes.is_empty() { String::new() } else { format!(" ({})", causes.join(", ")) };
+            writeln!(f, "checkpoints {}{causes}", self.checkpoints.total)?;
         }
         if let PauseUs { p50: Some(p50), p99: Some(p99), max: Some(max) } = self.pause_us {
             writeln!(f, "pause       p50 {p50} µs, p99 {p99} µs, max {max} µs")?;
         }
         let packets = &self.packets;
-        writeln!(
-            f,
-            "packets     {} compared, {} released, {} held, {} waiting",
-            packets.compared, packets.released, packets.held, packets.waiting
-        )?;
+        if packets.released + packets.waiting > 0 {
+            writeln!(
+                f,
+                "packets     {} compared, {} released, {} held, {} waiting",
+                packets.compared, packets.released, packets.held, packets.waiting
+            )?;
+        }
         write!(f, "sent        {} KiB", self.bytes_sent / 1024)?;
         for error in &self.disk.errors {
             write!(f, "\ndisk error  {error}")?;

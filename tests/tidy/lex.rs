@@ -18,11 +18,6 @@ pub(crate) struct Path {
 }
 
 impl Path {
-    /// Whether the path begins with these words.
-    pub(crate) fn starts_with(&self, words: &[&str]) -> bool {
-        self.parts.len() >= words.len() && self.parts.iter().zip(words).all(|(part, word)| part == word)
-    }
-
     /// Whether these words follow each other somewhere in the path.
     pub(crate) fn contains(&self, words: &[&str]) -> bool {
         self.parts.windows(words.len()).any(|window| window.iter().zip(words).all(|(part, word)| part == word))

@@ -25,6 +25,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 /// The demo guest's MAC address.
@@ -44,7 +45,12 @@ pub async fn run(args: &DemoArgs) -> ExitCode {
     let config = PairConfig { guest_mib: args.guest_mib, diverge_percent: args.diverge, serve: args.serve };
     let result = async {
         let mut pair = Pair::start(&config).await?;
-        let outcome = if args.serve.is_some() { serve(args, &mut pair).await } else { kill_one(args, &mut pair).await };
+        let story =
+            async { if args.serve.is_some() { serve(args, &pair).await } else { kill_one(args, &mut pair).await } };
+        let outcome = tokio::select! {
+            outcome = story => outcome,
+            () = interrupted() => Ok(if args.serve.is_some() { 0 } else { EXIT_FAILED }),
+        };
         pair.end().await;
         outcome
     };
@@ -55,6 +61,15 @@ pub async fn run(args: &DemoArgs) -> ExitCode {
             let environment = matches!(error, PairError::Environment(_));
             ExitCode::from(if environment { EXIT_ENVIRONMENT } else { EXIT_FAILED })
         }
+    }
+}
+
+/// Completes on Ctrl-C and on SIGTERM, so that both end the hosts and remove their files.
+async fn interrupted() {
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return std::future::pending().await };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
     }
 }
 
@@ -167,6 +182,7 @@ async fn kill_one(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
         fenced_frames: Some(pair.fenced_frames()),
         detection_ms: detected_us.map(|us| us as f64 / 1000.0),
         takeover_ms: takeover,
+        after_detection_ms: takeover.zip(detected_us).map(|(ms, us)| (ms - us as f64 / 1000.0).max(0.0)),
         longest_silence_ms: Some(live.longest_silence().as_secs_f64() * 1000.0),
         connection_kept: client.connection_kept,
         connection_error: client.connection_error,
@@ -215,7 +231,7 @@ async fn watch_pair(pair: &Pair, live: &Live, time: Duration) -> Result<Status, 
 }
 
 /// Leaves the pair to the user: their curl, their kill.
-async fn serve(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
+async fn serve(args: &DemoArgs, pair: &Pair) -> Result<u8, PairError> {
     protect(args, pair).await?;
     let address = pair.address();
     say(format_args!("the guest answers at http://{address}/  (try: curl -T FILE http://{address}/k/NAME)"));
@@ -227,10 +243,7 @@ async fn serve(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
     say("Ctrl-C ends the demo");
     let mut known: [Option<Protection>; 2] = [None; 2];
     loop {
-        tokio::select! {
-            _ = tokio::signal::ctrl_c() => return Ok(0),
-            () = tokio::time::sleep(LOOK_INTERVAL * 5) => {}
-        }
+        tokio::time::sleep(LOOK_INTERVAL * 5).await;
         for (slot, name) in known.iter_mut().zip(["a", "b"]) {
             let look = tokio::time::timeout(Duration::from_millis(500), pair.status(name)).await;
             let Ok(Ok(status)) = look else { continue };

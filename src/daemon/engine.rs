@@ -11,20 +11,20 @@
 //! fell asleep. Before *any* input is applied the heartbeat's lease is checked against the clock; when it is over,
 //! the peer is lost first, and everything else comes after.
 
+mod orders;
 mod report;
 
 use super::arbiter::Arbiter;
-use super::control::{Answer as Reply, Asked, Protect, Request};
+use super::control::{Answer as Reply, Asked, Protect};
 use super::guest::Guest;
 use super::links::{DiskWrite, Links, Outbox, StreamIn, StreamOut, lock};
 use super::pair::primary::{self, PrimarySide};
 use super::pair::secondary::{self, SecondarySide};
-use super::status::{Protection, Status};
 use super::{engine_clock, fence, unix_us};
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask, Register, Verdict};
 use crate::colo::hello::Mode;
-use crate::colo::{Cause, Exit, Loss, primary as primary_machine, secondary as secondary_machine};
+use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
 use crate::disk::DiskError;
 use crate::page::PAGE_SIZE;
 use bytes::Bytes;
@@ -116,7 +116,7 @@ struct SecondaryRole {
 
 enum Input {
     Control(Asked),
-    Host(HostInput),
+    Host(Box<HostInput>),
     Lost(Loss),
     Stream(StreamIn),
     Disk(u64, Result<(), DiskError>),
@@ -203,7 +203,7 @@ impl Engine {
             return tokio::select! {
                 biased;
                 Some(asked) = self.parts.control.recv() => Input::Control(asked),
-                Some(input) = self.parts.host.recv() => Input::Host(input),
+                Some(input) = self.parts.host.recv() => Input::Host(Box::new(input)),
                 Some(answer) = self.answers.recv() => Input::Answer(answer),
                 () = frames => Input::GuestFrames,
                 Some(frame) = self.parts.network_in.recv() => Input::Network(frame),
@@ -223,7 +223,7 @@ impl Engine {
             Some((epoch, frame)) = links.packets_in.recv() => Input::SecondaryOrMirrored(epoch, frame),
             () = frames => Input::GuestFrames,
             Some(frame) = self.parts.network_in.recv() => Input::Network(frame),
-            Some(input) = self.parts.host.recv() => Input::Host(input),
+            Some(input) = self.parts.host.recv() => Input::Host(Box::new(input)),
             () = sleep => Input::Deadline,
             () = std::future::ready(()), if busy => Input::Work,
             else => Input::Closed,
@@ -315,12 +315,12 @@ impl Engine {
         let now = engine_clock();
         match input {
             Input::Control((request, reply)) => self.control(request, reply),
-            Input::Host(HostInput::Protect { links, config, peer, target_is_blank, begun }) => {
-                let _ = begun.send(self.begin_primary(now, links, config, peer, target_is_blank));
-            }
-            Input::Host(HostInput::Join { links, config, peer, guest }) => {
-                self.begin_secondary(now, links, config, peer, guest)
-            }
+            Input::Host(input) => match *input {
+                HostInput::Protect { links, config, peer, target_is_blank, begun } => {
+                    let _ = begun.send(self.begin_primary(now, links, config, peer, target_is_blank));
+                }
+                HostInput::Join { links, config, peer, guest } => self.begin_secondary(now, links, config, peer, guest),
+            },
             Input::Lost(loss) => self.lose(loss),
             Input::Answer(answer) => self.answered(now, answer),
             Input::GuestFrames => self.take_guest_frames(now),
@@ -404,7 +404,7 @@ impl Engine {
                 Role::Empty => return,
                 Role::Running(guest) => {
                     let Some((_, frame)) = guest.queue.pop() else { return };
-                    self.to_network(frame);
+                    self.emit(frame);
                 }
                 Role::Primary(role) => {
                     if !role.side.ready_for_guest_frames() {
@@ -421,7 +421,7 @@ impl Engine {
         }
     }
 
-    fn to_network(&mut self, frame: Bytes) {
+    fn emit(&mut self, frame: Bytes) {
         if self.parts.network_out.waiting_bytes() > NETWORK_BACKLOG_BYTES {
             self.dropped_network += 1;
         } else {
@@ -450,7 +450,7 @@ impl Engine {
     fn primary_effect(&mut self, now: Instant, effect: primary::Effect) {
         use primary::Effect;
         match effect {
-            Effect::ToNetwork(frame) => self.to_network(frame),
+            Effect::ToNetwork(frame) => self.emit(frame),
             Effect::Ask(ask) => self.ask(ask),
             Effect::Ended { exit, generation } => self.ended(exit, generation),
             effect => {
@@ -478,7 +478,7 @@ impl Engine {
     fn secondary_effect(&mut self, effect: secondary::Effect) {
         use secondary::Effect;
         match effect {
-            Effect::ToNetwork(frame) => self.to_network(frame),
+            Effect::ToNetwork(frame) => self.emit(frame),
             Effect::Ask(ask) => self.ask(ask),
             Effect::Ended { exit, generation } => self.ended(exit, generation),
             Effect::Message(message) => {
@@ -595,99 +595,5 @@ impl Engine {
         (self.links, self.peer, self.mode) = (Some(links), Some(peer), Some(mode));
         (self.holder, self.lost_at_unix_us, self.decided_at_unix_us) = (None, None, None);
         (self.sent_bytes_before, self.moved_bytes) = (0, 0);
-    }
-
-    fn control(&mut self, request: Request, reply: tokio::sync::oneshot::Sender<Reply>) {
-        let now = engine_clock();
-        let answer = match request {
-            Request::Status => match serde_json::to_value(self.status(now)) {
-                Ok(status) => Reply::Return(status),
-                Err(error) => Reply::error(error.to_string()),
-            },
-            Request::Protect(protect) => {
-                let refusal = match &self.role {
-                    Role::Empty => Some("this host has no guest to protect; start it with --guest NAME"),
-                    Role::Running(_) => None,
-                    Role::Primary(role) if role.side.can_be_protected() => None,
-                    Role::Primary(_) if self.links.is_some() => Some("the guest is protected already"),
-                    Role::Primary(_) => Some("the guest does not run here"),
-                    Role::Secondary(role) if role.side.took_over() => {
-                        Some("protecting a guest again after a takeover is not built yet; it runs on, unprotected")
-                    }
-                    Role::Secondary(_) => Some("this host stands by for another; protect the guest where it runs"),
-                };
-                if let Some(refusal) = refusal {
-                    Reply::error(refusal)
-                } else {
-                    // The host makes the links and answers, which takes a while.
-                    if let Err(error) = self.parts.protect.try_send((protect, reply)) {
-                        tracing::warn!(%error, "a protect request is dropped: another is under way");
-                    }
-                    return;
-                }
-            }
-            Request::Checkpoint => match &mut self.role {
-                Role::Primary(role) if self.links.is_some() => {
-                    role.side.request_checkpoint(now, Cause::Command);
-                    Reply::done()
-                }
-                _ => Reply::error("no guest is being protected from this host"),
-            },
-            Request::Failover => self.failover(now),
-            Request::Stop => {
-                self.stopping = true;
-                Reply::done()
-            }
-        };
-        let _ = reply.send(answer);
-    }
-
-    fn failover(&mut self, now: Instant) -> Reply {
-        let decided = match &mut self.role {
-            Role::Primary(role) => role.side.operator_decides(now),
-            Role::Secondary(role) => role.side.operator_decides(now),
-            Role::Empty | Role::Running(_) => false,
-        };
-        if decided {
-            Reply::done()
-        } else if self.links.is_some() {
-            self.lose(Loss::Requested);
-            Reply::done()
-        } else {
-            Reply::error("there is nothing to fail over: no peer is connected and no guest is held here")
-        }
-    }
-
-    fn status(&mut self, now: Instant) -> Status {
-        let mut status = Status {
-            host: self.parts.name.clone(),
-            pid: std::process::id(),
-            mode: self.mode,
-            peer: self.peer.clone(),
-            lost_at_unix_us: self.lost_at_unix_us,
-            decided_at_unix_us: self.decided_at_unix_us,
-            bytes_sent: self.sent_bytes_before,
-            ..Status::default()
-        };
-        status.packets.dropped_network = self.dropped_network;
-        if let Some(links) = &self.links {
-            status.bytes_sent += links.sent_bytes.load(Ordering::Relaxed);
-        }
-        match &mut self.role {
-            Role::Empty => status.state = "empty".into(),
-            Role::Running(guest) => {
-                status.guest = Some(guest.name.clone());
-                (status.protection, status.state) = (Protection::Unprotected, "running".into());
-                status.why = Some("nobody asked for protection: xl-colo protect PEER".into());
-            }
-            Role::Primary(role) => report::primary(&mut status, role, now),
-            Role::Secondary(role) => report::secondary(&mut status, role),
-        }
-        if status.protection == Protection::Stopped
-            && let Some(holder) = &self.holder
-        {
-            status.why = Some(format!("host {} holds generation {}", holder.holder, holder.generation));
-        }
-        status
     }
 }

@@ -3,6 +3,7 @@
 use super::engine_clock;
 use crate::colo::hello::{DiskGeometry, Geometry};
 use crate::disk::{Disk, DiskError, FileDisk};
+use crate::hypervisor::embedded::domain::Transmit;
 use crate::hypervisor::embedded::{Embedded, MachineConfig};
 use crate::hypervisor::{Domain, DomainError};
 use crate::page::PAGE_SIZE;
@@ -209,7 +210,7 @@ fn geometry(config: &MachineConfig, disks: Vec<DiskGeometry>) -> Geometry {
 }
 
 /// The sink of a guest's NIC: tags each frame where it is emitted.
-fn transmit(queue: &Arc<GuestQueue>, epoch: &Arc<AtomicU64>) -> Box<dyn FnMut(&[u8]) + Send> {
+fn transmit(queue: &Arc<GuestQueue>, epoch: &Arc<AtomicU64>) -> Transmit {
     let (queue, epoch) = (queue.clone(), epoch.clone());
     Box::new(move |frame| queue.push(epoch.load(Ordering::SeqCst), frame))
 }

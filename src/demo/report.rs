@@ -50,7 +50,7 @@ pub struct Packets {
     pub compared: Option<u64>,
     /// Let out.
     pub released: Option<u64>,
-    /// Held back until a checkpoint.
+    /// Had to wait, for the other guest or for a checkpoint.
     pub held: Option<u64>,
 }
 
@@ -81,6 +81,8 @@ pub struct DemoReport {
     pub detection_ms: Option<f64>,
     /// From the kill to the first reply to a request sent after it, in milliseconds.
     pub takeover_ms: Option<f64>,
+    /// From the survivor's notice of it to that first reply, in milliseconds.
+    pub after_detection_ms: Option<f64>,
     /// The longest time the clients got no reply at all, in milliseconds.
     pub longest_silence_ms: Option<f64>,
     /// The long connection lived through the run.
@@ -153,12 +155,13 @@ impl fmt::Display for DemoReport {
         section(f, "Packets")?;
         row(f, "compared", self.packets.compared.map(grouped), "")?;
         row(f, "released", self.packets.released.map(grouped), "")?;
-        row(f, "held until a checkpoint", self.packets.held.map(grouped), "")?;
+        row(f, "had to wait", self.packets.held.map(grouped), "")?;
         row(f, "refused from the killed host", self.fenced_frames.map(grouped), "")?;
 
         section(f, "Takeover")?;
         row(f, "kill noticed after", self.detection_ms.map(tenths), "ms")?;
         row(f, "first reply after", self.takeover_ms.map(tenths), "ms")?;
+        row(f, "  of these after the notice", self.after_detection_ms.map(tenths), "ms")?;
         row(f, "longest silence for the clients", self.longest_silence_ms.map(tenths), "ms")?;
         row(f, "long connection", Some(if self.connection_kept { "kept" } else { "broken" }.to_owned()), "")?;
 
@@ -252,6 +255,7 @@ mod tests {
             packets: Packets { compared: Some(100_000), released: Some(99_999), held: Some(1) },
             detection_ms: Some(301.2),
             takeover_ms: Some(345.6),
+            after_detection_ms: Some(44.4),
             connection_kept: true,
             acknowledged_writes: 5000,
             acknowledged_after_kill: 2000,
@@ -277,12 +281,13 @@ Checkpoints
 Packets
   compared                                   100,000
   released                                    99,999
-  held until a checkpoint                          1
+  had to wait                                      1
   refused from the killed host          not measured
 
 Takeover
   kill noticed after                           301.2 ms
   first reply after                            345.6 ms
+    of these after the notice                   44.4 ms
   longest silence for the clients       not measured
   long connection                               kept
 

@@ -46,7 +46,7 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
     status.disk = Disk {
         copied_bytes: mirror.sync_done_bytes,
         total_bytes: mirror.sync_total_bytes,
-        waiting_bytes: mirror.queued_bytes as u64,
+        waiting_bytes: mirror.queued_bytes,
         fenced_writes: 0,
         errors: mirror.error.into_iter().collect(),
     };

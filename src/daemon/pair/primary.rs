@@ -124,6 +124,8 @@ pub struct PrimarySide {
     error: Option<String>,
     effects: VecDeque<Effect>,
     stats: Stats,
+    /// The proxy's counters when it ended: an open one counts nothing.
+    last_packets: Option<compare::Stats>,
 }
 
 impl PrimarySide {
@@ -170,6 +172,7 @@ impl PrimarySide {
             error: None,
             effects: VecDeque::new(),
             stats: Stats { copied_pages: (0, nr_pages), ..Stats::default() },
+            last_packets: None,
         })
     }
 
@@ -188,7 +191,7 @@ impl PrimarySide {
     /// Counters of the proxy.
     #[must_use]
     pub fn packets(&self) -> compare::Stats {
-        self.proxy.stats()
+        self.last_packets.unwrap_or_else(|| self.proxy.stats())
     }
 
     /// The guest.
@@ -459,6 +462,7 @@ impl PrimarySide {
             Action::GoOn { generation } => self.go_on(generation),
             Action::StopGuest => {
                 let _ = self.domain.suspend();
+                self.last_packets = Some(self.proxy.stats());
                 self.proxy = Proxy::open();
                 lock(&self.mirror.0).detach();
                 self.end(Exit::Stopped);
@@ -519,6 +523,7 @@ impl PrimarySide {
             state => unreachable!("the guest goes on from {state:?}"),
         };
         self.generation = generation;
+        self.last_packets = Some(compare::Stats { currently_held: 0, ..self.proxy.stats() });
         self.proxy.release_all();
         lock(&self.mirror.0).detach();
         self.copy = None;

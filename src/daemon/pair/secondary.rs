@@ -23,7 +23,7 @@ use crate::compare::rewriter::Forward;
 use crate::hypervisor::cache::RamCache;
 use crate::hypervisor::{Domain, DomainError};
 use crate::mutant::{self, Mutant};
-use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn};
+use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn, is_zero};
 use crate::replica::epochs::Replica;
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -214,12 +214,15 @@ impl SecondarySide {
     pub fn handle_item(&mut self, now: Instant, item: Item) {
         match (self.machine.state(), item) {
             (_, Item::Message(message)) => self.machine.handle_message(now, message),
-            (State::Joining, Item::Pages(batch)) => {
-                // Nothing could be lost yet, so the first copy goes straight into the cache.
-                self.stats.pages += batch.len() as u64;
-                self.cache_pages(&batch);
+            (State::Joining, Item::Pages(batch)) => self.join_pages(now, &batch),
+            (State::Joining, Item::ZeroPages(pfns)) => {
+                // Most of a fresh guest is zero, and so is a fresh cache.
+                let mut batch = PageBatch::default();
+                for pfn in pfns.into_iter().filter(|pfn| !is_zero(self.cache.page(*pfn))) {
+                    batch.push(pfn, &[0; PAGE_SIZE]);
+                }
+                self.join_pages(now, &batch);
             }
-            (State::Joining, Item::ZeroPages(pfns)) => self.cache_zeroes(&pfns),
             (State::Receiving, Item::Pages(batch)) => {
                 self.stats.pages += batch.len() as u64;
                 if mutant::active(Mutant::ApplyBeforeWhole) {
@@ -342,6 +345,18 @@ impl SecondarySide {
         }
     }
 
+    /// Takes pages of the first copy straight into cache and guest: there is no state yet that they could spoil,
+    /// and the load at its end, for which the primary's output waits, is left with little to do.
+    fn join_pages(&mut self, now: Instant, batch: &PageBatch) {
+        self.stats.pages += batch.len() as u64;
+        for (pfn, page) in batch.iter() {
+            self.cache.store(pfn, page);
+        }
+        if let Err(error) = self.domain.write_pages(&batch.pfns, &batch.bytes) {
+            self.machine.handle_loss(now, Loss::Local(error.to_string()));
+        }
+    }
+
     fn stage(&mut self, now: Instant, pages: usize) {
         self.staged.pages += pages as u64;
         // Each page belongs into a checkpoint once, which bounds what a peer can make us keep.
@@ -410,8 +425,13 @@ impl SecondarySide {
         }
         self.cache_zeroes(&staged.zero);
         self.stats.checkpoints += 1;
-        // The guest may have written pages that the primary did not: they go back to the checkpoint as well.
-        let taken = self.domain.take_dirty(&mut self.changed);
+        // The guest may have written pages that the primary did not: they go back to the checkpoint as well. Before
+        // the first state it has never run, and what is dirty is what was just written into it.
+        let mut dirty = Bitmap::new(self.domain.nr_pages());
+        let taken = self.domain.take_dirty(&mut dirty);
+        if self.machine.epoch() > 1 {
+            self.changed.union(&dirty);
+        }
         if let Err(error) = taken {
             self.machine.handle_applied(now, Err(error.to_string()));
             return;

@@ -28,7 +28,8 @@ use std::collections::VecDeque;
 
 /// Frames taken from the receive ring in one step.
 const FRAMES_A_STEP: usize = 64;
-/// Requests answered in one step. Each may wait for the disk to flush, and a suspend waits for the step.
+/// Requests answered in one step; a write is the last of its step, because it waits for the disk to flush and a
+/// suspend waits for the step.
 const REQUESTS_A_STEP: usize = 16;
 /// Longest random delay added to timers of a guest that is to diverge, in microseconds.
 const JITTER_MAX_US: u64 = 5000;

@@ -134,6 +134,7 @@ impl Context<'_> {
                 let body = tcb.rx_peek(self.ram, self.layout, slot, total as usize).split_off(request.head_bytes);
                 let mut cursor = self.cursor();
                 let stored = self.store().put(&mut cursor, name, &body);
+                self.requests_left = 1;
                 self.set_cursor(cursor);
                 match stored {
                     Ok(created) => Ok(Answer::ok(if created { 201 } else { 200 }, Vec::new())),

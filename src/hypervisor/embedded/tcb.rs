@@ -146,9 +146,9 @@ impl Tcb {
         self.snd_nxt.wrapping_sub(self.snd_una)
     }
 
-    /// Whether this side has closed: a FIN follows the data.
-    pub(super) fn closed(&self) -> bool {
-        matches!(self.state, State::FinWait1 | State::FinWait2 | State::Closing | State::LastAck | State::TimeWait)
+    /// Whether a FIN follows the data: this side has closed and the peer has not acknowledged it yet.
+    pub(super) fn owes_fin(&self) -> bool {
+        matches!(self.state, State::FinWait1 | State::Closing | State::LastAck)
     }
 
     /// Whether an ACK must be sent.

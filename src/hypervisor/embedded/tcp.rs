@@ -397,7 +397,7 @@ impl Context<'_> {
             let unsent = tcb.tx_len - sent;
             let usable = tcb.snd_wnd.min(tcb.cwnd).saturating_sub(flight);
             let len = unsent.min(mss).min(usable);
-            let fin = tcb.closed() && flight <= tcb.tx_len && len == unsent;
+            let fin = tcb.owes_fin() && flight <= tcb.tx_len && len == unsent;
             // A sliver of window is not worth a segment while an ACK is on its way (RFC 9293 3.8.6.2.1).
             let sliver = len < mss && len < unsent && flight > 0;
             if len == 0 && !fin || sliver {

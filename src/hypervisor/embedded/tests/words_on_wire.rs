@@ -179,6 +179,31 @@ fn only_an_exact_reset_ends_a_connection() {
 }
 
 #[test]
+fn a_connection_ends_with_one_fin_and_no_more() {
+    for peer_closes_first in [false, true] {
+        let mut bench = Bench::new();
+        let next = bench.open();
+        let request = b"GET /x HTTP/1.1\r\nConnection: close\r\n\r\n";
+        let flags = if peer_closes_first { ACK | FIN } else { ACK };
+        let answer = bench.tcp(101, next, flags, request);
+        let fins: Vec<_> = answer.iter().filter(|seen| seen.flags & FIN != 0).collect();
+        assert_eq!(fins.len(), 1, "{answer:?}");
+        let end = fins[0].seq.wrapping_add(fins[0].payload.len() as u32 + 1);
+        let peer_next = 101 + request.len() as u32;
+        let mut after = Vec::new();
+        if peer_closes_first {
+            after.extend(bench.tcp(peer_next + 1, end, ACK, b""));
+        } else {
+            after.extend(bench.tcp(peer_next, end, ACK, b""));
+            after.extend(bench.tcp(peer_next, end, ACK | FIN, b""));
+        }
+        after.extend(bench.after(Duration::from_secs(2)));
+        assert!(after.iter().all(|seen| seen.flags & FIN == 0), "{peer_closes_first}: {after:?}");
+        assert!(after.iter().all(|seen| seen.seq == end), "nothing beyond its FIN: {after:?}");
+    }
+}
+
+#[test]
 fn out_of_order_old_and_overlapping_data() {
     let mut bench = Bench::new();
     let next = bench.open();
@@ -333,4 +358,10 @@ fn a_step_answers_a_bounded_number_of_requests() {
     assert_eq!(bench.machine.requests(), 16);
     bench.step();
     assert_eq!(bench.machine.requests(), 50);
+    let writes = b"PUT /k/a HTTP/1.1\r\nContent-Length: 0\r\n\r\n".repeat(3);
+    let (seq, payload) = (101 + requests.len() as u32, &writes[..]);
+    let segment = Segment { src_port: 4000, dst_port: 80, seq, ack, flags, window: 60_000, payload, mss: None };
+    assert!(bench.machine.receive(&tcp_frame(&segment)));
+    assert!(bench.machine.step(bench.now, &mut bench.disk, &mut |_| {}), "a write is the last of its step");
+    assert_eq!(bench.machine.requests(), 51);
 }

@@ -352,7 +352,7 @@ async fn measure() -> Result<(), Failed> {
     let loaded_to_capture = ratios(&after_loaded, &after_capture);
     println!(
         "checkpoint pause: {DIRTY_PAGES} dirty pages ({} MiB) of a guest of {GUEST_MIB} MiB, medians of {ROUNDS} rounds",
-        DIRTY_PAGES * PAGE_SIZE >> 20
+        (DIRTY_PAGES * PAGE_SIZE) >> 20
     );
     let ms = |samples: &[f64]| percentile(samples, 50) / 1000.0;
     println!("  memory copy of the same pages  {:8.2} ms", ms(&memory_copy));

@@ -294,8 +294,8 @@ fn tree(folder: &str) -> BTreeMap<String, String> {
     let mut files = BTreeMap::new();
     while let Some(dir) = todo.pop() {
         for entry in std::fs::read_dir(&dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display())) {
-            let path = entry.unwrap().path();
-            let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+            let path = entry.expect("an entry of a folder that can be read").path();
+            let name = path.strip_prefix(root).ok().and_then(|name| name.to_str()).expect("a UTF-8 path").to_owned();
             if ["target", ".git"].contains(&name.as_str()) {
                 continue;
             } else if path.is_dir() {

@@ -23,7 +23,7 @@ use crate::colo::{Cause, Exit, Loss};
 use crate::compare::{self, Output, Proxy};
 use crate::disk::DiskError;
 use crate::hypervisor::{Domain, DomainError};
-use crate::page::{BATCH_PAGES, PageBatch, Pfn};
+use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn};
 use crate::replica::mirror::{MirrorHandle, SyncStep};
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
@@ -35,6 +35,8 @@ use std::time::Duration;
 const CONVERGED_PAGES: u64 = 512;
 /// Rounds over dirty memory after which the first copy is captured whatever is left.
 const COPY_ROUNDS_MAX: u32 = 8;
+/// Pages that may become dirty between finding room for a capture and the suspend, before the room is too small.
+const ROOM_MARGIN_PAGES: usize = 256;
 /// How long Remus lets output wait before it asks for a checkpoint.
 pub const OUTPUT_DELAY_DEFAULT: Duration = Duration::from_millis(5);
 
@@ -366,7 +368,7 @@ impl PrimarySide {
             (copy.next..nr_pages).map(Pfn).filter(|pfn| copy.todo.get(*pfn)).take(BATCH_PAGES).collect();
         if let Some(last) = pfns.last() {
             copy.next = last.0 + 1;
-            let mut bytes = Vec::with_capacity(pfns.len() * crate::page::PAGE_SIZE);
+            let mut bytes = Vec::with_capacity(pfns.len() * PAGE_SIZE);
             self.domain.read_pages(&pfns, &mut bytes).map_err(|e| e.to_string())?;
             self.stats.copied_pages.0 = (self.stats.copied_pages.0 + pfns.len() as u64).min(nr_pages);
             self.effects.push_back(Effect::Pages(PageBatch { pfns, bytes }));
@@ -469,8 +471,23 @@ impl PrimarySide {
         Ok(())
     }
 
+    /// Finds room for what is dirty so far while the guest still runs. Memory that is new to this process is faulted
+    /// in page by page, which takes longer than the copy it is for.
+    fn make_room(&mut self) -> Result<(), DomainError> {
+        self.domain.take_dirty(&mut self.dirty)?;
+        let pages = self.dirty.count() as usize + ROOM_MARGIN_PAGES;
+        self.capture.clear();
+        self.capture.pfns.reserve(pages);
+        if self.capture.bytes.capacity() < pages * PAGE_SIZE {
+            self.capture.bytes.resize(pages * PAGE_SIZE, 0);
+            self.capture.bytes.clear();
+        }
+        Ok(())
+    }
+
     /// The pause: nothing of the wire and nothing that allocates is in it.
     fn capture(&mut self, resume: bool) -> Result<(), DomainError> {
+        self.make_room()?;
         let begun = (self.clock)();
         self.domain.suspend()?;
         let epoch = self.machine.epoch();
@@ -478,7 +495,6 @@ impl PrimarySide {
         let ended = lock(&self.mirror.0).mark();
         assert_eq!(ended + 1, self.disk_epoch_base + epoch, "packets and disk are marked together");
         self.domain.take_dirty(&mut self.dirty)?;
-        self.capture.clear();
         self.capture.pfns.extend(self.dirty.iter());
         self.domain.read_pages(&self.capture.pfns, &mut self.capture.bytes)?;
         let devices = self.domain.save_devices()?;

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Measurements, as ratios against a reference in the same run:
+#   bench.sh checkpoint   how long a guest stands still, against a memory copy and against the classic order
+#   bench.sh idle         what a protected idle guest costs each host, in percent of one core
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly BINARY=target/release/xl-colo
+readonly IDLE_SECONDS=${IDLE_SECONDS:-10}
+readonly IDLE_AIM_PERCENT=5
+readonly START_SECONDS=60
+
+usage() {
+	sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2
+	exit 2
+}
+
+# CPU time of a process so far, in clock ticks.
+ticks() {
+	# The second field is the command's name, in parentheses; utime and stime are the 12th and 13th after it.
+	sed 's/.*) //' "/proc/$1/stat" | awk '{ print $12 + $13 }'
+}
+
+percent() {
+	awk -v ticks="$1" -v hz="$(getconf CLK_TCK)" -v s="$IDLE_SECONDS" 'BEGIN { printf "%.1f", 100 * ticks / hz / s }'
+}
+
+idle_mode() {
+	local mode=$1 log demo_pid until pids a b before_a before_b after_a after_b
+	log=$(mktemp)
+	"$BINARY" demo --mode "$mode" --serve 127.0.0.1:0 2>"$log" &
+	demo_pid=$!
+	until=$((SECONDS + START_SECONDS))
+	pids=
+	while [[ -z $pids && $SECONDS -lt $until ]]; do
+		sleep 0.1
+		pids=$(sed -nE 's/.*host a \(primary\) is pid ([0-9]+), host b is pid ([0-9]+);.*/\1 \2/p' "$log")
+	done
+	if [[ -z $pids ]]; then
+		cat "$log" >&2
+		kill -INT "$demo_pid"
+		return 1
+	fi
+	read -r a b <<<"$pids"
+	sleep 1
+	before_a=$(ticks "$a") before_b=$(ticks "$b")
+	sleep "$IDLE_SECONDS"
+	after_a=$(ticks "$a") after_b=$(ticks "$b")
+	kill -INT "$demo_pid"
+	wait "$demo_pid" || true
+	rm -f "$log"
+	a=$(percent "$((after_a - before_a))") b=$(percent "$((after_b - before_b))")
+	echo "idle, $mode: primary $a %, secondary $b % of one core over $IDLE_SECONDS s (aim: under $IDLE_AIM_PERCENT %)"
+	awk -v a="$a" -v b="$b" -v aim="$IDLE_AIM_PERCENT" 'BEGIN { exit !(a < aim && b < aim) }'
+}
+
+idle() {
+	local rc=0
+	cargo build --release --quiet
+	idle_mode colo || rc=1
+	idle_mode remus || rc=1
+	return "$rc"
+}
+
+case "${1:-}" in
+checkpoint) exec cargo bench --bench checkpoint ;;
+idle) idle ;;
+*) usage ;;
+esac

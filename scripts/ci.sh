@@ -1,0 +1,180 @@
+#!/usr/bin/env bash
+# Everything CI does, for a person as well: style, lints, docs, tests, and the demo with a real curl.
+# The last line is the sum of what really ran: `N passed, N failed`. Exit code 0 only if nothing failed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-always}
+export XEN_COLO_SEEDS=${XEN_COLO_SEEDS:-20000}
+
+readonly LOGS=target/ci
+readonly BINARY=target/release/xl-colo
+readonly START_SECONDS=60
+
+passed=0
+failed=0
+broken=()
+
+fail() {
+	failed=$((failed + 1))
+	broken+=("$1")
+	echo "FAILED: $1" >&2
+}
+
+# step NAME COMMAND...: must succeed, and counts only when it does not.
+step() {
+	local name=$1
+	shift
+	printf '\n== %s\n' "$name"
+	"$@" || fail "$name"
+}
+
+# check NAME COMMAND...: a test of its own.
+check() {
+	local name=$1 begun=$SECONDS
+	shift
+	printf '\n== %s\n' "$name"
+	if "$@"; then
+		passed=$((passed + 1))
+		echo "ok: $name ($((SECONDS - begun)) s)"
+	else
+		fail "$name"
+	fi
+}
+
+# The tests, counted from what their binaries said.
+run_tests() {
+	printf '\n== tests (%s seeds)\n' "$XEN_COLO_SEEDS"
+	local log=$LOGS/test.log rc=0 counts
+	CARGO_TERM_COLOR=never cargo test --no-fail-fast 2>&1 | tee "$log" || rc=$?
+	counts=$(sed -nE 's/^test result: .* ([0-9]+) passed; ([0-9]+) failed;.*/\1 \2/p' "$log" |
+		awk '{ p += $1; f += $2 } END { print p + 0, f + 0 }')
+	passed=$((passed + ${counts% *}))
+	failed=$((failed + ${counts#* }))
+	if [[ ${counts#* } -gt 0 ]]; then
+		broken+=("${counts#* } tests")
+	elif [[ $rc -ne 0 ]]; then
+		fail "cargo test (exit code $rc, though no test said that it failed)"
+	elif [[ ${counts% *} -eq 0 ]]; then
+		fail "cargo test (nothing ran)"
+	fi
+}
+
+docs() {
+	RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps
+}
+
+lint_scripts() {
+	if command -v shellcheck >/dev/null; then
+		shellcheck scripts/*.sh .ci/run
+	else
+		echo "no shellcheck here: scripts are not checked"
+	fi
+}
+
+# A demo that reports for people: its exit code is its word.
+demo() {
+	timeout 300 "$BINARY" demo "$@"
+}
+
+# A demo that reports for programs: its object must say the same.
+demo_json() {
+	local report
+	report=$(timeout 300 "$BINARY" demo --json "$@") || return 1
+	echo "$report"
+	[[ $report == *'"connection_kept":true'* && $report == *'"lost_writes":0'* ]]
+}
+
+# The survivor must answer one curl that began before the primary was lost, over one connection.
+curl_survives() {
+	local mode=$1 signal=$2 log=$LOGS/serve-$1-$2.log out=$LOGS/curl-$1-$2 url pid victim rc=0
+	"$BINARY" demo --mode "$mode" --serve 127.0.0.1:0 2>"$log" &
+	pid=$!
+	if url=$(said "$log" 's#.*the guest answers at (http://[^/]*)/.*#\1#p') &&
+		victim=$(said "$log" 's#.*host a \(primary\) is pid ([0-9]+),.*#\1#p'); then
+		curl_over_loss "$url" "$victim" "$signal" "$out" || rc=1
+	else
+		rc=1
+	fi
+	kill -INT "$pid" 2>/dev/null || true
+	wait "$pid" || rc=1
+	[[ $rc -eq 0 ]] || cat "$log" >&2
+	return "$rc"
+}
+
+# said LOG SED: what the demo printed, once it has.
+said() {
+	local until=$((SECONDS + START_SECONDS)) found
+	while [[ $SECONDS -lt $until ]]; do
+		found=$(sed -nE "$2" "$1" | head -n 1)
+		if [[ -n $found ]]; then
+			echo "$found"
+			return 0
+		fi
+		sleep 0.1
+	done
+	return 1
+}
+
+curl_over_loss() {
+	local url=$1 victim=$2 signal=$3 out=$4 reader connections wrong=0
+	echo "a value that $victim must not take with it" >"$out.value"
+	curl -sS --fail --max-time 60 -T "$out.value" "$url/k/ci[1-20]" >/dev/null || return 1
+	# One read in 250 ms, all over one connection; each also says how many connections it had to open.
+	curl -sS --fail --rate 4/s --max-time 60 -w '%{stderr}%{num_connects}\n' "$url/k/ci[1-20]" \
+		>"$out.read" 2>"$out.connects" &
+	reader=$!
+	sleep 2
+	kill "-$signal" "$victim" || return 1
+	wait "$reader" || wrong=1
+	if [[ $signal == STOP ]]; then
+		# The old primary wakes up, finds that it lost, and must do no harm.
+		kill -CONT "$victim" || return 1
+		sleep 1
+		curl -sS --fail --max-time 10 "$url/k/ci1" | cmp - "$out.value" || return 1
+	fi
+	connections=$(awk '{ sum += $1 } END { print sum + 0 }' "$out.connects")
+	for _ in {1..20}; do cat "$out.value"; done | cmp - "$out.read" || wrong=1
+	echo "curl read 20 values over a kill -$signal of the primary, on $connections connection(s)"
+	[[ $wrong -eq 0 && $connections -eq 1 ]]
+}
+
+demos() {
+	check "demo: colo, primary killed" demo --mode colo --kill primary
+	check "demo: colo, secondary killed" demo --mode colo --kill secondary
+	check "demo: remus, primary killed" demo --mode remus --kill primary
+	check "demo: remus, secondary killed" demo --mode remus --kill secondary
+	check "demo: colo, primary killed, 512 MiB" demo --mode colo --kill primary --guest-mib 512
+	check "demo: colo, primary killed, half of all answers differ" demo --mode colo --kill primary --diverge 50
+	check "demo: colo, primary killed, JSON" demo_json --mode colo --kill primary
+	check "demo: remus, primary killed, JSON" demo_json --mode remus --kill primary
+	check "demo: colo, served to curl, primary killed" curl_survives colo KILL
+	check "demo: remus, served to curl, primary stopped and woken" curl_survives remus STOP
+}
+
+main() {
+	mkdir -p "$LOGS"
+	step "tools" scripts/install-deps.sh
+	step "format" cargo fmt --check
+	step "scripts" lint_scripts
+	step "clippy" cargo clippy --all-targets -- -D warnings
+	step "docs" docs
+	run_tests
+	step "release build" cargo build --release
+	if [[ -x $BINARY ]]; then
+		demos
+	else
+		fail "demo (there is no $BINARY)"
+	fi
+	if [[ $passed -eq 0 ]]; then
+		fail "everything: nothing passed"
+	fi
+	printf '\n%s minutes\n' "$((SECONDS / 60))"
+	if [[ ${#broken[@]} -gt 0 ]]; then
+		printf 'failed: %s\n' "${broken[@]}"
+	fi
+	printf '%s passed, %s failed\n' "$passed" "$failed"
+	[[ $failed -eq 0 ]]
+}
+
+main "$@"

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Installs what the tests drive besides Rust, on Debian and its kin: other people's NBD programs and curl.
+# Without root or apt-get it says what is missing and goes on: the tests concerned say so too.
+set -euo pipefail
+
+# Each command, and the package it comes from.
+readonly TOOLS=(cc:gcc curl:curl qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils
+	nbdkit:nbdkit nbdinfo:libnbd-bin nbdcopy:libnbd-bin shellcheck:shellcheck)
+
+missing_packages() {
+	local tool
+	for tool in "${TOOLS[@]}"; do
+		command -v "${tool%%:*}" >/dev/null || printf '%s\n' "${tool#*:}"
+	done | sort -u
+}
+
+main() {
+	local packages
+	mapfile -t packages < <(missing_packages)
+	if [[ ${#packages[@]} -eq 0 ]]; then
+		return 0
+	fi
+	if ! command -v apt-get >/dev/null || [[ $(id -u) -ne 0 ]]; then
+		echo "not installed, and this is no root shell with apt-get: ${packages[*]}" >&2
+		return 0
+	fi
+	export DEBIAN_FRONTEND=noninteractive
+	echo "installing ${packages[*]}"
+	if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}"; } >/dev/null; then
+		echo "apt-get could not install all of: ${packages[*]}" >&2
+	fi
+}
+
+main "$@"

@@ -105,8 +105,8 @@ pub enum Proxy {
     Colo(Box<Comparator>),
     /// Released by checkpoints alone.
     Remus(EpochBuffer),
-    /// Unprotected: everything passes. Holds what has not been polled yet.
-    Open(VecDeque<Output>),
+    /// Unprotected: everything passes. Holds what has not been polled yet, and what was counted while it was not open.
+    Open(VecDeque<Output>, Stats),
 }
 
 impl Proxy {
@@ -125,7 +125,7 @@ impl Proxy {
     /// Nothing.
     #[must_use]
     pub fn open() -> Self {
-        Self::Open(VecDeque::new())
+        Self::Open(VecDeque::new(), Stats::default())
     }
 
     /// Takes a frame that the primary emitted in `epoch`.
@@ -133,7 +133,7 @@ impl Proxy {
         match self {
             Self::Colo(comparator) => comparator.handle_primary(now, epoch, frame),
             Self::Remus(buffer) => buffer.handle_primary(epoch, frame),
-            Self::Open(outputs) => outputs.push_back(Output::Release(frame)),
+            Self::Open(outputs, _) => outputs.push_back(Output::Release(frame)),
         }
     }
 
@@ -149,7 +149,7 @@ impl Proxy {
         match self {
             Self::Colo(comparator) => comparator.checkpoint(now, epoch),
             Self::Remus(buffer) => buffer.checkpoint(epoch),
-            Self::Open(_) => {}
+            Self::Open(..) => {}
         }
     }
 
@@ -165,7 +165,7 @@ impl Proxy {
     pub fn poll_timeout(&self) -> Option<Instant> {
         match self {
             Self::Colo(comparator) => comparator.poll_timeout(),
-            Self::Remus(_) | Self::Open(_) => None,
+            Self::Remus(_) | Self::Open(..) => None,
         }
     }
 
@@ -174,7 +174,7 @@ impl Proxy {
         match self {
             Self::Colo(comparator) => comparator.poll_output(),
             Self::Remus(buffer) => buffer.poll_output(),
-            Self::Open(outputs) => outputs.pop_front(),
+            Self::Open(outputs, _) => outputs.pop_front(),
         }
     }
 
@@ -184,7 +184,7 @@ impl Proxy {
         match self {
             Self::Colo(comparator) => comparator.ready(),
             Self::Remus(buffer) => buffer.ready(),
-            Self::Open(_) => true,
+            Self::Open(..) => true,
         }
     }
 
@@ -194,7 +194,7 @@ impl Proxy {
         match self {
             Self::Colo(comparator) => comparator.release_all(),
             Self::Remus(buffer) => buffer.release_all(),
-            Self::Open(_) => {}
+            Self::Open(..) => {}
         }
         let mut outputs = VecDeque::new();
         while let Some(output) = self.poll_output() {
@@ -202,16 +202,16 @@ impl Proxy {
                 outputs.push_back(output);
             }
         }
-        *self = Self::Open(outputs);
+        *self = Self::Open(outputs, self.stats());
     }
 
-    /// Counters: all zero when open.
+    /// Counters. An open proxy counts nothing, and remembers what it was opened with.
     #[must_use]
     pub fn stats(&self) -> Stats {
         match self {
             Self::Colo(comparator) => comparator.stats(),
             Self::Remus(buffer) => buffer.stats(),
-            Self::Open(_) => Stats::default(),
+            Self::Open(_, stats) => *stats,
         }
     }
 }

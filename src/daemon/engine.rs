@@ -280,32 +280,34 @@ impl Engine {
 
     fn lose(&mut self, loss: Loss) {
         let now = engine_clock();
-        let before = self.is_replicating();
         match &mut self.role {
-            Role::Primary(role) => role.side.handle_loss(now, loss.clone()),
-            Role::Secondary(role) => role.side.handle_loss(now, loss.clone()),
+            Role::Primary(role) => role.side.handle_loss(now, loss),
+            Role::Secondary(role) => role.side.handle_loss(now, loss),
             Role::Empty | Role::Running(_) => return,
         }
-        if before {
-            tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
-            self.lost_at_unix_us.get_or_insert_with(unix_us);
-        }
-        // Whatever the dead connection still holds belongs to a generation that is over or disputed.
+        self.notice_loss();
         self.close_links();
         self.flush();
+    }
+
+    /// Whoever found it, the machine itself too (a peer that hangs or lies, a guest that cannot be captured): a loss
+    /// is dated, and ends the links. Whatever they still hold belongs to a generation that is over or disputed.
+    fn notice_loss(&mut self) {
+        let loss = match &self.role {
+            Role::Primary(role) => role.side.machine().loss(),
+            Role::Secondary(role) => role.side.machine().loss(),
+            Role::Empty | Role::Running(_) => None,
+        };
+        if let (Some(loss), None) = (loss, self.lost_at_unix_us) {
+            tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
+            self.lost_at_unix_us = Some(unix_us());
+            self.close_links();
+        }
     }
 
     fn close_links(&mut self) {
         if let Some(links) = self.links.take() {
             self.sent_bytes_before += links.sent_bytes.load(Ordering::Relaxed);
-        }
-    }
-
-    fn is_replicating(&self) -> bool {
-        match &self.role {
-            Role::Primary(role) => !matches!(role.side.machine().state(), primary_machine::State::Exited(_)),
-            Role::Secondary(role) => !matches!(role.side.machine().state(), secondary_machine::State::Exited(_)),
-            Role::Empty | Role::Running(_) => false,
         }
     }
 
@@ -381,6 +383,7 @@ impl Engine {
             _ => {}
         }
         self.flush();
+        self.notice_loss();
         let vacant = match &self.role {
             Role::Empty => true,
             Role::Running(_) => false,

@@ -15,10 +15,11 @@ use super::address::{Address, Link, Listener};
 use super::arbiter::Arbiter;
 use super::control::{self, Answer as Reply, Protect};
 use super::engine::{Engine, EngineParts, HostInput};
+use super::engine_clock;
 use super::frames::{FrameReader, FrameWriter};
 use super::guest::{DISK_NAME, Guest, GuestError};
 use super::links::{self, Outgoing, Side, outbox};
-use super::{engine_clock, nbd};
+use super::nbd::{self, ServeError};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
 use crate::colo::hello::{self, Channel, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome};
@@ -327,12 +328,14 @@ async fn introduce(mut link: Link, word: Hello) -> Result<(Link, Welcome), Strin
     let mut out = BytesMut::new();
     hello::encode(&word, &mut out);
     let exchange = async {
-        link.write_all(&out).await.map_err(|error| error.to_string())?;
+        link.write_all(&out).await?;
         // The peer says nothing more until it is spoken to, except NBD's greeting: read no byte beyond the welcome.
-        read_word::<Welcome>(&mut link).await.map_err(|error| error.to_string())
+        read_word::<Welcome>(&mut link).await
     };
     let welcome = match tokio::time::timeout(HELLO_DEADLINE, exchange).await {
-        Ok(welcome) => welcome?,
+        Ok(Ok(welcome)) => welcome,
+        Ok(Err(GreetError::Io(error))) => return Err(format!("the peer hung up on a hello: {error}")),
+        Ok(Err(GreetError::Hello(error))) => return Err(error.to_string()),
         Err(_) => return Err(format!("the peer did not answer a hello within {HELLO_DEADLINE:?}")),
     };
     match welcome.refused {
@@ -488,10 +491,12 @@ fn join(shared: &Shared, session: Session, nbd_link: Link) -> Option<HostInput> 
         return None;
     }
     let view = Box::new(PrimaryView { replica, generation });
-    let server = tokio::spawn(async move {
-        if let Err(error) = nbd::serve_connection(nbd_link, DISK_NAME.into(), view).await {
-            tracing::warn!(%error, "the disk link ended");
-        }
+    let server = Box::pin(async move {
+        nbd::serve_connection(nbd_link, DISK_NAME.into(), view).await.map_err(|error| match error {
+            ServeError::Io(error) => error,
+            ServeError::Protocol(error) => io::Error::new(io::ErrorKind::InvalidData, error),
+            error @ ServeError::Deadline => io::Error::new(io::ErrorKind::TimedOut, error),
+        })
     });
     let interval = Duration::from_millis(word.heartbeat_interval_ms);
     let heartbeat = Heartbeat::new(engine_clock(), interval, word.heartbeat_misses, generation);

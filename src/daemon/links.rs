@@ -172,15 +172,17 @@ pub enum Side {
         /// The export.
         export: String,
     },
-    /// The secondary reads a stream for a guest of this size; its NBD server runs elsewhere and stops with the
-    /// links.
+    /// The secondary reads a stream for a guest of this size, and serves its disk.
     Secondary {
         /// The guest's size.
         nr_pages: u64,
-        /// The NBD server's task.
-        nbd: JoinHandle<()>,
+        /// The NBD server; its end is the end of the pair, since no later checkpoint has a disk.
+        nbd: LinkTask,
     },
 }
+
+/// What moves the bytes of one connection, until it ends.
+pub type LinkTask = std::pin::Pin<Box<dyn Future<Output = io::Result<()>> + Send>>;
 
 type Lost = mpsc::Sender<Loss>;
 
@@ -216,7 +218,7 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
     let received_bytes = Arc::new(AtomicU64::new(0));
     let heartbeat = Arc::new(Mutex::new(heartbeat));
     let mut tasks = Vec::new();
-    let mut spawn = |what: &'static str, task: std::pin::Pin<Box<dyn Future<Output = io::Result<()>> + Send>>| {
+    let mut spawn = |what: &'static str, task: LinkTask| {
         let lost = lost_sender.clone();
         tasks.push(tokio::spawn(async move { report(lost, what, task.await).await }));
     };
@@ -234,7 +236,7 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
         Side::Secondary { nr_pages, nbd } => {
             let received = received_bytes.clone();
             spawn("checkpoint stream", Box::pin(read_items(stream_read, nr_pages, stream_sender, received)));
-            tasks.push(nbd);
+            spawn("disk link", nbd);
         }
     }
     let beating = beat(heartbeat_link, heartbeat.clone(), lost_sender);

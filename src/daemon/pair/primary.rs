@@ -430,6 +430,8 @@ impl PrimarySide {
             if self.machine.state() == State::Sending && mirror.drained(self.disk_epoch_base + self.machine.epoch() - 1)
             {
                 self.machine.handle_disk_drained(now);
+                // It may have been the last thing the checkpoint waited for: what follows must not wait for an input.
+                idle &= self.machine.state() == State::Sending;
             }
             drop(mirror);
             if idle {

@@ -297,6 +297,23 @@ impl Engine {
         self.flush();
     }
 
+    /// A side that gives its peer up by itself, for hanging or for what it said, hangs up: the peer would take
+    /// beats that go on for a pair that goes on.
+    fn hang_up_if_lost(&mut self) {
+        let loss = match &self.role {
+            Role::Primary(role) => role.side.machine().loss(),
+            Role::Secondary(role) => role.side.machine().loss(),
+            Role::Empty | Role::Running(_) => None,
+        };
+        if let Some(loss) = loss
+            && self.links.is_some()
+        {
+            tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
+            self.lost_at_unix_us.get_or_insert_with(unix_us);
+            self.close_links();
+        }
+    }
+
     fn close_links(&mut self) {
         if let Some(links) = self.links.take() {
             self.sent_bytes_before += links.sent_bytes.load(Ordering::Relaxed);
@@ -385,6 +402,7 @@ impl Engine {
             }
             _ => {}
         }
+        self.hang_up_if_lost();
         self.flush();
         let vacant = match &self.role {
             Role::Empty => true,

@@ -184,10 +184,8 @@ impl Pair {
             <[(Link, Link); 4]>::try_from(ends).map_err(|_| "four links")?;
         let beats = || Heartbeat::new(engine_clock(), Duration::from_millis(100), 1000, GENERATION);
         let view = Box::new(PrimaryView { replica, generation: GENERATION });
-        let server = tokio::spawn(async move {
-            if let Err(error) = nbd::serve_connection(nbd_b, DISK_NAME.into(), view).await {
-                eprintln!("the disk link ended: {error}");
-            }
+        let server = Box::pin(async move {
+            nbd::serve_connection(nbd_b, DISK_NAME.into(), view).await.map_err(std::io::Error::other)
         });
         let side_a = Side::Primary { nbd: nbd_a, export: DISK_NAME.into() };
         let side_b = Side::Secondary { nr_pages: guest.geometry.nr_pages, nbd: server };

@@ -291,16 +291,19 @@ impl Engine {
     }
 
     /// Whoever found it, the machine itself too (a peer that hangs or lies, a guest that cannot be captured): a loss
-    /// is dated, and ends the links. Whatever they still hold belongs to a generation that is over or disputed.
+    /// is dated, and ends the links. The peer would take beats that go on for a pair that goes on, and whatever the
+    /// links still hold belongs to a generation that is over or disputed.
     fn notice_loss(&mut self) {
         let loss = match &self.role {
             Role::Primary(role) => role.side.machine().loss(),
             Role::Secondary(role) => role.side.machine().loss(),
             Role::Empty | Role::Running(_) => None,
         };
-        if let (Some(loss), None) = (loss, self.lost_at_unix_us) {
-            tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
-            self.lost_at_unix_us = Some(unix_us());
+        if let Some(loss) = loss {
+            if self.lost_at_unix_us.is_none() {
+                tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
+                self.lost_at_unix_us = Some(unix_us());
+            }
             self.close_links();
         }
     }

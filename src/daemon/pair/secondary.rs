@@ -322,6 +322,12 @@ impl SecondarySide {
         decided
     }
 
+    /// Whether a checkpoint is being loaded.
+    #[must_use]
+    pub fn is_loading(&self) -> bool {
+        self.load.is_some()
+    }
+
     /// Whether [`Self::work`] has something to do now: a checkpoint is being loaded, or disk epochs have waited
     /// long enough.
     #[must_use]

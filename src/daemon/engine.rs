@@ -11,22 +11,22 @@
 //! fell asleep. Before *any* input is applied the heartbeat's lease is checked against the clock; when it is over,
 //! the peer is lost first, and everything else comes after.
 
+mod effects;
 mod orders;
 mod report;
 
 use super::arbiter::Arbiter;
 use super::control::{Answer as Reply, Asked, Protect};
 use super::guest::Guest;
-use super::links::{DiskWrite, Links, Outbox, StreamIn, StreamOut, lock};
-use super::pair::primary::{self, PrimarySide};
-use super::pair::secondary::{self, SecondarySide};
-use super::{engine_clock, fence, unix_us};
+use super::links::{Links, Outbox, StreamIn, lock};
+use super::pair::primary::PrimarySide;
+use super::pair::secondary::SecondarySide;
+use super::{engine_clock, unix_us};
 use crate::clock::Instant;
-use crate::colo::arbiter::{Answer, Ask, Register, Verdict};
+use crate::colo::arbiter::{Answer, Register, Verdict};
 use crate::colo::hello::Mode;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
 use crate::disk::DiskError;
-use crate::page::PAGE_SIZE;
 use bytes::Bytes;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,10 +36,6 @@ use tokio::sync::mpsc;
 
 /// Bytes that may wait for the stream or the disk link during the first copy.
 const COPY_BACKLOG_BYTES: usize = 16 << 20;
-/// Bytes that may wait for the packet link.
-const PACKETS_BACKLOG_BYTES: usize = 32 << 20;
-/// Bytes that may wait for the switch; beyond it frames are dropped, as a full NIC ring does.
-const NETWORK_BACKLOG_BYTES: usize = 16 << 20;
 /// Inputs of one kind applied before the next select.
 const BURST: usize = 64;
 
@@ -88,8 +84,8 @@ pub struct EngineParts {
     pub host: mpsc::Receiver<HostInput>,
     /// Frames from the network.
     pub network_in: mpsc::Receiver<Bytes>,
-    /// Frames to the network.
-    pub network_out: Outbox<Bytes>,
+    /// Frames to the network, each with the end of the lease it was let go under.
+    pub network_out: Outbox<(Option<Instant>, Bytes)>,
     /// Whether this host can take a guest: read by the host when a peer knocks.
     pub vacant: Arc<AtomicBool>,
     /// Where tasks run.
@@ -420,95 +416,6 @@ impl Engine {
                 }
             }
         }
-    }
-
-    fn emit(&mut self, frame: Bytes) {
-        if self.parts.network_out.waiting_bytes() > NETWORK_BACKLOG_BYTES {
-            self.dropped_network += 1;
-        } else {
-            self.parts.network_out.send(frame.len(), frame);
-        }
-    }
-
-    /// Carries effects to the links until there are none.
-    fn flush(&mut self) {
-        loop {
-            let now = engine_clock();
-            match &mut self.role {
-                Role::Empty | Role::Running(_) => return,
-                Role::Primary(role) => {
-                    let Some(effect) = role.side.poll_effect() else { return };
-                    self.primary_effect(now, effect);
-                }
-                Role::Secondary(role) => {
-                    let Some(effect) = role.side.poll_effect() else { return };
-                    self.secondary_effect(effect);
-                }
-            }
-        }
-    }
-
-    fn primary_effect(&mut self, now: Instant, effect: primary::Effect) {
-        use primary::Effect;
-        match effect {
-            Effect::ToNetwork(frame) => self.emit(frame),
-            Effect::Ask(ask) => self.ask(ask),
-            Effect::Ended { exit, generation } => self.ended(exit, generation),
-            effect => {
-                let Some(links) = &self.links else { return };
-                match effect {
-                    Effect::Message(message) => links.stream_out.send(12, StreamOut::Message(message)),
-                    Effect::Pages(batch) => links.stream_out.send(batch.len() * PAGE_SIZE, StreamOut::Pages(batch)),
-                    Effect::Devices(blob) => links.stream_out.send(blob.len(), StreamOut::Devices(blob)),
-                    Effect::DiskWrite { seq, offset, data } => {
-                        links.disk_out.send(data.len(), DiskWrite { seq, offset, data });
-                    }
-                    Effect::ToSecondary { epoch, frame } => {
-                        if links.packets_out.waiting_bytes() < PACKETS_BACKLOG_BYTES {
-                            links.packets_out.send(frame.len(), (epoch, frame));
-                        } else if let Role::Primary(role) = &mut self.role {
-                            role.side.handle_mirror_overflow(now);
-                        }
-                    }
-                    Effect::ToNetwork(_) | Effect::Ask(_) | Effect::Ended { .. } => {}
-                }
-            }
-        }
-    }
-
-    fn secondary_effect(&mut self, effect: secondary::Effect) {
-        use secondary::Effect;
-        match effect {
-            Effect::ToNetwork(frame) => self.emit(frame),
-            Effect::Ask(ask) => self.ask(ask),
-            Effect::Ended { exit, generation } => self.ended(exit, generation),
-            Effect::Message(message) => {
-                if let Some(links) = &self.links {
-                    links.stream_out.send(12, StreamOut::Message(message));
-                }
-            }
-            Effect::ToPrimary { epoch, frame } => {
-                // A frame that does not fit is one the primary waits for in vain: its partner ages, a checkpoint
-                // follows.
-                if let Some(links) = &self.links
-                    && links.packets_out.waiting_bytes() < PACKETS_BACKLOG_BYTES
-                {
-                    links.packets_out.send(frame.len(), (epoch, frame));
-                }
-            }
-        }
-    }
-
-    fn ask(&mut self, ask: Ask) {
-        let (answers, arbiter) = (self.answers_sender.clone(), self.parts.arbiter.clone());
-        self.parts.runtime.spawn(async move {
-            let answer = match (ask, arbiter) {
-                (Ask::Arbiter(claim), Some(arbiter)) => arbiter.answer(claim).await,
-                (Ask::Arbiter(_), None) => Answer::Unreachable("no arbiter is configured".into()),
-                (Ask::Script(path, claim), _) => fence::run(&path, &claim, fence::DEADLINE).await,
-            };
-            let _ = answers.send(answer).await;
-        });
     }
 
     fn answered(&mut self, now: Instant, answer: Answer) {

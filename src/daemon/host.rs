@@ -20,6 +20,7 @@ use super::frames::{FrameReader, FrameWriter};
 use super::guest::{DISK_NAME, Guest, GuestError};
 use super::links::{self, Outgoing, Side, outbox};
 use super::nbd::{self, ServeError};
+use crate::clock::Instant;
 use crate::colo::arbiter::{Claim, Policy, Verdict};
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
 use crate::colo::hello::{self, Channel, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome};
@@ -229,7 +230,7 @@ fn boot(config: &HostConfig) -> Result<Option<Guest>, HostError> {
 }
 
 /// Keeps a connection to the switch, as a cable that is plugged in again when it falls out.
-async fn switch_port(net: Address, frames_in: mpsc::Sender<Bytes>, mut frames_out: Outgoing<Bytes>) {
+async fn switch_port(net: Address, frames_in: mpsc::Sender<Bytes>, mut frames_out: Outgoing<(Option<Instant>, Bytes)>) {
     loop {
         if let Ok(link) = net.connect().await {
             let (read, write) = tokio::io::split(link);
@@ -242,9 +243,12 @@ async fn switch_port(net: Address, frames_in: mpsc::Sender<Bytes>, mut frames_ou
                 }
             };
             let outgoing = async {
-                while let Some((bytes, frame)) = frames_out.recv().await {
-                    let written = writer.write(&frame).await;
+                while let Some((bytes, (lease_ends_at, frame))) = frames_out.recv().await {
                     frames_out.written(bytes);
+                    if lease_ends_at.is_some_and(|at| at <= engine_clock()) {
+                        continue;
+                    }
+                    let written = writer.write(&frame).await;
                     if written.is_err() {
                         return;
                     }

@@ -43,6 +43,16 @@ const NETWORK_BACKLOG_BYTES: usize = 16 << 20;
 /// Inputs of one kind applied before the next select.
 const BURST: usize = 64;
 
+/// A frame on its way to the network. A host that is stopped with frames in its queues may wake as the loser, and
+/// one of them would take the guest's MAC address back from the survivor: what is late is dropped.
+#[derive(Debug)]
+pub struct NetworkFrame {
+    /// When the lease ends under which it was released; never, for a guest that is not replicated.
+    pub until: Option<Instant>,
+    /// The frame.
+    pub frame: Bytes,
+}
+
 /// What the host hands to its engine.
 #[derive(Debug)]
 pub enum HostInput {
@@ -89,7 +99,7 @@ pub struct EngineParts {
     /// Frames from the network.
     pub network_in: mpsc::Receiver<Bytes>,
     /// Frames to the network.
-    pub network_out: Outbox<Bytes>,
+    pub network_out: Outbox<NetworkFrame>,
     /// Whether this host can take a guest: read by the host when a peer knocks.
     pub vacant: Arc<AtomicBool>,
     /// Where tasks run.
@@ -428,7 +438,8 @@ impl Engine {
         if self.parts.network_out.waiting_bytes() > NETWORK_BACKLOG_BYTES {
             self.dropped_network += 1;
         } else {
-            self.parts.network_out.send(frame.len(), frame);
+            let until = self.links.as_ref().map(|links| lock(&links.heartbeat).deadline());
+            self.parts.network_out.send(frame.len(), NetworkFrame { until, frame });
         }
     }
 

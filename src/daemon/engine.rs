@@ -303,16 +303,29 @@ impl Engine {
     }
 
     /// Whoever found it, the machine itself too (a peer that hangs or lies, a guest that cannot be captured): a loss
-    /// is dated, and ends the links. Whatever they still hold belongs to a generation that is over or disputed.
+    /// is dated, and ends the links. Whatever they still hold belongs to a generation that is over or disputed. Only
+    /// an operator's wish keeps them until it is decided: a peer that saw them end would claim the generation too,
+    /// and might win it against the operator.
     fn notice_loss(&mut self) {
-        let loss = match &self.role {
-            Role::Primary(role) => role.side.machine().loss(),
-            Role::Secondary(role) => role.side.machine().loss(),
-            Role::Empty | Role::Running(_) => None,
+        let (loss, undecided) = match &self.role {
+            Role::Primary(role) => {
+                use primary_machine::State;
+                let machine = role.side.machine();
+                (machine.loss(), !matches!(machine.state(), State::Held | State::Exited(_)))
+            }
+            Role::Secondary(role) => {
+                use secondary_machine::State;
+                let machine = role.side.machine();
+                (machine.loss(), !matches!(machine.state(), State::Held | State::Exited(_)))
+            }
+            Role::Empty | Role::Running(_) => return,
         };
-        if let (Some(loss), None) = (loss, self.lost_at_unix_us) {
+        let Some(loss) = loss else { return };
+        if self.lost_at_unix_us.is_none() {
             tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
             self.lost_at_unix_us = Some(unix_us());
+        }
+        if !(undecided && *loss == Loss::Requested) {
             self.close_links();
         }
     }
@@ -665,7 +678,12 @@ impl Engine {
         if decided {
             Reply::done()
         } else if self.links.is_some() {
-            self.lose(Loss::Requested);
+            match &mut self.role {
+                Role::Primary(role) => role.side.handle_loss(now, Loss::Requested),
+                Role::Secondary(role) => role.side.handle_loss(now, Loss::Requested),
+                Role::Empty | Role::Running(_) => {}
+            }
+            self.notice_loss();
             Reply::done()
         } else {
             Reply::error("there is nothing to fail over: no peer is connected and no guest is held here")

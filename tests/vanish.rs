@@ -123,6 +123,7 @@ async fn a_primary_that_leaves_during_the_first_copy_frees_the_secondary() {
         ("with noise on the disk link", step!(|peer| peer.nbd.write_all(&[0xff; 64]).await.unwrap()), "disk link"),
         ("with the heartbeat closed", step!(|peer| peer.heartbeat.shutdown().await.unwrap()), "heartbeat"),
     ];
+    let mut lost_before = None;
     for (number, (what, leave, reason)) in steps.into_iter().enumerate() {
         eprintln!("the primary leaves {what}");
         let peer = ScriptedPrimary::joins(&b.address, number as u64).await;
@@ -134,8 +135,12 @@ async fn a_primary_that_leaves_during_the_first_copy_frees_the_secondary() {
         } else {
             Some(peer)
         };
-        let ended = |status: &Status| matches!(status.protection, Protection::Stopped | Protection::Failed);
+        let ended = |status: &Status| {
+            let over = matches!(status.protection, Protection::Stopped | Protection::Failed);
+            over && status.lost_at_unix_us.is_some() && status.lost_at_unix_us != lost_before
+        };
         let status = b.is("free again", ended).await;
+        lost_before = status.lost_at_unix_us;
         let why = status.why.unwrap_or_default();
         assert!(!why.is_empty() && why.contains(reason), "{what}: {why:?}");
     }

@@ -127,11 +127,6 @@ impl Host {
         until("the process ends", async || child.try_wait().unwrap().ok_or("it runs")).await
     }
 
-    /// Whether the process runs.
-    pub fn runs(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
-    }
-
     /// Asks something, and gets an answer soon.
     pub async fn ask(&self, request: Request) -> Result<serde_json::Value, ControlError> {
         tokio::time::timeout(PATIENCE, control::ask(&self.socket, &request))

@@ -20,7 +20,7 @@ use tokio::sync::SemaphorePermit;
 use tokio::task::JoinHandle;
 use xen_colo::colo::hello::Mode;
 use xen_colo::daemon::address::Address;
-use xen_colo::daemon::arbiter::{self, Arbiter, OnGrant};
+use xen_colo::daemon::arbiter::{self, OnGrant};
 use xen_colo::daemon::control::Request;
 use xen_colo::daemon::edge::{Edge, EdgeHandle};
 use xen_colo::daemon::status::Protection;
@@ -63,8 +63,6 @@ pub struct World {
     pub arbiter_a: Wire,
     /// Host b's way to the arbiter.
     pub arbiter_b: Wire,
-    /// The arbiter itself.
-    pub arbiter: Arbiter,
     /// The network.
     pub switch: Arc<Switch>,
     edge: EdgeHandle,
@@ -114,8 +112,7 @@ impl World {
         let a = start("a", &arbiter_a, &plan.policies[0]);
         let b = start("b", &arbiter_b, &plan.policies[1]);
         let wire = Wire::new(&"127.0.0.1:0".parse().unwrap(), b.address.clone()).await;
-        let arbiter = Arbiter::Served(arbiter_address);
-        let world = Self { a, b, wire, arbiter_a, arbiter_b, arbiter, switch, edge, server, dir, _turn: turn };
+        let world = Self { a, b, wire, arbiter_a, arbiter_b, switch, edge, server, dir, _turn: turn };
         world.answers().await;
         world
     }

@@ -52,7 +52,7 @@ pub enum Command {
 #[derive(Args, Clone, Debug)]
 pub struct HostRef {
     /// The host's name; may be left out when only one runs here
-    #[arg(long)]
+    #[arg(long, value_parser = parse_host_name)]
     pub host: Option<String>,
     /// The directory of the control sockets
     #[arg(long, value_name = "DIR", default_value_os_t = control::default_run_dir())]
@@ -63,7 +63,7 @@ pub struct HostRef {
 #[derive(Args, Debug)]
 pub struct HostArgs {
     /// The host's name; the two of a pair must differ
-    #[arg(long)]
+    #[arg(long, value_parser = parse_host_name)]
     pub name: String,
     /// Where the peer connects: HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9740")]
@@ -210,6 +210,17 @@ pub enum Victim {
     Primary,
     /// The host that stands by.
     Secondary,
+}
+
+/// The name is part of the control socket's path, and must not lead elsewhere.
+fn parse_host_name(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if text.is_empty() || text.len() > 64 || text.starts_with(['.', '-']) || !text.chars().all(fits) {
+        return Err(
+            "a host's name is 1 to 64 letters, digits, '-', '_' or '.', and begins with none of '-' and '.'".into()
+        );
+    }
+    Ok(text.to_owned())
 }
 
 fn parse_policy(text: &str) -> Result<Policy, String> {

@@ -1,5 +1,17 @@
 //! The integration tests: one binary, a file a behaviour.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed, helper or not")]
+//!
+//! The product's own parts are joined by [`common::world`]; the hosts in it are real `xl-colo host` processes.
+#![allow(clippy::unwrap_used, reason = "clippy's own allowance reaches only functions that are tests themselves")]
+#![allow(unreachable_pub, reason = "a binary exports nothing; pub marks what the modules share")]
 
+mod cli;
+mod common;
+mod demo;
+mod full_disk;
+mod garbage;
+mod hang;
+mod nbd_interop;
+mod partition;
 mod sim;
 mod tidy;
+mod vanish;

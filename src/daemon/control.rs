@@ -15,12 +15,17 @@ use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 
 /// Longest request, in bytes.
 const REQUEST_MAX_BYTES: u64 = 64 * 1024;
+/// How long a client waits for an answer: a host that hangs must not take its operator with it.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+/// The same for `protect`, which is answered when four connections are up.
+const PROTECT_DEADLINE: Duration = Duration::from_secs(60);
 /// Longest answer a client takes, in bytes.
 const ANSWER_MAX_BYTES: u64 = 4 << 20;
 
@@ -191,9 +196,18 @@ pub async fn ask(path: &Path, request: &Request) -> Result<Value, ControlError> 
     let no_answer = |error: &dyn std::fmt::Display| ControlError::NoAnswer(error.to_string());
     let mut line = serde_json::to_vec(request).map_err(|e| no_answer(&e))?;
     line.push(b'\n');
-    link.write_all(&line).await.map_err(|e| no_answer(&e))?;
     let mut answer = Vec::new();
-    BufReader::new(link).take(ANSWER_MAX_BYTES).read_until(b'\n', &mut answer).await.map_err(|e| no_answer(&e))?;
+    let exchange = async {
+        link.write_all(&line).await?;
+        BufReader::new(link).take(ANSWER_MAX_BYTES).read_until(b'\n', &mut answer).await
+    };
+    let deadline = if matches!(request, Request::Protect(_)) { PROTECT_DEADLINE } else { ANSWER_DEADLINE };
+    match tokio::time::timeout(deadline, exchange).await {
+        Ok(read) => _ = read.map_err(|e| no_answer(&e))?,
+        Err(_) => {
+            return Err(ControlError::NoAnswer(format!("nothing within {deadline:?}; its process may be stopped")));
+        }
+    }
     match serde_json::from_slice(&answer).map_err(|e| no_answer(&e))? {
         Answer::Return(value) => Ok(value),
         Answer::Error { desc } => Err(ControlError::Refused(desc)),

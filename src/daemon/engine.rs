@@ -39,6 +39,16 @@ const COPY_BACKLOG_BYTES: usize = 16 << 20;
 /// Inputs of one kind applied before the next select.
 const BURST: usize = 64;
 
+/// A frame on its way to the network. A host that is stopped with frames in its queues may wake as the loser, and
+/// one of them would take the guest's MAC address back from the survivor: what is late is dropped.
+#[derive(Debug)]
+pub struct NetworkFrame {
+    /// When the lease ends under which it was released; never, for a guest that is not replicated.
+    pub until: Option<Instant>,
+    /// The frame.
+    pub frame: Bytes,
+}
+
 /// What the host hands to its engine.
 #[derive(Debug)]
 pub enum HostInput {
@@ -84,8 +94,8 @@ pub struct EngineParts {
     pub host: mpsc::Receiver<HostInput>,
     /// Frames from the network.
     pub network_in: mpsc::Receiver<Bytes>,
-    /// Frames to the network, each with the end of the lease it was let go under.
-    pub network_out: Outbox<(Option<Instant>, Bytes)>,
+    /// Frames to the network.
+    pub network_out: Outbox<NetworkFrame>,
     /// Whether this host can take a guest: read by the host when a peer knocks.
     pub vacant: Arc<AtomicBool>,
     /// Where tasks run.
@@ -287,19 +297,29 @@ impl Engine {
     }
 
     /// Whoever found it, the machine itself too (a peer that hangs or lies, a guest that cannot be captured): a loss
-    /// is dated, and ends the links. The peer would take beats that go on for a pair that goes on, and whatever the
-    /// links still hold belongs to a generation that is over or disputed.
+    /// is dated, and ends the links. Whatever they still hold belongs to a generation that is over or disputed. Only
+    /// an operator's wish keeps them until it is decided: a peer that saw them end would claim the generation too,
+    /// and might win it against the operator.
     fn notice_loss(&mut self) {
-        let loss = match &self.role {
-            Role::Primary(role) => role.side.machine().loss(),
-            Role::Secondary(role) => role.side.machine().loss(),
-            Role::Empty | Role::Running(_) => None,
-        };
-        if let Some(loss) = loss {
-            if self.lost_at_unix_us.is_none() {
-                tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
-                self.lost_at_unix_us = Some(unix_us());
+        let (loss, undecided) = match &self.role {
+            Role::Primary(role) => {
+                use primary_machine::State;
+                let machine = role.side.machine();
+                (machine.loss(), !matches!(machine.state(), State::Held | State::Exited(_)))
             }
+            Role::Secondary(role) => {
+                use secondary_machine::State;
+                let machine = role.side.machine();
+                (machine.loss(), !matches!(machine.state(), State::Held | State::Exited(_)))
+            }
+            Role::Empty | Role::Running(_) => return,
+        };
+        let Some(loss) = loss else { return };
+        if self.lost_at_unix_us.is_none() {
+            tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
+            self.lost_at_unix_us = Some(unix_us());
+        }
+        if !(undecided && *loss == Loss::Requested) {
             self.close_links();
         }
     }

@@ -14,13 +14,12 @@
 use super::address::{Address, Link, Listener};
 use super::arbiter::Arbiter;
 use super::control::{self, Answer as Reply, Protect};
-use super::engine::{Engine, EngineParts, HostInput};
+use super::engine::{Engine, EngineParts, HostInput, NetworkFrame};
 use super::engine_clock;
 use super::frames::{FrameReader, FrameWriter};
 use super::guest::{DISK_NAME, Guest, GuestError};
 use super::links::{self, Outgoing, Side, outbox};
 use super::nbd::{self, ServeError};
-use crate::clock::Instant;
 use crate::colo::arbiter::{Claim, Policy, Verdict};
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
 use crate::colo::hello::{self, Channel, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome};
@@ -183,6 +182,8 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         tokio::spawn(switch_port(net, network_sender, network_outgoing));
     }
     let shared = Arc::new(Shared { config, vacant, host: host_sender });
+    // Before anybody is told that it runs, and may order its end.
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
     ready(&listener.local_address().unwrap_or_else(|_| shared.config.listen.clone()));
     let greeting = tokio::spawn(greet_all(listener, shared.clone()));
     let protecting = tokio::spawn(async move {
@@ -197,7 +198,6 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
             let _ = reply.send(answer);
         }
     });
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
     tokio::select! {
         _ = engine_end => {}
         _ = tokio::signal::ctrl_c() => {}
@@ -230,7 +230,7 @@ fn boot(config: &HostConfig) -> Result<Option<Guest>, HostError> {
 }
 
 /// Keeps a connection to the switch, as a cable that is plugged in again when it falls out.
-async fn switch_port(net: Address, frames_in: mpsc::Sender<Bytes>, mut frames_out: Outgoing<(Option<Instant>, Bytes)>) {
+async fn switch_port(net: Address, frames_in: mpsc::Sender<Bytes>, mut frames_out: Outgoing<NetworkFrame>) {
     loop {
         if let Ok(link) = net.connect().await {
             let (read, write) = tokio::io::split(link);
@@ -243,12 +243,10 @@ async fn switch_port(net: Address, frames_in: mpsc::Sender<Bytes>, mut frames_ou
                 }
             };
             let outgoing = async {
-                while let Some((bytes, (lease_ends_at, frame))) = frames_out.recv().await {
+                while let Some((bytes, NetworkFrame { until, frame })) = frames_out.recv().await {
+                    let in_time = until.is_none_or(|until| engine_clock() < until);
+                    let written = if in_time { writer.write(&frame).await } else { Ok(()) };
                     frames_out.written(bytes);
-                    if lease_ends_at.is_some_and(|at| at <= engine_clock()) {
-                        continue;
-                    }
-                    let written = writer.write(&frame).await;
                     if written.is_err() {
                         return;
                     }

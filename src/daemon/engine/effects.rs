@@ -1,6 +1,6 @@
 //! Carries a side's effects to the links, the network and the arbiter.
 
-use super::{Engine, Role};
+use super::{Engine, NetworkFrame, Role};
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask};
 use crate::daemon::links::{DiskWrite, StreamOut, lock};
@@ -19,10 +19,8 @@ impl Engine {
         if self.parts.network_out.waiting_bytes() > NETWORK_BACKLOG_BYTES {
             self.dropped_network += 1;
         } else {
-            // A process that is stopped with frames in this queue must not send them when it wakes: by then another
-            // host may speak for the guest. To the client they are packets that were lost.
-            let lease_ends_at = self.links.as_ref().map(|links| lock(&links.heartbeat).deadline());
-            self.parts.network_out.send(frame.len(), (lease_ends_at, frame));
+            let until = self.links.as_ref().map(|links| lock(&links.heartbeat).deadline());
+            self.parts.network_out.send(frame.len(), NetworkFrame { until, frame });
         }
     }
 

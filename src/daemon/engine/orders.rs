@@ -64,7 +64,12 @@ impl Engine {
         if decided {
             Reply::done()
         } else if self.links.is_some() {
-            self.lose(Loss::Requested);
+            match &mut self.role {
+                Role::Primary(role) => role.side.handle_loss(now, Loss::Requested),
+                Role::Secondary(role) => role.side.handle_loss(now, Loss::Requested),
+                Role::Empty | Role::Running(_) => {}
+            }
+            self.notice_loss();
             Reply::done()
         } else {
             Reply::error("there is nothing to fail over: no peer is connected and no guest is held here")

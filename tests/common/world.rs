@@ -1,0 +1,189 @@
+//! A world: switch, edge and arbiter in this process, two hosts as children, a wire wherever it may be cut.
+//!
+//! ```text
+//!   load ── edge ── switch ── port a ── host a ══ wire ══ host b ── port b ── switch
+//!                                         │                 │
+//!                                    arbiter wire a    arbiter wire b
+//!                                         └──── arbiter ────┘
+//! ```
+
+use super::host::{Host, host_command, protect};
+use super::load::Load;
+use super::wire::Wire;
+use super::{turn, until};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio::sync::SemaphorePermit;
+use tokio::task::JoinHandle;
+use xen_colo::colo::hello::Mode;
+use xen_colo::daemon::address::Address;
+use xen_colo::daemon::arbiter::{self, OnGrant};
+use xen_colo::daemon::control::Request;
+use xen_colo::daemon::edge::{Edge, EdgeHandle};
+use xen_colo::daemon::status::Protection;
+use xen_colo::daemon::switch::{PortStats, Switch};
+use xen_colo::demo::{GUEST_IP, client};
+
+/// How a world is made.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Whether the switch refuses the port of who lost, as the demo's does.
+    pub fence: bool,
+    /// The policies of host a and host b.
+    pub policies: [String; 2],
+    /// The guest's memory.
+    pub guest_mib: u64,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self { fence: true, policies: ["arbiter".into(), "arbiter".into()], guest_mib: 16 }
+    }
+}
+
+impl Plan {
+    /// Two hosts with these policies.
+    pub fn with_policies(a: impl Into<String>, b: impl Into<String>) -> Self {
+        Self { policies: [a.into(), b.into()], ..Self::default() }
+    }
+}
+
+/// Two hosts, the guest `web` on host a, and everything between them. Fields drop in order: the hosts first.
+pub struct World {
+    /// Where the guest starts.
+    pub a: Host,
+    /// Where it goes.
+    pub b: Host,
+    /// Between the hosts; a's peer address.
+    pub wire: Wire,
+    /// Host a's way to the arbiter.
+    pub arbiter_a: Wire,
+    /// Host b's way to the arbiter.
+    pub arbiter_b: Wire,
+    /// The network.
+    pub switch: Arc<Switch>,
+    edge: EdgeHandle,
+    server: JoinHandle<std::io::Result<()>>,
+    dir: TempDir,
+    _turn: SemaphorePermit<'static>,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl World {
+    /// Starts it; the guest answers, unprotected.
+    pub async fn start(plan: Plan) -> Self {
+        let turn = turn().await;
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let switch = Arc::new(Switch::new());
+        for name in ["a", "b"] {
+            switch.add_unix_port(name, &path(&format!("net-{name}.sock"))).unwrap();
+        }
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let edge = Edge::start(listener, GUEST_IP, 80, switch.add_local_port("edge").unwrap()).unwrap();
+
+        let arbiter_address = Address::Unix(path("arbiter.sock"));
+        let listener = arbiter_address.listen().await.unwrap();
+        let on_grant: OnGrant = if plan.fence { fence_loser(&switch) } else { Arc::new(|_| {}) };
+        let server = tokio::spawn(arbiter::serve(listener, path("register.json"), on_grant));
+        let arbiter_a = Wire::new(&Address::Unix(path("arbiter-a.sock")), arbiter_address.clone()).await;
+        let arbiter_b = Wire::new(&Address::Unix(path("arbiter-b.sock")), arbiter_address.clone()).await;
+
+        let start = |name: &str, arbiter: &Wire, policy: &str| {
+            let mut command = host_command(name, dir.path());
+            command.arg("--net").arg(format!("unix:{}", path(&format!("net-{name}.sock")).display()));
+            command.args(["--policy", policy]);
+            if policy == "arbiter" {
+                command.args(["--arbiter", &arbiter.address.to_string()]);
+            }
+            if name == "a" {
+                command.args(["--guest", "web", "--guest-mib", &plan.guest_mib.to_string(), "--disk-mib", "64"]);
+            }
+            Host::start(name, dir.path(), command)
+        };
+        let a = start("a", &arbiter_a, &plan.policies[0]);
+        let b = start("b", &arbiter_b, &plan.policies[1]);
+        let wire = Wire::new(&"127.0.0.1:0".parse().unwrap(), b.address.clone()).await;
+        let world = Self { a, b, wire, arbiter_a, arbiter_b, switch, edge, server, dir, _turn: turn };
+        world.answers().await;
+        world
+    }
+
+    /// A file of this world.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Where clients connect.
+    pub fn address(&self) -> SocketAddr {
+        self.edge.local_addr
+    }
+
+    /// Begins to work on the guest.
+    pub fn load(&self) -> Load {
+        Load::start(self.address())
+    }
+
+    /// Waits until the guest answers a new client.
+    pub async fn answers(&self) {
+        client::wait_for_answer(self.address(), super::PATIENCE).await.unwrap();
+    }
+
+    /// Protects the guest of host a with host b, across the wire, and waits until it is protected.
+    pub async fn protect(&self, mode: Mode) {
+        self.a.order(Request::Protect(protect(&self.wire.address, mode))).await;
+        self.a.becomes(Protection::Protected).await;
+        self.b.becomes(Protection::StandingBy).await;
+    }
+
+    /// A port of the switch.
+    pub fn port(&self, name: &str) -> PortStats {
+        self.switch.stats().into_iter().find(|port| port.name == name).unwrap()
+    }
+
+    /// The port's counters when nothing that was on its way to it is left.
+    pub async fn settled_port(&self, name: &str) -> PortStats {
+        let mut before = self.port(name);
+        until("the port falls silent", async || {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            let now = self.port(name);
+            let seen = std::mem::replace(&mut before, now.clone());
+            if seen.received_frames == now.received_frames { Ok(now) } else { Err(now) }
+        })
+        .await
+    }
+
+    /// Waits until one host has taken over and the other is stopped and says who has the guest. True when it is a.
+    pub async fn one_survives(&self) -> bool {
+        let (winner, loser) = until("one host goes on", async || {
+            let (a, b) = (self.a.status().await, self.b.status().await);
+            match (a.protection, b.protection) {
+                (Protection::TakenOver, Protection::Stopped) => Ok((a, b)),
+                (Protection::Stopped, Protection::TakenOver) => Ok((b, a)),
+                _ => Err((a, b)),
+            }
+        })
+        .await;
+        assert_eq!(winner.generation, 2);
+        let why = loser.why.clone().unwrap_or_default();
+        assert!(why.contains(&format!("host {} holds generation 2", winner.host)), "{loser:#?}");
+        winner.host == "a"
+    }
+}
+
+/// Who wins a generation after the first has the guest's MAC to itself.
+fn fence_loser(switch: &Arc<Switch>) -> OnGrant {
+    let switch = Arc::downgrade(switch);
+    Arc::new(move |claim| {
+        let (Some(switch), true) = (switch.upgrade(), claim.expected > 0) else { return };
+        switch.fence(if claim.holder == "a" { "b" } else { "a" }).unwrap();
+    })
+}

@@ -1,0 +1,211 @@
+//! A full disk under the secondary: the primary's guest goes on, the status says why, nothing hangs.
+//!
+//! The disk is a small tmpfs, which only root can mount; elsewhere the tests say that they are skipped.
+
+use crate::common::host::{Host, host_command, protect};
+use crate::common::{turn, until};
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use xen_colo::colo::hello::Mode;
+use xen_colo::daemon::address::Address;
+use xen_colo::daemon::control::Request;
+use xen_colo::daemon::edge::{Edge, EdgeHandle};
+use xen_colo::daemon::status::Protection;
+use xen_colo::daemon::switch::Switch;
+use xen_colo::demo::GUEST_IP;
+use xen_colo::disk::{Disk, DiskError, FileDisk};
+use xen_colo::replica::epochs::{Replica, ReplicaConfig};
+
+/// A small disk of its own, unmounted when dropped.
+struct SmallDisk {
+    dir: TempDir,
+}
+
+impl SmallDisk {
+    /// None, with a loud note, where it may not be mounted.
+    fn mount(mib: u32) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "xen-colo-test"])
+            .arg(dir.path())
+            .output();
+        match mounted {
+            Ok(output) if output.status.success() => Some(Self { dir }),
+            other => {
+                eprintln!("SKIP: a tmpfs cannot be mounted: {other:?}");
+                None
+            }
+        }
+    }
+
+    fn path(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: on a failed test a host may still have a file open.
+        let _ = std::process::Command::new("umount").arg("-l").arg(self.dir.path()).output();
+    }
+}
+
+/// A pair whose secondary keeps its image on a disk of `mib`, and clients' way to the guest.
+struct Pair {
+    a: Host,
+    b: Host,
+    edge: EdgeHandle,
+    _switch: Switch,
+    _dir: TempDir,
+}
+
+async fn pair(image: PathBuf) -> Pair {
+    let dir = tempfile::tempdir().unwrap();
+    let net = dir.path().join("net.sock");
+    let switch = Switch::new();
+    switch.add_unix_port("a", &net).unwrap();
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let edge = Edge::start(listener, GUEST_IP, 80, switch.add_local_port("edge").unwrap()).unwrap();
+    let arbiter = format!("file:{}", dir.path().join("register.json").display());
+    let mut command = host_command("a", dir.path());
+    command.args(["--arbiter", &arbiter, "--net", &Address::Unix(net).to_string()]);
+    command.args(["--guest", "web", "--guest-mib", "16", "--disk-mib", "64"]);
+    let a = Host::start("a", dir.path(), command);
+    let mut command = std::process::Command::new(crate::common::XL_COLO);
+    command.args(["host", "--follow-stdin", "--name", "b", "--listen", "127.0.0.1:0", "--arbiter", &arbiter]);
+    command.arg("--run-dir").arg(dir.path()).arg("--disk").arg(image);
+    let b = Host::start("b", dir.path(), command);
+    Pair { a, b, edge, _switch: switch, _dir: dir }
+}
+
+/// The first copy does not fit: the guest stays unprotected, and runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_copy_that_does_not_fit_leaves_the_guest_running() {
+    let Some(small) = SmallDisk::mount(2) else { return };
+    let _turn = turn().await;
+    let pair = pair(small.path().join("replica.img")).await;
+    let writer = Writer::start(pair.edge.local_addr);
+    writer.wrote(6 << 20).await;
+    pair.a.order(Request::Protect(protect(&pair.b.address, Mode::Colo))).await;
+    let status =
+        pair.a.is("unprotected again", |status| status.why.is_some() && status.lost_at_unix_us.is_some()).await;
+    assert_eq!(status.protection, Protection::Unprotected, "{status:#?}");
+    assert!(status.why.clone().unwrap_or_default().contains("disk write to the secondary"), "{status:#?}");
+    let replica = pair.b.is("free", |status| status.protection == Protection::Stopped).await;
+    assert!(replica.disk.errors.iter().any(|error| error.contains("no space left")), "{replica:#?}");
+    writer.goes_on().await;
+}
+
+/// The disk fills up later, while checkpoints are applied to it: the guest goes on, first protected out of the
+/// secondary's memory, then alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_fills_its_disk_says_so_and_the_guest_goes_on() {
+    let Some(small) = SmallDisk::mount(6) else { return };
+    let _turn = turn().await;
+    let pair = pair(small.path().join("replica.img")).await;
+    pair.a.order(Request::Protect(protect(&pair.b.address, Mode::Remus))).await;
+    pair.a.becomes(Protection::Protected).await;
+    let writer = Writer::start(pair.edge.local_addr);
+    let told = |status: &xen_colo::daemon::status::Status| {
+        let said = status.why.iter().chain(&status.disk.errors);
+        said.into_iter().any(|why| why.contains("no space left"))
+    };
+    pair.b.is("out of space, and says so", told).await;
+    writer.goes_on().await;
+    let status = pair.a.status().await;
+    assert!(matches!(status.protection, Protection::Protected | Protection::TakenOver), "{status:#?}");
+}
+
+/// The spill file fills its disk: the epoch is broken, what was sealed before is whole.
+#[test]
+fn a_full_disk_under_the_spill_file_breaks_the_epoch_and_nothing_before_it() {
+    let Some(small) = SmallDisk::mount(1) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let base = FileDisk::open_or_create(&dir.path().join("base.img"), 16 << 20).unwrap();
+    let config = ReplicaConfig {
+        memory_budget_bytes: 256 << 10,
+        spill_dir: Some(small.path().to_owned()),
+        ..ReplicaConfig::default()
+    };
+    let mut replica = Replica::new(Box::new(base), config);
+    replica.start_sync(1).unwrap();
+    replica.primary_write(1, 0, &[1; 65536]).unwrap();
+    replica.seal().unwrap();
+    let refused = (0..256).find_map(|n| replica.primary_write(1, n * 65536, &[2; 65536]).err());
+    assert!(matches!(refused, Some(DiskError::NoSpace { .. })), "{refused:?}");
+    let why = replica.seal().unwrap_err().to_string();
+    assert!(why.contains("no space left"), "{why}");
+    // Taking over from the last checkpoint needs none of what was refused.
+    replica.takeover(2).unwrap();
+    let mut read = vec![0; 65536];
+    replica.guest_read(0, &mut read).unwrap();
+    assert!(read.iter().all(|byte| *byte == 1));
+}
+
+/// Writes of 64 KiB over one connection, as fast as they are acknowledged.
+struct Writer {
+    written: std::sync::Arc<std::sync::atomic::AtomicU64>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Writer {
+    fn start(address: std::net::SocketAddr) -> Self {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let written = std::sync::Arc::<std::sync::atomic::AtomicU64>::default();
+        let count = written.clone();
+        let task = tokio::spawn(async move {
+            let mut link = tokio::net::TcpStream::connect(address).await.unwrap();
+            // The same keys again and again: the guest's log is finite, the replica's disk is smaller.
+            for n in (0..700).cycle() {
+                let body = vec![n as u8 | 1; 60_000];
+                let head = format!("PUT /k/big-{n} HTTP/1.1\r\nHost: g\r\nContent-Length: {}\r\n\r\n", body.len());
+                link.write_all(&[head.as_bytes(), &body].concat()).await.unwrap();
+                let mut reply = Vec::new();
+                while !reply.windows(4).any(|end| end == b"\r\n\r\n") {
+                    assert!(link.read_buf(&mut reply).await.unwrap() > 0, "the guest hung up");
+                }
+                let status = String::from_utf8_lossy(&reply).into_owned();
+                assert!(!status.starts_with("HTTP/1.1 4"), "{status}");
+                count.fetch_add(body.len() as u64, std::sync::atomic::Ordering::SeqCst);
+            }
+        });
+        Self { written, task }
+    }
+
+    async fn wrote(&self, bytes: u64) {
+        until("enough is written", async || {
+            let written = self.written.load(std::sync::atomic::Ordering::SeqCst);
+            assert!(!self.task.is_finished(), "the writer failed after {written} bytes");
+            if written >= bytes { Ok(()) } else { Err(written) }
+        })
+        .await;
+    }
+
+    async fn goes_on(&self) {
+        let now = self.written.load(std::sync::atomic::Ordering::SeqCst);
+        self.wrote(now + 300_000).await;
+    }
+}
+
+/// The image cannot even be made: `protect` says why, in the words of the host that lacks the space.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_of_the_wrong_size_is_refused_by_name() {
+    let _turn = turn().await;
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("replica.img");
+    FileDisk::open_or_create(&image, 1 << 20).unwrap().flush().unwrap();
+    let pair = pair(image.clone()).await;
+    let why = pair.a.refusal(Request::Protect(protect(&pair.b.address, Mode::Colo))).await;
+    assert!(why.contains("replica.img is 1048576 bytes, the primary's disk is 67108864"), "{why}");
+    assert_eq!(pair.a.status().await.protection, Protection::Unprotected);
+    std::fs::remove_file(image).unwrap();
+    pair.a.order(Request::Protect(protect(&pair.b.address, Mode::Colo))).await;
+    pair.a.becomes(Protection::Protected).await;
+}

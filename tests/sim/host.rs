@@ -1,0 +1,556 @@
+//! A host: a side of the pair, and around it what the engine does with threads and sockets.
+//!
+//! ```text
+//! input ─▶ lease checked ─▶ side.handle_* ─▶ deadlines ─▶ effects to the wires
+//! ```
+//!
+//! This stands in for `daemon/engine.rs` and follows it arrow by arrow; everything it calls is the product's code.
+//! A host that is frozen keeps what reaches its sockets, and finds it all when it wakes.
+
+use super::dice::Dice;
+use super::domain::{Busy, Captured, Core, SimDomain};
+use super::plan::{A, B, Plan, Step};
+use super::world::{BEATS, DISK, Event, GENERATION, World, tell};
+use bytes::{Bytes, BytesMut};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use xen_colo::clock::Instant;
+use xen_colo::colo::arbiter::{Answer, Claim};
+use xen_colo::colo::heartbeat::{Beat, Heartbeat};
+use xen_colo::colo::message::Message;
+use xen_colo::colo::stream::{Decoder, Item};
+use xen_colo::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
+use xen_colo::daemon::pair::primary::PrimarySide;
+use xen_colo::daemon::pair::secondary::SecondarySide;
+use xen_colo::daemon::pair::{Clock, lock};
+use xen_colo::disk::{Disk, DiskError, MemoryDisk};
+use xen_colo::hypervisor::Domain;
+use xen_colo::hypervisor::embedded::{Machine, MachineConfig, kv};
+use xen_colo::replica::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig};
+use xen_colo::replica::mirror::{Mirror, MirrorHandle};
+
+/// The guest's hardware address.
+pub(super) const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const RAM_PAGES: u64 = 256;
+const DISK_BYTES: usize = 1 << 20;
+/// Small, so that a busy guest reaches it.
+const MIRROR_QUEUE_BYTES: u64 = 3 << 20;
+const MISSES: u32 = 3;
+
+/// What reaches a host, each kind through a socket of its own.
+#[derive(Debug)]
+pub(super) enum Input {
+    Lost(Loss),
+    Answer(Answer),
+    Stream(Bytes),
+    Message(Message),
+    DiskWrite { seq: u64, offset: u64, data: Bytes },
+    DiskAck(u64, Result<(), DiskError>),
+    Packet(u64, Bytes),
+    Beat(Beat),
+    Network(Bytes),
+}
+
+impl Input {
+    fn socket(&self) -> usize {
+        match self {
+            // The end of a connection is read after what was sent before it.
+            Self::Stream(_) | Self::Message(_) | Self::Lost(_) => 0,
+            Self::Answer(_) => 1,
+            Self::DiskWrite { .. } | Self::DiskAck(..) => 2,
+            Self::Packet(..) => 3,
+            Self::Beat(_) => 4,
+            Self::Network(_) => 5,
+        }
+    }
+
+    /// Whether the engine's thread handles it.
+    fn is_for_engine(&self) -> bool {
+        !matches!(self, Self::Beat(_) | Self::DiskWrite { .. })
+    }
+}
+
+/// What a host is to the guest.
+pub(super) enum Role {
+    Running(SimDomain),
+    StandingBy(SimDomain),
+    Primary(Box<PrimarySide>),
+    Secondary(Box<SecondarySide>),
+    Nothing,
+}
+
+/// A host.
+pub(super) struct Host {
+    pub(super) role: Role,
+    pub(super) core: Arc<Mutex<Core>>,
+    mirror: Option<MirrorHandle>,
+    replica: Option<Arc<Mutex<Replica>>>,
+    heartbeat: Option<Heartbeat>,
+    decoder: Decoder,
+    undecoded: BytesMut,
+    sockets: [VecDeque<Input>; 6],
+    /// Its links are up.
+    pub(super) linked: bool,
+    /// It is gone for good.
+    pub(super) crashed: bool,
+    /// It executes nothing.
+    pub(super) frozen: bool,
+    /// Its engine executes nothing.
+    pub(super) stalled: bool,
+    pub(super) background: bool,
+    wake_us: u64,
+    pub(super) guest_us: u64,
+    pub(super) frames_us: u64,
+    pub(super) work_us: u64,
+}
+
+impl Host {
+    fn new(role: Role, core: Arc<Mutex<Core>>) -> Self {
+        Self {
+            role,
+            core,
+            mirror: None,
+            replica: None,
+            heartbeat: None,
+            decoder: Decoder::new(RAM_PAGES),
+            undecoded: BytesMut::new(),
+            sockets: Default::default(),
+            linked: false,
+            crashed: false,
+            frozen: false,
+            stalled: false,
+            background: false,
+            wake_us: u64::MAX,
+            guest_us: u64::MAX,
+            frames_us: u64::MAX,
+            work_us: u64::MAX,
+        }
+    }
+
+    /// A host whose guest runs, and one that stands by.
+    pub(super) fn pair(
+        plan: &Plan,
+        dice: &mut Dice,
+        clock: &Arc<AtomicU64>,
+        captured: &Arc<Mutex<Captured>>,
+    ) -> (Self, Self) {
+        let mut config = MachineConfig {
+            ram_pages: RAM_PAGES,
+            mac: GUEST_MAC,
+            ip: super::client::GUEST_IP,
+            diverge_percent: plan.diverge_percent,
+            host_entropy_seed: dice.next(),
+        };
+        let mirror = Mirror::new(Box::new(MemoryDisk::new(DISK_BYTES)), MIRROR_QUEUE_BYTES);
+        let mut mirror = MirrorHandle(Arc::new(Mutex::new(mirror)));
+        let machine = Machine::boot(&config, Instant::ZERO, &mut mirror).expect("the guest boots");
+        let mut busy = |disk: Box<dyn Disk>, percent| Box::new(Busy { disk, percent, dice: Dice(dice.next()) });
+        let disk = busy(Box::new(mirror.clone()), plan.busy_percent[A]);
+        let core = Arc::new(Mutex::new(Core::new(machine, disk, captured.clone())));
+        let mut domain = SimDomain { core: core.clone(), clock: clock.clone() };
+        domain.resume().expect("the guest runs");
+        let mut a = Self::new(Role::Running(domain), core);
+        a.mirror = Some(mirror);
+
+        let replica = Replica::new(Box::new(MemoryDisk::new(DISK_BYTES)), ReplicaConfig::default());
+        let replica = Arc::new(Mutex::new(replica));
+        let disk = busy(Box::new(GuestView(replica.clone())), plan.busy_percent[B]);
+        config.host_entropy_seed = dice.next();
+        let machine = Machine::blank(&config).expect("there is room for a guest");
+        let core = Arc::new(Mutex::new(Core::new(machine, disk, captured.clone())));
+        let mut b = Self::new(Role::StandingBy(SimDomain { core: core.clone(), clock: clock.clone() }), core);
+        b.replica = Some(replica);
+        (a, b)
+    }
+
+    /// Whether it lives and has a state a guest can go on from.
+    pub(super) fn has_state(&self) -> bool {
+        !self.crashed
+            && match &self.role {
+                Role::Running(_) => true,
+                Role::Primary(side) => side.machine().state() != primary_machine::State::Exited(Exit::Stopped),
+                Role::Secondary(side) => {
+                    side.machine().epoch() > 0
+                        && !matches!(side.machine().state(), secondary_machine::State::Exited(exit) if exit != Exit::Alone)
+                }
+                Role::StandingBy(_) | Role::Nothing => false,
+            }
+    }
+
+    /// Whether it has lost its peer and waits for the arbiter.
+    pub(super) fn is_undecided(&self) -> bool {
+        matches!(&self.role, Role::Primary(side) if matches!(side.machine().state(),
+            primary_machine::State::Arbitrating | primary_machine::State::Held))
+    }
+
+    /// Whether clients are answered by this host.
+    pub(super) fn serves(&self) -> bool {
+        let is_served = match &self.role {
+            Role::Running(_) => true,
+            Role::Primary(side) => !matches!(
+                side.machine().state(),
+                primary_machine::State::Exited(Exit::Stopped)
+                    | primary_machine::State::Arbitrating
+                    | primary_machine::State::Held
+            ),
+            Role::Secondary(side) => side.took_over(),
+            Role::StandingBy(_) | Role::Nothing => false,
+        };
+        is_served && !self.crashed
+    }
+
+    /// What is on its guest's disk.
+    pub(super) fn scan(&self) -> Result<BTreeMap<String, Vec<u8>>, String> {
+        let mut disk: Box<dyn Disk> = match (&self.mirror, &self.replica) {
+            (Some(mirror), _) => Box::new(mirror.clone()),
+            (None, Some(replica)) => Box::new(GuestView(replica.clone())),
+            (None, None) => return Err("no disk".into()),
+        };
+        kv::scan(&mut *disk).map_err(|error| format!("the disk cannot be read: {error}"))
+    }
+
+    pub(super) fn is_replicating(&self) -> bool {
+        match &self.role {
+            Role::Primary(side) => !matches!(side.machine().state(), primary_machine::State::Exited(_)),
+            Role::Secondary(side) => !matches!(side.machine().state(), secondary_machine::State::Exited(_)),
+            _ => false,
+        }
+    }
+
+    fn poll_timeout(&self) -> Option<Instant> {
+        match &self.role {
+            Role::Primary(side) => side.poll_timeout(),
+            Role::Secondary(side) => side.poll_timeout(),
+            _ => None,
+        }
+    }
+
+    fn has_work(&self) -> bool {
+        match &self.role {
+            Role::Primary(side) => side.wants_copy(),
+            Role::Secondary(side) => side.is_loading() || self.background,
+            _ => false,
+        }
+    }
+
+    pub(super) fn takes_frames(&self) -> bool {
+        match &self.role {
+            Role::Primary(side) => side.ready_for_guest_frames(),
+            _ => true,
+        }
+    }
+}
+
+impl World {
+    fn virtual_clock(&self) -> Clock {
+        let clock = self.clock.clone();
+        Arc::new(move || Instant::from_micros(clock.load(Ordering::Relaxed)))
+    }
+
+    /// The links are up: both hosts begin.
+    pub(super) fn protect(&mut self) {
+        let (now, plan) = (self.now(), self.plan.clone());
+        let us = Duration::from_micros;
+        let claim = |holder: &str| Claim { guest: "g".into(), expected: GENERATION, holder: holder.into() };
+        let mut config = secondary_machine::Config::new(plan.mode, claim("b"));
+        (config.peer_deadline, config.arbiter_deadline) = (us(plan.peer_deadline_us), us(300_000));
+        let Role::StandingBy(domain) = std::mem::replace(&mut self.hosts[B].role, Role::Nothing) else { return };
+        let (replica, epoch) =
+            (self.hosts[B].replica.clone().expect("it has one"), domain.core.lock().unwrap().epoch.clone());
+        lock(&replica).start_sync(GENERATION).expect("nothing was there before");
+        let clock = self.virtual_clock();
+        let side = SecondarySide::new(now, config, Box::new(domain), replica, epoch, GUEST_MAC, clock.clone());
+        self.hosts[B].role = Role::Secondary(Box::new(side.expect("it stands by")));
+
+        let mut config = primary_machine::Config::new(plan.mode, claim("a"));
+        (config.resume, config.peer_deadline) = (plan.resume, us(plan.peer_deadline_us));
+        (config.checkpoint_delay, config.checkpoint_min_interval) =
+            (us(plan.checkpoint_delay_us), us(plan.min_interval_us));
+        config.arbiter_deadline = us(300_000);
+        let Role::Running(domain) = std::mem::replace(&mut self.hosts[A].role, Role::Nothing) else { return };
+        let (mirror, epoch) =
+            (self.hosts[A].mirror.clone().expect("it has one"), domain.core.lock().unwrap().epoch.clone());
+        match PrimarySide::new(now, config, Box::new(domain), mirror, epoch, clock, true) {
+            Ok(side) => self.hosts[A].role = Role::Primary(Box::new(side)),
+            Err((_, error)) => return self.violate(format!("no primary: {error}")),
+        }
+        for host in [A, B] {
+            self.hosts[host].linked = true;
+            self.hosts[host].heartbeat = Some(Heartbeat::new(now, us(plan.beat_us), MISSES, GENERATION));
+            self.settle(host);
+        }
+        tell!(self, "the pair is made");
+    }
+
+    /// Something reached a host.
+    pub(super) fn input(&mut self, host: usize, input: Input) {
+        let it = &mut self.hosts[host];
+        if it.crashed {
+            return;
+        }
+        if it.frozen || it.stalled && input.is_for_engine() {
+            it.sockets[input.socket()].push_back(input);
+            return;
+        }
+        match input {
+            Input::Beat(beat) => return self.beat(host, beat),
+            Input::DiskWrite { seq, offset, data } => return self.disk_write(seq, offset, &data),
+            _ => {}
+        }
+        self.check_lease(host);
+        self.apply(host, input);
+        self.settle(host);
+    }
+
+    /// A host goes on, with all that waits in its sockets.
+    pub(super) fn thaw(&mut self, host: usize) {
+        let it = &mut self.hosts[host];
+        if it.crashed || !(it.frozen || it.stalled) {
+            return;
+        }
+        tell!(self, "host {host} goes on");
+        let it = &mut self.hosts[host];
+        (it.frozen, it.stalled) = (false, false);
+        // Beats first: they are what could renew a lease that is over. The others in any order.
+        while let Some(beat) = self.hosts[host].sockets[4].pop_front() {
+            self.input(host, beat);
+        }
+        self.check_lease(host);
+        self.decode(host);
+        loop {
+            let filled: Vec<_> = (0..6).filter(|at| !self.hosts[host].sockets[*at].is_empty()).collect();
+            if filled.is_empty() {
+                break;
+            }
+            let socket = self.dice.pick(&filled);
+            let Some(input) = self.hosts[host].sockets[socket].pop_front() else { break };
+            self.input(host, input);
+        }
+        if !self.hosts[host].crashed {
+            self.check_lease(host);
+            self.settle(host);
+        }
+    }
+
+    /// A host's clock strikes.
+    pub(super) fn wake(&mut self, host: usize) {
+        let now = self.now();
+        let it = &mut self.hosts[host];
+        if it.wake_us > self.now_us {
+            return;
+        }
+        it.wake_us = u64::MAX;
+        if it.crashed || it.frozen {
+            return;
+        }
+        let beat = it.heartbeat.as_mut().and_then(|heartbeat| heartbeat.poll_transmit(now));
+        if let Some(beat) = beat {
+            self.send(BEATS, host, 0, Input::Beat(beat));
+        }
+        if !self.hosts[host].stalled {
+            self.check_lease(host);
+        }
+        self.settle(host);
+    }
+
+    fn beat(&mut self, host: usize, beat: Beat) {
+        let now = self.now();
+        let answer = self.hosts[host].heartbeat.as_mut().and_then(|heartbeat| heartbeat.handle_beat(now, beat));
+        if let Some(answer) = answer {
+            self.send(BEATS, host, 0, Input::Beat(answer));
+        }
+    }
+
+    fn disk_write(&mut self, seq: u64, offset: u64, data: &Bytes) {
+        let Some(replica) = self.hosts[B].replica.clone() else { return };
+        let taken_over = matches!(&self.hosts[B].role, Role::Secondary(side) if side.took_over());
+        let result = PrimaryView { replica, generation: GENERATION }.write(offset, data);
+        if taken_over {
+            self.saw("old write after takeover");
+            if result.is_ok() {
+                self.violate("the replica took a write of a generation that is over");
+            }
+        }
+        self.step(Step::DiskWritten);
+        self.strike_if_due();
+        if !self.hosts[B].crashed {
+            self.send(DISK, B, 0, Input::DiskAck(seq, result));
+            self.step(Step::DiskAckSent);
+            self.strike_if_due();
+        }
+    }
+
+    pub(super) fn check_lease(&mut self, host: usize) {
+        let now = self.now();
+        let it = &self.hosts[host];
+        let silence = it.heartbeat.as_ref().filter(|_| it.linked).and_then(|heartbeat| heartbeat.lost(now));
+        if let Some(silence) = silence {
+            self.lose(host, silence.into());
+        }
+    }
+
+    pub(super) fn lose(&mut self, host: usize, loss: Loss) {
+        let now = self.now();
+        tell!(self, "host {host} lost its peer: {loss}");
+        match &mut self.hosts[host].role {
+            Role::Primary(side) => side.handle_loss(now, loss),
+            Role::Secondary(side) => {
+                if side.machine().state() == secondary_machine::State::Loading {
+                    *self.report.seen.entry("lost while loading").or_default() += 1;
+                }
+                side.handle_loss(now, loss);
+            }
+            _ => return,
+        }
+        self.close_links(host);
+        self.flush(host);
+    }
+
+    pub(super) fn close_links(&mut self, host: usize) {
+        self.hosts[host].heartbeat = None;
+        if std::mem::take(&mut self.hosts[host].linked) {
+            self.hang_up(host, "closed");
+        }
+    }
+
+    fn apply(&mut self, host: usize, input: Input) {
+        let now = self.now();
+        let it = &mut self.hosts[host];
+        let linked = it.linked;
+        match (&mut it.role, input) {
+            (_, Input::Lost(loss)) => {
+                // Once the links are closed there is nobody to hear of their end.
+                if linked {
+                    self.lose(host, loss);
+                }
+            }
+            (Role::Primary(side), Input::Answer(answer)) => side.handle_answer(now, answer),
+            (Role::Secondary(side), Input::Answer(answer)) => side.handle_answer(now, answer),
+            (Role::Running(domain), Input::Network(frame)) => _ = domain.receive_frame(&frame),
+            (Role::Primary(side), Input::Network(frame)) => side.handle_network_frame(now, frame),
+            (Role::Secondary(side), Input::Network(frame)) => side.handle_network_frame(now, frame),
+            _ if !linked => {}
+            (Role::Primary(side), Input::Message(message)) => {
+                side.handle_message(now, message);
+                self.flush(host);
+                self.step(match message {
+                    Message::CheckpointReply => Step::ReplyGot,
+                    Message::VmstateReceived => Step::ReceivedGot,
+                    Message::VmstateLoaded => Step::LoadedGot,
+                    _ => Step::ReadyGot,
+                });
+                self.strike_if_due();
+            }
+            (Role::Primary(side), Input::DiskAck(seq, result)) => {
+                side.handle_disk_acked(now, seq, result);
+                self.flush(host);
+                self.step(Step::DiskAckGot);
+                self.strike_if_due();
+            }
+            (Role::Primary(side), Input::Packet(epoch, frame)) => side.handle_secondary_frame(now, epoch, frame),
+            (Role::Secondary(side), Input::Packet(epoch, frame)) => side.handle_mirrored_frame(now, epoch, frame),
+            (Role::Secondary(side), Input::Stream(bytes)) => {
+                side.handle_progress(now);
+                it.background = true;
+                it.undecoded.extend_from_slice(&bytes);
+                self.decode(host);
+            }
+            _ => {}
+        }
+    }
+
+    fn decode(&mut self, host: usize) {
+        let now = self.now();
+        loop {
+            let it = &mut self.hosts[host];
+            if it.crashed || it.frozen || it.stalled || !it.linked {
+                return;
+            }
+            let item = match it.decoder.decode(&mut it.undecoded) {
+                Ok(Some(item)) => item,
+                Ok(None) if it.undecoded.len() > 8192 => {
+                    self.step(Step::MidPages);
+                    self.strike_if_due();
+                    return;
+                }
+                Ok(None) => return,
+                Err(error) => return self.lose(host, Loss::Violation(error.to_string())),
+            };
+            let Role::Secondary(side) = &mut it.role else { return };
+            let first = side.machine().epoch() == 0;
+            let step = match &item {
+                Item::Message(Message::CheckpointRequest) => Some(Step::RequestGot),
+                Item::Message(_) => Some(Step::SendGot),
+                Item::Pages(_) | Item::ZeroPages(_) if !first => Some(Step::PagesGot),
+                Item::DeviceState(_) => Some(Step::WholeGot),
+                _ => None,
+            };
+            if let Item::Message(message) = &item {
+                tell!(self, "host {host} got {message}");
+            }
+            let Role::Secondary(side) = &mut self.hosts[host].role else { return };
+            side.handle_item(now, item);
+            self.flush(host);
+            step.into_iter().for_each(|step| self.step(step));
+            self.strike_if_due();
+        }
+    }
+
+    /// What is due after every input: deadlines, effects, and when to look again.
+    pub(super) fn settle(&mut self, host: usize) {
+        let now = self.now();
+        let it = &mut self.hosts[host];
+        if it.crashed || it.frozen {
+            return;
+        }
+        if !it.stalled {
+            if it.poll_timeout().is_some_and(|at| at <= now) {
+                match &mut it.role {
+                    Role::Primary(side) => side.handle_timeout(now),
+                    Role::Secondary(side) => side.handle_timeout(now),
+                    _ => {}
+                }
+            }
+            self.flush(host);
+        }
+        self.schedule(host);
+    }
+
+    /// When the parts of a host are to be looked at again.
+    pub(super) fn schedule(&mut self, host: usize) {
+        let it = &mut self.hosts[host];
+        if it.crashed || it.frozen {
+            return;
+        }
+        let engine = it.poll_timeout().filter(|_| !it.stalled);
+        let beats = it.heartbeat.as_ref().map(Heartbeat::poll_timeout);
+        let next_us = engine.into_iter().chain(beats).min().map(|at| at.as_micros().max(self.now_us + 1));
+        if let Some(at_us) = next_us.filter(|at_us| *at_us < it.wake_us) {
+            it.wake_us = at_us;
+            self.at(at_us, Event::Wake(host));
+        }
+        let it = &self.hosts[host];
+        let (poked, sends) = {
+            let core = &mut *it.core.lock().unwrap();
+            (std::mem::take(&mut core.poked) && core.running, !core.sent.is_empty())
+        };
+        let frames = sends && it.frames_us == u64::MAX && !it.stalled && it.takes_frames();
+        let work = it.work_us == u64::MAX && !it.stalled && it.has_work();
+        if poked {
+            let at_us = self.now_us + 1 + self.dice.tail(self.plan.step_us);
+            self.guest_at(host, at_us);
+        }
+        if frames {
+            let at_us = self.now_us + 1 + self.dice.tail(self.plan.look_us);
+            self.hosts[host].frames_us = at_us;
+            self.at(at_us, Event::Frames(host));
+        }
+        if work {
+            let at_us = self.now_us + 1 + self.dice.tail(self.plan.work_us);
+            self.hosts[host].work_us = at_us;
+            self.at(at_us, Event::Work(host));
+        }
+    }
+}

@@ -220,6 +220,10 @@ impl Rewriter {
             // The guest opens a connection of its own: what was known belongs to an older life.
             return self.forget(&key);
         }
+        if tcp.has(Tcp::SYN) {
+            // The SYN may have been in the captured state: guest B found it on its own ring, nobody passed it here.
+            self.client_syn_seen(now, key, tcp.ack.wrapping_sub(1));
+        }
         let Some(flow) = self.flows.get_mut(&key) else { return };
         flow.last = now;
         flow.note_end(1, &tcp);
@@ -305,7 +309,12 @@ impl Rewriter {
             }
             return;
         }
-        if self.alone {
+        self.client_syn_seen(now, key, client_isn);
+    }
+
+    /// Remembers the handshake of a flow that is not known yet.
+    fn client_syn_seen(&mut self, now: Instant, key: FlowKey, client_isn: u32) {
+        if self.alone || self.flows.contains_key(&key) {
             return;
         }
         if self.flows.len() >= MAX_FLOWS {
@@ -315,6 +324,7 @@ impl Rewriter {
             self.untracked += 1;
             return;
         }
+        let handshake = Some(Handshake { client_isn, svm_isn: None });
         let flow = Flow { client_isn, offset: 0, handshake, held: VecDeque::new(), fins: [false; 2], last: now };
         self.flows.insert(key, flow);
     }
@@ -372,6 +382,15 @@ mod tests {
         assert_eq!(more.ack, Some(SVM.wrapping_add(500)));
         assert_eq!(more.sack, Some((SVM.wrapping_add(600), SVM.wrapping_add(700))));
         assert_eq!(outbound(&mut rewriter, syn_ack(SVM)).seq, PVM, "a retransmitted SYN-ACK, known by now");
+    }
+
+    #[test]
+    fn a_syn_that_came_with_the_captured_state_is_known_by_its_answer() {
+        let mut rewriter = Rewriter::new();
+        rewriter.checkpoint();
+        assert_eq!(outbound(&mut rewriter, syn_ack(SVM)).seq, SVM);
+        let ack = inbound(&mut rewriter, Seg::data(CLIENT_ISN + 1, b"").ack(PVM + 1)).unwrap();
+        assert_eq!(ack.ack, Some(SVM + 1), "guest B would answer any other number with a reset");
     }
 
     #[test]

@@ -223,10 +223,15 @@ impl PrimarySide {
         self.error.as_deref()
     }
 
-    /// Whether the proxy takes more of the guest's frames. While not, leave them in the guest's queue.
+    /// Whether the proxy takes more of the guest's frames. While not, leave them in the guest's queue: also while
+    /// nobody knows who goes on, since a frame of an epoch that is owned would leave at once.
     #[must_use]
     pub fn ready_for_guest_frames(&self) -> bool {
-        self.proxy.ready()
+        self.proxy.ready() && !self.is_undecided()
+    }
+
+    fn is_undecided(&self) -> bool {
+        matches!(self.machine.state(), State::Arbitrating | State::Held)
     }
 
     /// The next thing to send or do.
@@ -274,6 +279,10 @@ impl PrimarySide {
 
     /// The secondary's guest emitted a frame in `epoch`.
     pub fn handle_secondary_frame(&mut self, now: Instant, epoch: u64, frame: Bytes) {
+        // It would let frames go of a guest that may not speak.
+        if self.is_undecided() {
+            return;
+        }
         self.proxy.handle_secondary(now, epoch, frame);
         self.pump(now);
     }

@@ -40,6 +40,22 @@ fn parse(frame: &Bytes) -> Option<Segment> {
     })
 }
 
+/// A frame in words, for the trace.
+pub(super) fn describe(frame: &Bytes) -> String {
+    let ports =
+        || frame.get(34..38).map_or((0, 0), |p| (p[0] as u16 * 256 + p[1] as u16, p[2] as u16 * 256 + p[3] as u16));
+    match parse(frame) {
+        Some(Segment { seq, ack, syn, rst, payload, .. }) => {
+            let (from, to) = ports();
+            let text: String =
+                payload.iter().take(28).map(|b| if b.is_ascii_graphic() { *b as char } else { ' ' }).collect();
+            let (syn, rst) = (if syn { " SYN" } else { "" }, if rst { " RST" } else { "" });
+            format!("{from}>{to}{syn}{rst} seq {seq} ack {ack:?} +{} {text}", payload.len())
+        }
+        None => format!("type {:02x?}, {} bytes", frame.get(12..14).unwrap_or_default(), frame.len()),
+    }
+}
+
 /// How far `b` is ahead of `a` in sequence space.
 fn ahead(a: u32, b: u32) -> i32 {
     b.wrapping_sub(a) as i32

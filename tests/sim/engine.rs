@@ -1,5 +1,6 @@
 //! What a host does of its own accord: its guest's steps and frames, its background work, its side's effects.
 
+use super::commit::describe;
 use super::host::{Input, Role};
 use super::plan::{A, B, Step};
 use super::world::{DISK, Event, PACKETS, STREAM, World, tell};
@@ -62,6 +63,7 @@ impl World {
             let taken = it.core.lock().unwrap().sent.pop_front();
             let Some((epoch, frame)) = taken else { break };
             if host == A {
+                tell!(self, "guest 0 emits in {epoch}: {}", describe(&frame));
                 self.commit.emitted(epoch, &frame);
             }
             match &mut it.role {
@@ -188,6 +190,7 @@ impl World {
                 });
             }
             Effect::ToPrimary { epoch, frame } => {
+                tell!(self, "host 1 says in {epoch}: {}", describe(&frame));
                 self.commit.said(epoch, &frame);
                 self.send(PACKETS, B, frame.len(), Input::Packet(epoch, frame));
                 self.step(Step::PacketSent);

@@ -513,6 +513,14 @@ impl World {
                     _ => {}
                 }
             }
+            let lost = match &self.hosts[host].role {
+                Role::Primary(side) => side.machine().loss().is_some(),
+                Role::Secondary(side) => side.machine().loss().is_some(),
+                _ => false,
+            };
+            if lost {
+                self.close_links(host);
+            }
             self.flush(host);
         }
         self.schedule(host);
@@ -525,7 +533,12 @@ impl World {
             return;
         }
         let engine = it.poll_timeout().filter(|_| !it.stalled);
-        let beats = it.heartbeat.as_ref().map(Heartbeat::poll_timeout);
+        // A lease that ended while the engine hangs is looked at when it goes on.
+        let now = Instant::from_micros(self.now_us);
+        let beats = it.heartbeat.as_ref().map(|heartbeat| match heartbeat.lost(now) {
+            Some(_) if it.stalled => now + Duration::from_millis(5),
+            _ => heartbeat.poll_timeout(),
+        });
         let next_us = engine.into_iter().chain(beats).min().map(|at| at.as_micros().max(self.now_us + 1));
         if let Some(at_us) = next_us.filter(|at_us| *at_us < it.wake_us) {
             it.wake_us = at_us;

@@ -231,7 +231,9 @@ impl World {
     fn to_network(&mut self, host: usize, frame: Bytes) {
         let detection_us = 3 * self.plan.beat_us;
         match self.granted {
-            Some((holder, at_us)) if holder != host && self.now_us > at_us + detection_us => {
+            Some((holder, at_us))
+                if holder != host && self.now_us > at_us + detection_us && !self.hosts[host].leaving =>
+            {
                 self.violate(format!("host {host} speaks although host {holder} has won"));
             }
             None if host == B => self.violate("the secondary speaks and has not won"),

@@ -97,6 +97,8 @@ pub(super) struct Host {
     pub(super) crashed: bool,
     /// It executes nothing.
     pub(super) frozen: bool,
+    /// What leaves now was decided before it fell asleep.
+    pub(super) leaving: bool,
     /// Its engine executes nothing.
     pub(super) stalled: bool,
     pub(super) background: bool,
@@ -121,6 +123,7 @@ impl Host {
             crashed: false,
             frozen: false,
             stalled: false,
+            leaving: false,
             background: false,
             wake_us: u64::MAX,
             guest_us: u64::MAX,
@@ -313,6 +316,10 @@ impl World {
         tell!(self, "host {host} goes on");
         let it = &mut self.hosts[host];
         (it.frozen, it.stalled) = (false, false);
+        // What was on its way out when it fell asleep goes first, as late as a packet can be.
+        it.leaving = true;
+        self.flush(host);
+        self.hosts[host].leaving = false;
         // Beats first: they are what could renew a lease that is over. The others in any order.
         while let Some(beat) = self.hosts[host].sockets[4].pop_front() {
             self.input(host, beat);

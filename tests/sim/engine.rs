@@ -95,9 +95,8 @@ impl World {
                 self.step(Step::CopySlice);
             }
             Role::Secondary(side) => {
-                let was_loading = side.is_loading();
                 it.background = side.work(now);
-                let loads_on = was_loading && side.is_loading();
+                let loads_on = side.machine().state() == secondary_machine::State::Loading;
                 self.flush(host);
                 if loads_on {
                     self.step(Step::MidLoad);

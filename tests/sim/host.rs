@@ -230,10 +230,10 @@ impl Host {
         }
     }
 
-    fn has_work(&self) -> bool {
+    fn has_work(&self, now: Instant) -> bool {
         match &self.role {
             Role::Primary(side) => side.wants_copy(),
-            Role::Secondary(side) => side.is_loading() || self.background,
+            Role::Secondary(side) => side.wants_work(now) || self.background,
             _ => false,
         }
     }
@@ -535,13 +535,21 @@ impl World {
 
     /// When the parts of a host are to be looked at again.
     pub(super) fn schedule(&mut self, host: usize) {
+        let now = self.now();
         let it = &mut self.hosts[host];
         if it.crashed || it.frozen {
             return;
         }
-        let engine = it.poll_timeout().filter(|_| !it.stalled);
+        let work = it.work_us == u64::MAX && !it.stalled && it.has_work(now);
+        if work {
+            let at_us = self.now_us + 1 + self.dice.tail(self.plan.work_us);
+            self.hosts[host].work_us = at_us;
+            self.at(at_us, Event::Work(host));
+        }
+        let it = &mut self.hosts[host];
+        // A deadline that has passed can only be for the work that will be done.
+        let engine = it.poll_timeout().filter(|at| !it.stalled && (*at > now || it.work_us == u64::MAX));
         // A lease that ended while the engine hangs is looked at when it goes on.
-        let now = Instant::from_micros(self.now_us);
         let beats = it.heartbeat.as_ref().map(|heartbeat| match heartbeat.lost(now) {
             Some(_) if it.stalled => now + Duration::from_millis(5),
             _ => heartbeat.poll_timeout(),
@@ -557,7 +565,6 @@ impl World {
             (std::mem::take(&mut core.poked) && core.running, !core.sent.is_empty())
         };
         let frames = sends && it.frames_us == u64::MAX && !it.stalled && it.takes_frames();
-        let work = it.work_us == u64::MAX && !it.stalled && it.has_work();
         if poked {
             let at_us = self.now_us + 1 + self.dice.tail(self.plan.step_us);
             self.guest_at(host, at_us);
@@ -566,11 +573,6 @@ impl World {
             let at_us = self.now_us + 1 + self.dice.tail(self.plan.look_us);
             self.hosts[host].frames_us = at_us;
             self.at(at_us, Event::Frames(host));
-        }
-        if work {
-            let at_us = self.now_us + 1 + self.dice.tail(self.plan.work_us);
-            self.hosts[host].work_us = at_us;
-            self.at(at_us, Event::Work(host));
         }
     }
 }

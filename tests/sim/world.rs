@@ -35,7 +35,7 @@ pub(super) const BEATS: usize = 3;
 /// Ports of the switch: clients count from 0.
 const HOST_PORT: usize = 16;
 /// How long a fault may wait for its moment, counted from the start of the protection.
-const FAULT_WAITS_US: u64 = 400_000;
+const FAULT_WAITS_US: u64 = 250_000;
 /// How long clients may take to come to an end once nothing disturbs them any more.
 const PATIENCE_US: u64 = 70_000_000;
 /// More events than any sound run takes.

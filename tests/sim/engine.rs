@@ -95,7 +95,7 @@ impl World {
                 self.step(Step::CopySlice);
             }
             Role::Secondary(side) => {
-                it.background = side.work(now);
+                side.work(now);
                 let loads_on = side.machine().state() == secondary_machine::State::Loading;
                 self.flush(host);
                 if loads_on {

@@ -101,7 +101,6 @@ pub(super) struct Host {
     pub(super) leaving: bool,
     /// Its engine executes nothing.
     pub(super) stalled: bool,
-    pub(super) background: bool,
     wake_us: u64,
     pub(super) guest_us: u64,
     pub(super) frames_us: u64,
@@ -124,7 +123,6 @@ impl Host {
             frozen: false,
             stalled: false,
             leaving: false,
-            background: false,
             wake_us: u64::MAX,
             guest_us: u64::MAX,
             frames_us: u64::MAX,
@@ -233,7 +231,7 @@ impl Host {
     fn has_work(&self, now: Instant) -> bool {
         match &self.role {
             Role::Primary(side) => side.wants_copy(),
-            Role::Secondary(side) => side.wants_work(now) || self.background,
+            Role::Secondary(side) => side.wants_work(now),
             _ => false,
         }
     }
@@ -460,7 +458,6 @@ impl World {
             (Role::Secondary(side), Input::Packet(epoch, frame)) => side.handle_mirrored_frame(now, epoch, frame),
             (Role::Secondary(side), Input::Stream(bytes)) => {
                 side.handle_progress(now);
-                it.background = true;
                 it.undecoded.extend_from_slice(&bytes);
                 self.decode(host);
             }

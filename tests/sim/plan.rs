@@ -248,7 +248,7 @@ impl Plan {
             outage,
             fault,
             protect_us: dice.pick(&[0, 2_000, 30_000]),
-            check_memory: dice.percent(34),
+            check_memory: dice.percent(12),
         }
     }
 }

@@ -513,6 +513,7 @@ impl World {
         let fault_over = self.fault_us.is_some() || self.plan.fault.kind == Kind::Nothing;
         let calm = fault_over || self.now_us > self.plan.protect_us + FAULT_WAITS_US;
         let client = &mut self.clients[id];
+        client.lazy = self.fault_us.is_some_and(|at_us| (at_us + 300_000..self.quiet_us).contains(&self.now_us));
         let wind_down = calm && self.now_us > self.quiet_us && client.answered >= self.plan.requests;
         let next_us = client.step(self.now_us, wind_down, &mut self.history);
         while let Some(frame) = self.clients[id].poll_transmit() {

@@ -258,8 +258,7 @@ impl World {
         let mut config = secondary_machine::Config::new(plan.mode, claim("b"));
         (config.peer_deadline, config.arbiter_deadline) = (us(plan.peer_deadline_us), us(300_000));
         let Role::StandingBy(domain) = std::mem::replace(&mut self.hosts[B].role, Role::Nothing) else { return };
-        let (replica, epoch) =
-            (self.hosts[B].replica.clone().expect("it has one"), domain.core.lock().unwrap().epoch.clone());
+        let (replica, epoch) = (self.hosts[B].replica.clone().expect("it has one"), lock(&domain.core).epoch.clone());
         lock(&replica).start_sync(GENERATION).expect("nothing was there before");
         let clock = self.virtual_clock();
         let side = SecondarySide::new(now, config, Box::new(domain), replica, epoch, GUEST_MAC, clock.clone());
@@ -271,8 +270,7 @@ impl World {
             (us(plan.checkpoint_delay_us), us(plan.min_interval_us));
         config.arbiter_deadline = us(300_000);
         let Role::Running(domain) = std::mem::replace(&mut self.hosts[A].role, Role::Nothing) else { return };
-        let (mirror, epoch) =
-            (self.hosts[A].mirror.clone().expect("it has one"), domain.core.lock().unwrap().epoch.clone());
+        let (mirror, epoch) = (self.hosts[A].mirror.clone().expect("it has one"), lock(&domain.core).epoch.clone());
         match PrimarySide::new(now, config, Box::new(domain), mirror, epoch, clock, true) {
             Ok(side) => self.hosts[A].role = Role::Primary(Box::new(side)),
             Err((_, error)) => return self.violate(format!("no primary: {error}")),
@@ -425,12 +423,11 @@ impl World {
         let it = &mut self.hosts[host];
         let linked = it.linked;
         match (&mut it.role, input) {
-            (_, Input::Lost(loss)) => {
+            (_, Input::Lost(loss)) if linked => {
                 // Once the links are closed there is nobody to hear of their end.
-                if linked {
-                    self.lose(host, loss);
-                }
+                self.lose(host, loss);
             }
+            (_, Input::Lost(_)) => {}
             (Role::Primary(side), Input::Answer(answer)) => side.handle_answer(now, answer),
             (Role::Secondary(side), Input::Answer(answer)) => side.handle_answer(now, answer),
             (Role::Running(domain), Input::Network(frame)) => _ = domain.receive_frame(&frame),
@@ -558,7 +555,7 @@ impl World {
         }
         let it = &self.hosts[host];
         let (poked, sends) = {
-            let core = &mut *it.core.lock().unwrap();
+            let core = &mut *lock(&it.core);
             (std::mem::take(&mut core.poked) && core.running, !core.sent.is_empty())
         };
         let frames = sends && it.frames_us == u64::MAX && !it.stalled && it.takes_frames();

@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex};
 use xen_colo::clock::Instant;
 use xen_colo::colo::Loss;
 use xen_colo::colo::arbiter::{Answer, Claim, Register, Verdict};
+use xen_colo::daemon::pair::lock;
 
 /// The generation in force when the pair is made.
 pub(super) const GENERATION: u64 = 7;
@@ -458,7 +459,7 @@ impl World {
     }
 
     /// A frame that a host sends to the network.
-    pub(super) fn to_switch(&mut self, host: usize, frame: Bytes) {
+    pub(super) fn transmit(&mut self, host: usize, frame: Bytes) {
         self.after(20, Event::Switch { port: HOST_PORT + host, frame });
     }
 
@@ -548,7 +549,7 @@ impl World {
         if self.violation.is_none() && !done && self.somebody_must_serve() {
             self.violate("somebody could serve, and nobody does");
         }
-        if let Some(what) = self.captured.lock().unwrap().differs.take() {
+        if let Some(what) = lock(&self.captured).differs.take() {
             self.violation.get_or_insert(what);
         }
         if self.violation.is_none() && done {
@@ -559,7 +560,7 @@ impl World {
         }
         self.note_outcomes();
         self.report.answers = self.history.replies;
-        self.report.compared = self.captured.lock().unwrap().compared;
+        self.report.compared = lock(&self.captured).compared;
         self.report.segments = (self.commit.explained, self.commit.owned);
     }
 

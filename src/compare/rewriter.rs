@@ -63,6 +63,8 @@ struct Flow {
     offset: u32,
     handshake: Option<Handshake>,
     held: VecDeque<Vec<u8>>,
+    /// Guest B has this life from the state it loaded: it is in guest A's space, and how it began is not known.
+    inherited: bool,
     /// FIN seen from the client, from the guest; a RST counts as both.
     fins: [bool; 2],
     last: Instant,
@@ -73,10 +75,11 @@ impl Flow {
         self.fins == [true; 2] || (self.handshake.is_some() && self.offset == 0)
     }
 
-    /// Whether guest B answers a SYN with anything but a SYN-ACK because it is in the midst of an older life.
+    /// Whether guest B answers a SYN with anything but a SYN-ACK because it is in the midst of an older life, be it
+    /// one it loaded. The SYN may be no more than a late copy of the one that began that life.
     fn refused(&self, tcp: &Tcp) -> bool {
-        let reborn = self.handshake.is_some_and(|new| new.svm_isn.is_none() && new.client_isn != self.client_isn);
-        reborn && self.fins != [true; 2] && !tcp.has(Tcp::SYN) && !tcp.has(Tcp::RST)
+        let pending = self.handshake.is_some_and(|new| new.svm_isn.is_none());
+        pending && self.fins != [true; 2] && !tcp.has(Tcp::SYN) && !tcp.has(Tcp::RST)
     }
 
     /// Lets the held frames go, translated, and tells what they cost.
@@ -109,7 +112,7 @@ impl Flow {
     /// Both initial sequence numbers are known: guest A's is one below what the client acknowledged first.
     fn establish(&mut self, client_isn: u32, svm_isn: u32, client_ack: u32) {
         self.offset = svm_isn.wrapping_sub(client_ack.wrapping_sub(1));
-        (self.client_isn, self.handshake, self.fins) = (client_isn, None, [false; 2]);
+        (self.client_isn, self.handshake, self.inherited, self.fins) = (client_isn, None, false, [false; 2]);
     }
 }
 
@@ -189,7 +192,13 @@ impl Rewriter {
             }
             return Forward::Now;
         }
-        let Some(flow) = self.flows.get_mut(&key) else { return Forward::Now };
+        let Some(flow) = self.flows.get_mut(&key) else {
+            // Its handshake came before the state guest B loaded; a SYN-ACK that guest B repeats begins nothing.
+            if !tcp.has(Tcp::RST) {
+                self.begin(now, key, tcp.seq, None);
+            }
+            return Forward::Now;
+        };
         flow.last = now;
         if let Some(handshake) = flow.handshake
             && tcp.has(Tcp::ACK)
@@ -222,7 +231,8 @@ impl Rewriter {
         }
         if tcp.has(Tcp::SYN) {
             // The SYN may have been in the captured state: guest B found it on its own ring, nobody passed it here.
-            self.client_syn_seen(now, key, tcp.ack.wrapping_sub(1));
+            let client_isn = tcp.ack.wrapping_sub(1);
+            self.begin(now, key, client_isn, Some(Handshake { client_isn, svm_isn: None }));
         }
         let Some(flow) = self.flows.get_mut(&key) else { return };
         flow.last = now;
@@ -237,6 +247,7 @@ impl Rewriter {
             flow.establish(client_isn, tcp.seq, first.ack);
             self.held_bytes -= flow.free_held(&mut self.outputs);
         } else if flow.refused(&tcp) {
+            flow.inherited |= flow.handshake.is_some_and(|new| new.client_isn == flow.client_isn);
             flow.handshake = None;
             self.held_bytes -= flow.free_held(&mut self.outputs);
         }
@@ -303,17 +314,18 @@ impl Rewriter {
         let handshake = Some(Handshake { client_isn, svm_isn: None });
         if let Some(flow) = self.flows.get_mut(&key) {
             let known = flow.handshake.map_or(flow.client_isn, |handshake| handshake.client_isn);
-            if known != client_isn {
+            let over = flow.inherited && flow.fins == [true; 2];
+            if known != client_isn || over {
                 self.held_bytes -= flow.drop_held();
                 flow.handshake = handshake;
             }
             return;
         }
-        self.client_syn_seen(now, key, client_isn);
+        self.begin(now, key, client_isn, handshake);
     }
 
-    /// Remembers the handshake of a flow that is not known yet.
-    fn client_syn_seen(&mut self, now: Instant, key: FlowKey, client_isn: u32) {
+    /// Remembers a flow that is not known yet, by its handshake or as one that guest B has loaded.
+    fn begin(&mut self, now: Instant, key: FlowKey, client_isn: u32, handshake: Option<Handshake>) {
         if self.alone || self.flows.contains_key(&key) {
             return;
         }
@@ -324,9 +336,8 @@ impl Rewriter {
             self.untracked += 1;
             return;
         }
-        let handshake = Some(Handshake { client_isn, svm_isn: None });
-        let flow = Flow { client_isn, offset: 0, handshake, held: VecDeque::new(), fins: [false; 2], last: now };
-        self.flows.insert(key, flow);
+        let (inherited, held, fins) = (handshake.is_none(), VecDeque::new(), [false; 2]);
+        self.flows.insert(key, Flow { client_isn, offset: 0, handshake, held, inherited, fins, last: now });
     }
 
     fn forget(&mut self, key: &FlowKey) {
@@ -391,6 +402,25 @@ mod tests {
         assert_eq!(outbound(&mut rewriter, syn_ack(SVM)).seq, SVM);
         let ack = inbound(&mut rewriter, Seg::data(CLIENT_ISN + 1, b"").ack(PVM + 1)).unwrap();
         assert_eq!(ack.ack, Some(SVM + 1), "guest B would answer any other number with a reset");
+    }
+
+    #[test]
+    fn a_loaded_connection_stays_as_it_is_whatever_is_repeated() {
+        // Guest B loaded it half open and repeats its SYN-ACK, after the client's first frames have passed.
+        let mut rewriter = Rewriter::new();
+        inbound(&mut rewriter, Seg::data(CLIENT_ISN + 1, b"").ack(PVM + 1)).unwrap();
+        assert_eq!(outbound(&mut rewriter, syn_ack(PVM)).seq, PVM);
+        assert_eq!(
+            inbound(&mut rewriter, Seg::data(CLIENT_ISN + 1, b"x").ack(PVM + 300)).unwrap().ack,
+            Some(PVM + 300)
+        );
+        // A late copy of the client's SYN arrives, and guest B says that it is in the midst of that very life.
+        let mut rewriter = Rewriter::new();
+        inbound(&mut rewriter, Seg::syn(CLIENT_ISN)).unwrap();
+        assert!(inbound(&mut rewriter, Seg::data(CLIENT_ISN + 9, b"y").ack(PVM + 5)).is_none(), "held meanwhile");
+        outbound(&mut rewriter, Seg::data(PVM + 5, b"").ack(CLIENT_ISN + 9));
+        assert_eq!(rewriter.poll_output().map(|frame| Seg::read(&frame).ack), Some(Some(PVM + 5)));
+        assert!(inbound(&mut rewriter, Seg::data(CLIENT_ISN + 10, b"z").ack(PVM + 6)).is_some());
     }
 
     #[test]

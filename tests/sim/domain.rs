@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use xen_colo::bitmap::Bitmap;
 use xen_colo::clock::Instant;
+use xen_colo::daemon::pair::lock;
 use xen_colo::disk::{Disk, DiskError};
 use xen_colo::hypervisor::embedded::Machine;
 use xen_colo::hypervisor::embedded::devices::FRAMES_MAX;
@@ -99,7 +100,7 @@ pub(super) struct SimDomain {
 
 impl SimDomain {
     fn core(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap()
+        lock(&self.core)
     }
 
     fn now(&self) -> Instant {
@@ -148,7 +149,7 @@ impl Domain for SimDomain {
         }
         core.fill_ring();
         let devices = core.machine.save_devices(self.now());
-        let captured = &mut *core.captured.lock().unwrap();
+        let captured = &mut *lock(&core.captured);
         if captured.wanted {
             captured.ram.clear();
             core.machine.ram().read_pages(&core.all_pages, &mut captured.ram)?;
@@ -164,7 +165,7 @@ impl Domain for SimDomain {
             return Err(DomainError::NotSuspended);
         }
         core.machine.load_devices(now, blob)?;
-        let captured = &mut *core.captured.lock().unwrap();
+        let captured = &mut *lock(&core.captured);
         if captured.wanted {
             captured.compared += 1;
             let ram = core.machine.ram().read(0, captured.ram.len());

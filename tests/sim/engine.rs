@@ -9,7 +9,7 @@ use xen_colo::colo::arbiter::Ask;
 use xen_colo::colo::hello::Mode;
 use xen_colo::colo::message::Message;
 use xen_colo::colo::{Exit, primary as primary_machine, secondary as secondary_machine, stream};
-use xen_colo::daemon::pair::{primary, secondary};
+use xen_colo::daemon::pair::{lock, primary, secondary};
 
 /// Frames an engine takes at a time.
 const BURST: usize = 64;
@@ -35,10 +35,10 @@ impl World {
         it.guest_us = u64::MAX;
         if it.crashed || it.frozen {
             // A guest that thaws is stepped when its host settles.
-            it.core.lock().unwrap().poked = true;
+            lock(&it.core).poked = true;
             return;
         }
-        let next = it.core.lock().unwrap().step(now);
+        let next = lock(&it.core).step(now);
         if let Some(at) = next {
             let at_us = at.as_micros().max(self.now_us + 1 + self.dice.tail(self.plan.step_us));
             self.guest_at(host, at_us);
@@ -60,14 +60,14 @@ impl World {
             if it.crashed || it.frozen || it.stalled || !it.takes_frames() {
                 break;
             }
-            let taken = it.core.lock().unwrap().sent.pop_front();
+            let taken = lock(&it.core).sent.pop_front();
             let Some((epoch, frame)) = taken else { break };
             if host == A {
                 tell!(self, "guest 0 emits in {epoch}: {}", describe(&frame));
                 self.commit.emitted(epoch, &frame);
             }
             match &mut it.role {
-                Role::Running(_) => self.to_network(host, frame),
+                Role::Running(_) => self.speak(host, frame),
                 Role::Primary(side) => side.handle_guest_frame(now, epoch, frame),
                 Role::Secondary(side) => side.handle_guest_frame(now, epoch, frame),
                 Role::StandingBy(_) | Role::Nothing => {}
@@ -95,9 +95,8 @@ impl World {
                 self.step(Step::CopySlice);
             }
             Role::Secondary(side) => {
-                let was_loading = side.is_loading();
                 side.work(now);
-                let loads_on = was_loading && side.is_loading();
+                let loads_on = side.machine().state() == secondary_machine::State::Loading;
                 self.flush(host);
                 if loads_on {
                     self.step(Step::MidLoad);
@@ -135,7 +134,7 @@ impl World {
         use primary::Effect;
         let linked = self.hosts[A].linked;
         match effect {
-            Effect::ToNetwork(frame) => self.to_network(A, frame),
+            Effect::ToNetwork(frame) => self.speak(A, frame),
             Effect::Ask(ask) => self.put_ask(A, ask),
             Effect::Ended { exit, generation } => self.ended(A, exit, generation),
             _ if !linked => {}
@@ -175,7 +174,7 @@ impl World {
         use secondary::Effect;
         let linked = self.hosts[B].linked;
         match effect {
-            Effect::ToNetwork(frame) => self.to_network(B, frame),
+            Effect::ToNetwork(frame) => self.speak(B, frame),
             Effect::Ask(ask) => self.put_ask(B, ask),
             Effect::Ended { exit, generation } => self.ended(B, exit, generation),
             _ if !linked => {}
@@ -228,10 +227,12 @@ impl World {
     }
 
     /// A frame leaves a host: the moment rule 1 and rule 3 are about.
-    fn to_network(&mut self, host: usize, frame: Bytes) {
+    fn speak(&mut self, host: usize, frame: Bytes) {
         let detection_us = 3 * self.plan.beat_us;
         match self.granted {
-            Some((holder, at_us)) if holder != host && self.now_us > at_us + detection_us => {
+            Some((holder, at_us))
+                if holder != host && self.now_us > at_us + detection_us && !self.hosts[host].leaving =>
+            {
                 self.violate(format!("host {host} speaks although host {holder} has won"));
             }
             None if host == B => self.violate("the secondary speaks and has not won"),
@@ -247,7 +248,7 @@ impl World {
                 self.violate(why);
             }
         }
-        self.to_switch(host, frame);
+        self.transmit(host, frame);
         if host == A && self.hosts[A].is_replicating() {
             self.step(Step::FrameSent);
         }

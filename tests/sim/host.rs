@@ -97,6 +97,8 @@ pub(super) struct Host {
     pub(super) crashed: bool,
     /// It executes nothing.
     pub(super) frozen: bool,
+    /// What leaves now was decided before it fell asleep.
+    pub(super) leaving: bool,
     /// Its engine executes nothing.
     pub(super) stalled: bool,
     wake_us: u64,
@@ -120,6 +122,7 @@ impl Host {
             crashed: false,
             frozen: false,
             stalled: false,
+            leaving: false,
             wake_us: u64::MAX,
             guest_us: u64::MAX,
             frames_us: u64::MAX,
@@ -255,8 +258,7 @@ impl World {
         let mut config = secondary_machine::Config::new(plan.mode, claim("b"));
         (config.peer_deadline, config.arbiter_deadline) = (us(plan.peer_deadline_us), us(300_000));
         let Role::StandingBy(domain) = std::mem::replace(&mut self.hosts[B].role, Role::Nothing) else { return };
-        let (replica, epoch) =
-            (self.hosts[B].replica.clone().expect("it has one"), domain.core.lock().unwrap().epoch.clone());
+        let (replica, epoch) = (self.hosts[B].replica.clone().expect("it has one"), lock(&domain.core).epoch.clone());
         lock(&replica).start_sync(GENERATION).expect("nothing was there before");
         let clock = self.virtual_clock();
         let side = SecondarySide::new(now, config, Box::new(domain), replica, epoch, GUEST_MAC, clock.clone());
@@ -268,8 +270,7 @@ impl World {
             (us(plan.checkpoint_delay_us), us(plan.min_interval_us));
         config.arbiter_deadline = us(300_000);
         let Role::Running(domain) = std::mem::replace(&mut self.hosts[A].role, Role::Nothing) else { return };
-        let (mirror, epoch) =
-            (self.hosts[A].mirror.clone().expect("it has one"), domain.core.lock().unwrap().epoch.clone());
+        let (mirror, epoch) = (self.hosts[A].mirror.clone().expect("it has one"), lock(&domain.core).epoch.clone());
         match PrimarySide::new(now, config, Box::new(domain), mirror, epoch, clock, true) {
             Ok(side) => self.hosts[A].role = Role::Primary(Box::new(side)),
             Err((_, error)) => return self.violate(format!("no primary: {error}")),
@@ -311,6 +312,10 @@ impl World {
         tell!(self, "host {host} goes on");
         let it = &mut self.hosts[host];
         (it.frozen, it.stalled) = (false, false);
+        // What was on its way out when it fell asleep goes first, as late as a packet can be.
+        it.leaving = true;
+        self.flush(host);
+        self.hosts[host].leaving = false;
         // Beats first: they are what could renew a lease that is over. The others in any order.
         while let Some(beat) = self.hosts[host].sockets[4].pop_front() {
             self.input(host, beat);
@@ -418,12 +423,11 @@ impl World {
         let it = &mut self.hosts[host];
         let linked = it.linked;
         match (&mut it.role, input) {
-            (_, Input::Lost(loss)) => {
+            (_, Input::Lost(loss)) if linked => {
                 // Once the links are closed there is nobody to hear of their end.
-                if linked {
-                    self.lose(host, loss);
-                }
+                self.lose(host, loss);
             }
+            (_, Input::Lost(_)) => {}
             (Role::Primary(side), Input::Answer(answer)) => side.handle_answer(now, answer),
             (Role::Secondary(side), Input::Answer(answer)) => side.handle_answer(now, answer),
             (Role::Running(domain), Input::Network(frame)) => _ = domain.receive_frame(&frame),
@@ -525,13 +529,21 @@ impl World {
 
     /// When the parts of a host are to be looked at again.
     pub(super) fn schedule(&mut self, host: usize) {
+        let now = self.now();
         let it = &mut self.hosts[host];
         if it.crashed || it.frozen {
             return;
         }
-        let engine = it.poll_timeout().filter(|_| !it.stalled);
+        let work = it.work_us == u64::MAX && !it.stalled && it.has_work(now);
+        if work {
+            let at_us = self.now_us + 1 + self.dice.tail(self.plan.work_us);
+            self.hosts[host].work_us = at_us;
+            self.at(at_us, Event::Work(host));
+        }
+        let it = &mut self.hosts[host];
+        // A deadline that has passed can only be for the work that will be done.
+        let engine = it.poll_timeout().filter(|at| !it.stalled && (*at > now || it.work_us == u64::MAX));
         // A lease that ended while the engine hangs is looked at when it goes on.
-        let now = Instant::from_micros(self.now_us);
         let beats = it.heartbeat.as_ref().map(|heartbeat| match heartbeat.lost(now) {
             Some(_) if it.stalled => now + Duration::from_millis(5),
             _ => heartbeat.poll_timeout(),
@@ -543,11 +555,10 @@ impl World {
         }
         let it = &self.hosts[host];
         let (poked, sends) = {
-            let core = &mut *it.core.lock().unwrap();
+            let core = &mut *lock(&it.core);
             (std::mem::take(&mut core.poked) && core.running, !core.sent.is_empty())
         };
         let frames = sends && it.frames_us == u64::MAX && !it.stalled && it.takes_frames();
-        let work = it.work_us == u64::MAX && !it.stalled && it.has_work(now);
         if poked {
             let at_us = self.now_us + 1 + self.dice.tail(self.plan.step_us);
             self.guest_at(host, at_us);
@@ -556,11 +567,6 @@ impl World {
             let at_us = self.now_us + 1 + self.dice.tail(self.plan.look_us);
             self.hosts[host].frames_us = at_us;
             self.at(at_us, Event::Frames(host));
-        }
-        if work {
-            let at_us = self.now_us + 1 + self.dice.tail(self.plan.work_us);
-            self.hosts[host].work_us = at_us;
-            self.at(at_us, Event::Work(host));
         }
     }
 }

@@ -235,7 +235,7 @@ impl Plan {
             clients: dice.pick(&[1, 2, 3, 3]),
             requests: dice.range(4, 12),
             value_max: dice.pick(&[40, 700, 1400, 4000]),
-            think_us: dice.pick(&[200, 3_000, 10_000]),
+            think_us: dice.pick(&[1_000, 8_000, 20_000]),
             net_us: dice.pick(&[50, 300, 1_000]),
             net_trouble: [trouble(dice, 25, 10), trouble(dice, 20, 10), trouble(dice, 20, 20)],
             wires,
@@ -248,7 +248,7 @@ impl Plan {
             outage,
             fault,
             protect_us: dice.pick(&[0, 2_000, 30_000]),
-            check_memory: dice.percent(34),
+            check_memory: dice.percent(12),
         }
     }
 }
@@ -271,7 +271,7 @@ impl Fault {
             // Rarely the first checkpoint, whose rules are its own.
             When::Step(dice.pick(Step::ALL), dice.pick(&[1, 2, 3, 5, 8]))
         } else {
-            When::At(dice.range(0, 300_000))
+            When::At(dice.range(0, 200_000))
         };
         let victim = if dice.percent(70) { A } else { B };
         let lasts_us = match kind {

@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex};
 use xen_colo::clock::Instant;
 use xen_colo::colo::Loss;
 use xen_colo::colo::arbiter::{Answer, Claim, Register, Verdict};
+use xen_colo::daemon::pair::lock;
 
 /// The generation in force when the pair is made.
 pub(super) const GENERATION: u64 = 7;
@@ -35,7 +36,7 @@ pub(super) const BEATS: usize = 3;
 /// Ports of the switch: clients count from 0.
 const HOST_PORT: usize = 16;
 /// How long a fault may wait for its moment, counted from the start of the protection.
-const FAULT_WAITS_US: u64 = 400_000;
+const FAULT_WAITS_US: u64 = 250_000;
 /// How long clients may take to come to an end once nothing disturbs them any more.
 const PATIENCE_US: u64 = 70_000_000;
 /// More events than any sound run takes.
@@ -458,7 +459,7 @@ impl World {
     }
 
     /// A frame that a host sends to the network.
-    pub(super) fn to_switch(&mut self, host: usize, frame: Bytes) {
+    pub(super) fn transmit(&mut self, host: usize, frame: Bytes) {
         self.after(20, Event::Switch { port: HOST_PORT + host, frame });
     }
 
@@ -513,6 +514,7 @@ impl World {
         let fault_over = self.fault_us.is_some() || self.plan.fault.kind == Kind::Nothing;
         let calm = fault_over || self.now_us > self.plan.protect_us + FAULT_WAITS_US;
         let client = &mut self.clients[id];
+        client.lazy = self.fault_us.is_some_and(|at_us| (at_us + 300_000..self.quiet_us).contains(&self.now_us));
         let wind_down = calm && self.now_us > self.quiet_us && client.answered >= self.plan.requests;
         let next_us = client.step(self.now_us, wind_down, &mut self.history);
         while let Some(frame) = self.clients[id].poll_transmit() {
@@ -547,7 +549,7 @@ impl World {
         if self.violation.is_none() && !done && self.somebody_must_serve() {
             self.violate("somebody could serve, and nobody does");
         }
-        if let Some(what) = self.captured.lock().unwrap().differs.take() {
+        if let Some(what) = lock(&self.captured).differs.take() {
             self.violation.get_or_insert(what);
         }
         if self.violation.is_none() && done {
@@ -558,7 +560,7 @@ impl World {
         }
         self.note_outcomes();
         self.report.answers = self.history.replies;
-        self.report.compared = self.captured.lock().unwrap().compared;
+        self.report.compared = lock(&self.captured).compared;
         self.report.segments = (self.commit.explained, self.commit.owned);
     }
 

@@ -285,6 +285,12 @@ impl SecondarySide {
 
     /// This guest emitted a frame in `epoch`.
     pub fn handle_guest_frame(&mut self, now: Instant, epoch: u64, frame: Bytes) {
+        // A frame of an epoch that ended meanwhile describes a state that no longer exists, and its connection may
+        // have lost the offset that would translate it: neither the primary nor, after a takeover, a client may
+        // hear of it.
+        if epoch != self.machine.epoch() && !mutant::active(Mutant::NoFence) {
+            return;
+        }
         let mut frame = frame.to_vec();
         match self.machine.state() {
             State::Exited(Exit::Alone) => {
@@ -292,13 +298,10 @@ impl SecondarySide {
                 self.effects.push_back(Effect::ToNetwork(frame.into()));
             }
             State::Exited(_) => {}
-            // A frame of an epoch that ended meanwhile describes a state that no longer exists, and its
-            // connection may have lost the offset that would translate it.
-            _ if epoch == self.machine.epoch() || mutant::active(Mutant::NoFence) => {
+            _ => {
                 self.rewriter.from_guest(now, &mut frame);
                 self.effects.push_back(Effect::ToPrimary { epoch, frame: frame.into() });
             }
-            _ => {}
         }
         self.rewritten();
     }

@@ -226,9 +226,11 @@ async fn serve(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
     ));
     say("Ctrl-C ends the demo");
     let mut known: [Option<Protection>; 2] = [None; 2];
+    // One for the whole loop: a new one would not hear what came while nobody listened.
+    let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
     loop {
         tokio::select! {
-            _ = tokio::signal::ctrl_c() => return Ok(0),
+            _ = &mut interrupted => return Ok(0),
             () = tokio::time::sleep(LOOK_INTERVAL * 5) => {}
         }
         for (slot, name) in known.iter_mut().zip(["a", "b"]) {

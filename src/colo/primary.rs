@@ -145,6 +145,7 @@ pub struct Primary {
     state: State,
     failover: Failover,
     loss: Option<Loss>,
+    hold: Option<String>,
     epoch: u64,
     captured: bool,
     drained: bool,
@@ -166,6 +167,7 @@ impl Primary {
             state: State::Copying,
             failover: Failover::default(),
             loss: None,
+            hold: None,
             epoch: 0,
             captured: false,
             drained: false,
@@ -207,6 +209,12 @@ impl Primary {
     #[must_use]
     pub fn loss(&self) -> Option<&Loss> {
         self.loss.as_ref()
+    }
+
+    /// Why nobody could decide, of a guest that is held.
+    #[must_use]
+    pub fn hold(&self) -> Option<&str> {
+        self.hold.as_deref().filter(|_| self.state == State::Held)
     }
 
     /// The reason COLO ended with, as COLO_EXIT gives it.
@@ -453,7 +461,10 @@ impl Primary {
                 self.finish(Exit::Stopped);
                 self.actions.push_back(Action::StopGuest);
             }
-            Some(Decision::Hold { .. }) => self.state = State::Held,
+            Some(Decision::Hold { why }) => {
+                self.hold = Some(why);
+                self.state = State::Held;
+            }
         }
     }
 

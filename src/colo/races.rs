@@ -387,6 +387,7 @@ fn held_guests_wait_for_the_operator_and_say_so() {
     p.handle_loss(at(60), gone());
     assert_eq!(drain_primary(&mut p), [primary::Action::PauseGuest]);
     assert_eq!((p.state(), p.exit_reason()), (primary::State::Held, ExitReason::Processing));
+    assert_eq!(p.hold(), Some("the policy is to wait for the operator"));
     assert!(p.operator_decides());
     assert_eq!(drain_primary(&mut p), [primary::Action::GoOn { generation: 2 }]);
     assert!(!p.operator_decides(), "only a held guest can be decided for");

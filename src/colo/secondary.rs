@@ -122,6 +122,7 @@ pub struct Secondary {
     state: State,
     failover: Failover,
     loss: Option<Loss>,
+    hold: Option<String>,
     epoch: u64,
     first: bool,
     progress_at: Instant,
@@ -138,6 +139,7 @@ impl Secondary {
             state: State::Joining,
             failover: Failover::default(),
             loss: None,
+            hold: None,
             epoch: 0,
             first: true,
             progress_at: now,
@@ -168,6 +170,12 @@ impl Secondary {
     #[must_use]
     pub fn loss(&self) -> Option<&Loss> {
         self.loss.as_ref()
+    }
+
+    /// Why nobody could decide, of a guest that is held.
+    #[must_use]
+    pub fn hold(&self) -> Option<&str> {
+        self.hold.as_deref().filter(|_| self.state == State::Held)
     }
 
     /// The reason COLO ended with, as COLO_EXIT gives it.
@@ -365,7 +373,10 @@ impl Secondary {
                 self.finish(Exit::Stopped);
                 self.actions.push_back(Action::StopGuest);
             }
-            Some(Decision::Hold { .. }) => self.state = State::Held,
+            Some(Decision::Hold { why }) => {
+                self.hold = Some(why);
+                self.state = State::Held;
+            }
         }
     }
 

@@ -68,11 +68,11 @@ impl Pair {
     pub(super) async fn start(config: &PairConfig) -> Result<Self, PairError> {
         let environment =
             |what: &str, error: &dyn std::fmt::Display| PairError::Environment(format!("{what}: {error}"));
+        let listen = config.serve.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0)));
+        let listener = TcpListener::bind(listen).await.map_err(|e| environment(&format!("listen on {listen}"), &e))?;
         let dir = std::env::temp_dir().join(format!("xl-colo-demo-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&dir);
         std::fs::DirBuilder::new().mode(0o700).create(&dir).map_err(|e| environment(&dir.display().to_string(), &e))?;
-        let listen = config.serve.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0)));
-        let listener = TcpListener::bind(listen).await.map_err(|e| environment(&format!("listen on {listen}"), &e))?;
 
         let switch = Arc::new(Switch::new());
         for name in ["a", "b"] {

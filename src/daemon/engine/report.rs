@@ -2,7 +2,7 @@
 
 use super::{PrimaryRole, SecondaryRole};
 use crate::clock::Instant;
-use crate::colo::{Exit, primary as primary_machine, secondary as secondary_machine};
+use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
 use crate::daemon::links::lock;
 use crate::daemon::status::{Checkpoints, Disk, Packets, PauseUs, Protection, Status};
 
@@ -21,7 +21,7 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         State::Held => Protection::Held,
         _ => Protection::Syncing,
     };
-    status.why = side.error().map(str::to_owned).or_else(|| machine.loss().map(ToString::to_string));
+    status.why = why(side.error(), machine.loss(), machine.hold());
     (status.generation, status.epoch) = (side.generation(), machine.epoch());
     (status.failover, status.exit_reason) = (machine.failover(), machine.exit_reason());
     let stats = side.stats();
@@ -67,7 +67,7 @@ pub(super) fn secondary(status: &mut Status, role: &SecondaryRole) {
         State::Held => Protection::Held,
         _ => Protection::StandingBy,
     };
-    status.why = side.error().map(str::to_owned).or_else(|| machine.loss().map(ToString::to_string));
+    status.why = why(side.error(), machine.loss(), machine.hold());
     (status.generation, status.epoch) = (side.generation(), machine.epoch());
     (status.failover, status.exit_reason) = (machine.failover(), machine.exit_reason());
     let stats = side.stats();
@@ -79,4 +79,13 @@ pub(super) fn secondary(status: &mut Status, role: &SecondaryRole) {
         errors: replica.errors,
         ..Disk::default()
     };
+}
+
+/// What went wrong here, or why the peer was lost, and why nobody could decide if nobody could.
+fn why(error: Option<&str>, loss: Option<&Loss>, hold: Option<&str>) -> Option<String> {
+    let first = error.map(str::to_owned).or_else(|| loss.map(ToString::to_string))?;
+    Some(match hold {
+        Some(hold) => format!("{first}; held: {hold}"),
+        None => first,
+    })
 }

@@ -187,7 +187,8 @@ async fn a_script_that_fences_lets_its_host_go_on_and_one_that_fails_holds() {
     world.wire.close();
     load.live.mark_kill();
     assert_eq!(world.b.becomes(Protection::TakenOver).await.generation, 2);
-    world.a.becomes(Protection::Held).await;
+    let why = world.a.becomes(Protection::Held).await.why.unwrap_or_default();
+    assert!(why.contains("held: fencing script") && why.contains("exit status: 1"), "{why}");
     load.survives(20).await;
     assert_eq!(std::fs::read_to_string(seen).unwrap(), "web 1 b\n", "called once, with guest, generation and claimant");
     world.a.stays(Protection::Held, WATCH).await;

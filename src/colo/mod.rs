@@ -24,6 +24,7 @@ pub mod failover;
 pub mod heartbeat;
 pub mod hello;
 pub mod message;
+mod parting;
 pub mod primary;
 pub mod secondary;
 pub mod stream;

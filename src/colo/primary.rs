@@ -24,10 +24,11 @@
 //! it before any state had moved). And a disk write of epoch N+1 must not reach the secondary before it sealed
 //! epoch N: it waits for the same message. qemu `migration/colo.c` colo_do_checkpoint_transaction.
 
-use super::arbiter::{Answer, Arbitration, Ask, Claim, Decision, Policy};
-use super::failover::{ExitReason, Failover, FailoverStatus};
+use super::arbiter::{Answer, Ask, Claim, Decision, Policy};
+use super::failover::{ExitReason, FailoverStatus};
 use super::hello::{Mode, ResumeOrder};
 use super::message::Message;
+use super::parting::Parting;
 use super::{Cause, Exit, Loss, Violation};
 use crate::clock::Instant;
 use crate::mutant::{self, Mutant};
@@ -143,9 +144,7 @@ pub enum Action {
 pub struct Primary {
     config: Config,
     state: State,
-    failover: Failover,
-    loss: Option<Loss>,
-    hold: Option<String>,
+    parting: Parting,
     epoch: u64,
     captured: bool,
     drained: bool,
@@ -154,7 +153,6 @@ pub struct Primary {
     last_start: Option<Instant>,
     idle_since: Instant,
     progress_at: Instant,
-    arbitration: Option<Arbitration>,
     actions: VecDeque<Action>,
 }
 
@@ -165,9 +163,7 @@ impl Primary {
         Self {
             config,
             state: State::Copying,
-            failover: Failover::default(),
-            loss: None,
-            hold: None,
+            parting: Parting::default(),
             epoch: 0,
             captured: false,
             drained: false,
@@ -176,7 +172,6 @@ impl Primary {
             last_start: None,
             idle_since: now,
             progress_at: now,
-            arbitration: None,
             actions: VecDeque::new(),
         }
     }
@@ -190,7 +185,7 @@ impl Primary {
     /// Where its failover is.
     #[must_use]
     pub fn failover(&self) -> FailoverStatus {
-        self.failover.status()
+        self.parting.failover()
     }
 
     /// How many states were captured: the epoch the guest's output belongs to now.
@@ -208,24 +203,19 @@ impl Primary {
     /// Why the peer was lost, once it was.
     #[must_use]
     pub fn loss(&self) -> Option<&Loss> {
-        self.loss.as_ref()
+        self.parting.loss()
     }
 
     /// Why nobody could decide, of a guest that is held.
     #[must_use]
     pub fn hold(&self) -> Option<&str> {
-        self.hold.as_deref().filter(|_| self.state == State::Held)
+        self.parting.hold()
     }
 
     /// The reason COLO ended with, as COLO_EXIT gives it.
     #[must_use]
     pub fn exit_reason(&self) -> ExitReason {
-        match (&self.loss, self.state) {
-            (None, _) => ExitReason::None,
-            (Some(_), State::Arbitrating | State::Held) => ExitReason::Processing,
-            (Some(Loss::Requested), _) => ExitReason::Request,
-            (Some(_), _) => ExitReason::Error,
-        }
+        self.parting.exit_reason(matches!(self.state, State::Exited(_)))
     }
 
     /// Whether the secondary owns a state it could go on from: the guest counts as protected.
@@ -261,7 +251,7 @@ impl Primary {
             State::WaitReply | State::Sending | State::WaitReceived | State::WaitLoaded => {
                 Some(self.progress_at + self.config.peer_deadline)
             }
-            State::Arbitrating | State::Held => self.arbitration.as_ref().and_then(Arbitration::poll_timeout),
+            State::Arbitrating | State::Held => self.parting.poll_timeout(),
             State::Copying | State::Exited(_) => None,
         }
     }
@@ -357,18 +347,16 @@ impl Primary {
             State::Exited(_) | State::Arbitrating | State::Held => {}
             State::Copying => {
                 // The secondary has no whole state, so it cannot run, whatever it believes.
-                self.loss = Some(loss);
-                self.failover.begin();
+                self.parting.lose(loss);
                 self.finish(Exit::Unprotected);
                 self.actions.push_back(Action::GoOn { generation: self.config.claim.expected });
             }
             _ => {
-                self.loss = Some(loss);
-                self.failover.begin();
+                self.parting.lose(loss);
                 self.state = State::Arbitrating;
                 self.actions.push_back(Action::PauseGuest);
-                let (policy, claim) = (self.config.policy.clone(), self.config.claim.clone());
-                self.arbitration = Some(Arbitration::new(now, policy, claim, self.config.arbiter_deadline));
+                let Config { policy, claim, arbiter_deadline, .. } = &self.config;
+                self.parting.begin(now, policy, claim, *arbiter_deadline);
                 self.arbitrate(now);
             }
         }
@@ -376,17 +364,15 @@ impl Primary {
 
     /// The answer to an [`Action::Ask`].
     pub fn handle_answer(&mut self, now: Instant, answer: Answer) {
-        let decision = self.arbitration.as_mut().and_then(|arbitration| arbitration.handle_answer(now, answer));
+        let decision = self.parting.handle_answer(now, answer);
         self.decide(decision);
     }
 
     /// The operator orders a held guest to go on here.
     pub fn operator_decides(&mut self) -> bool {
-        let held = self.state == State::Held;
-        if held {
-            let decision = self.arbitration.as_ref().map(Arbitration::operator_decides);
-            self.decide(decision);
-        }
+        let decision = self.parting.operator_decides();
+        let held = decision.is_some();
+        self.decide(decision);
         held
     }
 
@@ -439,11 +425,8 @@ impl Primary {
     }
 
     fn arbitrate(&mut self, now: Instant) {
-        let Some(arbitration) = self.arbitration.as_mut() else { return };
-        if let Some(ask) = arbitration.poll_ask(now) {
-            self.actions.push_back(Action::Ask(ask));
-        }
-        let decision = arbitration.poll_decision(now);
+        let (ask, decision) = self.parting.poll(now);
+        self.actions.extend(ask.map(Action::Ask));
         self.decide(decision);
     }
 
@@ -461,16 +444,12 @@ impl Primary {
                 self.finish(Exit::Stopped);
                 self.actions.push_back(Action::StopGuest);
             }
-            Some(Decision::Hold { why }) => {
-                self.hold = Some(why);
-                self.state = State::Held;
-            }
+            Some(Decision::Hold { .. }) => self.state = State::Held,
         }
     }
 
     fn finish(&mut self, exit: Exit) {
-        self.failover.advance(FailoverStatus::Completed);
-        self.arbitration = None;
+        self.parting.finish();
         self.state = State::Exited(exit);
     }
 }

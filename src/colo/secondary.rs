@@ -27,10 +27,11 @@
 //! CHECKPOINT_READY says so, after it is loaded; a takeover inside that load goes forward as well.
 //! qemu `migration/colo.c` colo_incoming_process_checkpoint.
 
-use super::arbiter::{Answer, Arbitration, Ask, Claim, Decision, Policy};
-use super::failover::{ExitReason, Failover, FailoverStatus};
+use super::arbiter::{Answer, Ask, Claim, Decision, Policy};
+use super::failover::{ExitReason, FailoverStatus};
 use super::hello::Mode;
 use super::message::Message;
+use super::parting::Parting;
 use super::{Exit, Loss, Violation};
 use crate::clock::Instant;
 use crate::mutant::{self, Mutant};
@@ -120,13 +121,10 @@ pub enum Action {
 pub struct Secondary {
     config: Config,
     state: State,
-    failover: Failover,
-    loss: Option<Loss>,
-    hold: Option<String>,
+    parting: Parting,
     epoch: u64,
     first: bool,
     progress_at: Instant,
-    arbitration: Option<Arbitration>,
     actions: VecDeque<Action>,
 }
 
@@ -137,13 +135,10 @@ impl Secondary {
         Self {
             config,
             state: State::Joining,
-            failover: Failover::default(),
-            loss: None,
-            hold: None,
+            parting: Parting::default(),
             epoch: 0,
             first: true,
             progress_at: now,
-            arbitration: None,
             actions: VecDeque::new(),
         }
     }
@@ -157,7 +152,7 @@ impl Secondary {
     /// Where its failover is.
     #[must_use]
     pub fn failover(&self) -> FailoverStatus {
-        self.failover.status()
+        self.parting.failover()
     }
 
     /// How many states it owns: the epoch its guest's output belongs to.
@@ -169,24 +164,19 @@ impl Secondary {
     /// Why the primary was lost, once it was.
     #[must_use]
     pub fn loss(&self) -> Option<&Loss> {
-        self.loss.as_ref()
+        self.parting.loss()
     }
 
     /// Why nobody could decide, of a guest that is held.
     #[must_use]
     pub fn hold(&self) -> Option<&str> {
-        self.hold.as_deref().filter(|_| self.state == State::Held)
+        self.parting.hold()
     }
 
     /// The reason COLO ended with, as COLO_EXIT gives it.
     #[must_use]
     pub fn exit_reason(&self) -> ExitReason {
-        match (&self.loss, self.state) {
-            (None, _) => ExitReason::None,
-            (Some(Loss::Requested), State::Exited(_)) => ExitReason::Request,
-            (Some(_), State::Exited(_)) => ExitReason::Error,
-            (Some(_), _) => ExitReason::Processing,
-        }
+        self.parting.exit_reason(matches!(self.state, State::Exited(_)))
     }
 
     /// The next thing to do.
@@ -199,7 +189,7 @@ impl Secondary {
     pub fn poll_timeout(&self) -> Option<Instant> {
         match self.state {
             State::WaitVmstate | State::Receiving => Some(self.progress_at + self.config.peer_deadline),
-            State::Arbitrating | State::Held => self.arbitration.as_ref().and_then(Arbitration::poll_timeout),
+            State::Arbitrating | State::Held => self.parting.poll_timeout(),
             State::Joining | State::Running | State::Loading | State::Exited(_) => None,
         }
     }
@@ -284,10 +274,8 @@ impl Secondary {
             return;
         }
         self.progress_at = now;
-        if self.failover.status() == FailoverStatus::Relaunch {
-            self.failover.advance(FailoverStatus::None);
+        if self.parting.is_postponed() {
             self.first = false;
-            self.state = State::Running;
             self.begin_failover(now);
             return;
         }
@@ -307,18 +295,17 @@ impl Secondary {
             State::Joining => self.no_state(loss),
             State::Receiving if self.first => self.no_state(loss),
             State::Loading if mutant::active(Mutant::NoRelaunch) => {
-                self.loss = Some(loss);
+                self.parting.lose(loss);
                 self.begin_failover(now);
             }
             State::Loading => {
-                if self.failover.status() == FailoverStatus::None {
-                    self.loss = Some(loss);
-                    self.failover.begin();
-                    self.failover.advance(FailoverStatus::Relaunch);
+                if !self.parting.is_postponed() {
+                    self.parting.lose(loss);
+                    self.parting.postpone();
                 }
             }
             State::Running | State::WaitVmstate | State::Receiving => {
-                self.loss = Some(loss);
+                self.parting.lose(loss);
                 self.actions.push_back(Action::DropStaged);
                 self.begin_failover(now);
             }
@@ -327,35 +314,29 @@ impl Secondary {
 
     /// The answer to an [`Action::Ask`].
     pub fn handle_answer(&mut self, now: Instant, answer: Answer) {
-        let decision = self.arbitration.as_mut().and_then(|arbitration| arbitration.handle_answer(now, answer));
+        let decision = self.parting.handle_answer(now, answer);
         self.decide(decision);
     }
 
     /// The operator orders a held guest to go on here.
     pub fn operator_decides(&mut self) -> bool {
-        let held = self.state == State::Held;
-        if held {
-            let decision = self.arbitration.as_ref().map(Arbitration::operator_decides);
-            self.decide(decision);
-        }
+        let decision = self.parting.operator_decides();
+        let held = decision.is_some();
+        self.decide(decision);
         held
     }
 
     fn begin_failover(&mut self, now: Instant) {
-        self.failover.begin();
         self.state = State::Arbitrating;
         self.actions.push_back(Action::PauseGuest);
-        let (policy, claim) = (self.config.policy.clone(), self.config.claim.clone());
-        self.arbitration = Some(Arbitration::new(now, policy, claim, self.config.arbiter_deadline));
+        let Config { policy, claim, arbiter_deadline, .. } = &self.config;
+        self.parting.begin(now, policy, claim, *arbiter_deadline);
         self.arbitrate(now);
     }
 
     fn arbitrate(&mut self, now: Instant) {
-        let Some(arbitration) = self.arbitration.as_mut() else { return };
-        if let Some(ask) = arbitration.poll_ask(now) {
-            self.actions.push_back(Action::Ask(ask));
-        }
-        let decision = arbitration.poll_decision(now);
+        let (ask, decision) = self.parting.poll(now);
+        self.actions.extend(ask.map(Action::Ask));
         self.decide(decision);
     }
 
@@ -373,34 +354,26 @@ impl Secondary {
                 self.finish(Exit::Stopped);
                 self.actions.push_back(Action::StopGuest);
             }
-            Some(Decision::Hold { why }) => {
-                self.hold = Some(why);
-                self.state = State::Held;
-            }
+            Some(Decision::Hold { .. }) => self.state = State::Held,
         }
     }
 
     fn no_state(&mut self, loss: Loss) {
-        self.loss = Some(loss);
-        self.failover.begin();
+        self.parting.lose(loss);
         self.finish(Exit::NoState);
         self.actions.push_back(Action::DropStaged);
         self.actions.push_back(Action::StopGuest);
     }
 
     fn fail(&mut self, why: String) {
-        self.loss.get_or_insert(Loss::Local(why));
-        if self.failover.status() == FailoverStatus::None {
-            self.failover.begin();
-        }
+        self.parting.lose(Loss::Local(why));
         self.finish(Exit::Failed);
         self.actions.push_back(Action::DropStaged);
         self.actions.push_back(Action::StopGuest);
     }
 
     fn finish(&mut self, exit: Exit) {
-        self.failover.advance(FailoverStatus::Completed);
-        self.arbitration = None;
+        self.parting.finish();
         self.state = State::Exited(exit);
     }
 }

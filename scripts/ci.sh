@@ -68,7 +68,7 @@ lint_scripts() {
 	if command -v shellcheck >/dev/null; then
 		shellcheck scripts/*.sh .ci/run
 	else
-		echo "no shellcheck here: scripts are not checked"
+		echo "SKIP: shellcheck is not installed; the scripts are not checked"
 	fi
 }
 

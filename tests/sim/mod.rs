@@ -4,7 +4,8 @@
 //! seed ─▶ plan ─▶ world: hosts (engine, host, domain), wires, switch, arbiter, clients ─▶ oracles
 //! ```
 //!
-//! A failing seed prints the command that replays it with a trace. `XEN_COLO_SEEDS=1000000` runs more of them.
+//! A failing seed prints the command that replays it with a trace. `XEN_COLO_SEEDS=1000000` runs more of them, and
+//! with `XEN_COLO_GO_ON=1` a failure does not end them: all that failed are listed.
 //! What the oracles hold against each run:
 //!
 //! - *history*: every answer a client saw, and every promise it was made, against each other and the survivor's disk;

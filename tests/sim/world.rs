@@ -254,20 +254,6 @@ impl World {
             if self.report.events > EVENTS_MAX {
                 self.violate("the run does not come to an end");
             }
-            if self.trace && self.report.events > EVENTS_MAX - 30 {
-                println!(
-                    "{:>10} us  event {}",
-                    self.now_us,
-                    match due.event {
-                        Event::Wake(h) => format!("wake {h}"),
-                        Event::Guest(h) => format!("guest {h}"),
-                        Event::Frames(h) => format!("frames {h}"),
-                        Event::Work(h) => format!("work {h}"),
-                        Event::Client(h) => format!("client {h}"),
-                        _ => "other".into(),
-                    }
-                );
-            }
             self.happen(due.event);
         }
         self.finish();

@@ -12,6 +12,9 @@
 pub mod primary;
 pub mod secondary;
 
+#[cfg(test)]
+mod tests;
+
 use crate::clock::Instant;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

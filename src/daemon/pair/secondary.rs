@@ -37,6 +37,11 @@ const INBOUND_MAX_BYTES: usize = 16 << 20;
 /// How long sealed disk epochs may wait before they are written to the base disk: long enough that their one flush,
 /// for which guest and engine wait, is rare.
 const DISK_APPLY_DELAY: Duration = Duration::from_millis(250);
+/// How often a takeover is announced after the first time, and when: QEMU's rounds (`net/announce.c`, 50 ms and then
+/// steps of 100 ms). A late frame of the old primary, or a switch that was busy, must not have the last word.
+const ANNOUNCE_ROUNDS: u32 = 5;
+const ANNOUNCE_FIRST: Duration = Duration::from_millis(50);
+const ANNOUNCE_STEP: Duration = Duration::from_millis(100);
 /// Bytes of sealed epochs written to the base disk in one slice of [`SecondarySide::work`].
 const DISK_APPLY_SLICE_BYTES: u64 = 1 << 20;
 
@@ -110,6 +115,8 @@ pub struct SecondarySide {
     load: Option<Load>,
     /// When sealed disk epochs are to be written to the base disk; `None` when there are none.
     disk_due: Option<Instant>,
+    /// Announcements still to be made, and when the next is due.
+    announce: Option<(u32, Instant)>,
     inbound: VecDeque<(u64, Bytes)>,
     inbound_bytes: usize,
     running: bool,
@@ -147,6 +154,7 @@ impl SecondarySide {
             staged: Staged::default(),
             load: None,
             disk_due: None,
+            announce: None,
             inbound: VecDeque::new(),
             inbound_bytes: 0,
             running: false,
@@ -205,13 +213,20 @@ impl SecondarySide {
     /// When to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        [self.machine.poll_timeout(), self.rewriter.poll_timeout(), self.disk_due].into_iter().flatten().min()
+        [self.machine.poll_timeout(), self.rewriter.poll_timeout(), self.disk_due, self.announce.map(|(_, due)| due)]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Time has passed.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.rewriter.handle_timeout(now);
         self.rewritten();
+        if let Some((left, _)) = self.announce.filter(|(_, due)| *due <= now) {
+            self.effects.push_back(Effect::ToNetwork(announcement(self.mac).into()));
+            self.announce = (left > 1).then(|| (left - 1, now + ANNOUNCE_STEP));
+        }
         self.machine.handle_timeout(now);
         self.pump(now);
     }
@@ -533,6 +548,7 @@ impl SecondarySide {
             self.error.get_or_insert(error.to_string());
         }
         self.effects.push_back(Effect::ToNetwork(announcement(self.mac).into()));
+        self.announce = Some((ANNOUNCE_ROUNDS, now + ANNOUNCE_FIRST));
         self.run(now);
         self.inbound.clear();
         self.inbound_bytes = 0;

@@ -31,7 +31,7 @@ use xen_colo::demo::{GUEST_IP, GUEST_MAC};
 use xen_colo::hypervisor::embedded::MachineConfig;
 use xen_colo::hypervisor::{Domain, DomainError};
 use xen_colo::page::{PAGE_SIZE, Pfn};
-use xen_colo::replica::epochs::PrimaryView;
+use xen_colo::replica::epochs::{PrimaryView, ReplicaConfig};
 
 type Failed = Box<dyn Error + Send + Sync>;
 
@@ -168,7 +168,7 @@ impl Pair {
         };
         let image = |host: &str| dir.join(format!("{name}-{host}.img"));
         let mut guest = Guest::boot(name, &config, &image("a"), 16 << 20, GENERATION)?;
-        let (copy, is_blank) = Guest::stand_by(name, &guest.geometry, &image("b"), dir, 2)?;
+        let (copy, is_blank) = Guest::stand_by(name, &guest.geometry, &image("b"), ReplicaConfig::default(), 2)?;
         let replica = copy.replica.clone().ok_or("a guest that stands by has a replica")?;
         links::lock(&replica).start_sync(GENERATION)?;
 

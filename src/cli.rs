@@ -77,6 +77,9 @@ pub struct HostArgs {
     /// Where disk epochs go that do not fit into memory; beside the image by default
     #[arg(long, value_name = "DIR")]
     pub spill_dir: Option<PathBuf>,
+    /// Memory in MiB that a replica's disk epochs may use before they go to the spill directory
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub epoch_memory_mib: u64,
     /// The switch port of the guest's NIC
     #[arg(long, value_name = "ADDRESS")]
     pub net: Option<Address>,

@@ -63,6 +63,7 @@ async fn host(args: HostArgs) -> ExitCode {
         run_dir: args.run_dir,
         disk: args.disk,
         spill_dir: args.spill_dir,
+        epoch_memory_bytes: args.epoch_memory_mib << 20,
         net: args.net,
         arbiter: args.arbiter,
         policy: args.policy,

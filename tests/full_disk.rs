@@ -61,6 +61,11 @@ struct Pair {
 }
 
 async fn pair(image: PathBuf) -> Pair {
+    pair_with(image, &[]).await
+}
+
+/// The same, with more to say to the secondary.
+async fn pair_with(image: PathBuf, more: &[&str]) -> Pair {
     let dir = tempfile::tempdir().unwrap();
     let net = dir.path().join("net.sock");
     let switch = Switch::new();
@@ -74,7 +79,7 @@ async fn pair(image: PathBuf) -> Pair {
     let a = Host::start("a", dir.path(), command);
     let mut command = std::process::Command::new(crate::common::XL_COLO);
     command.args(["host", "--follow-stdin", "--name", "b", "--listen", "127.0.0.1:0", "--arbiter", &arbiter]);
-    command.arg("--run-dir").arg(dir.path()).arg("--disk").arg(image);
+    command.arg("--run-dir").arg(dir.path()).arg("--disk").arg(image).args(more);
     let b = Host::start("b", dir.path(), command);
     Pair { a, b, edge, _switch: switch, _dir: dir }
 }
@@ -115,6 +120,25 @@ async fn a_replica_that_fills_its_disk_says_so_and_the_guest_goes_on() {
     writer.goes_on().await;
     let status = pair.a.status().await;
     assert!(matches!(status.protection, Protection::Protected | Protection::TakenOver), "{status:#?}");
+}
+
+/// Epochs outgrow their memory, and then the disk they spill to: the checkpoint is never owned, the guest goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn epochs_that_outgrow_memory_and_spill_disk_cost_the_protection_and_nothing_else() {
+    let Some(small) = SmallDisk::mount(1) else { return };
+    let _turn = turn().await;
+    let dir = tempfile::tempdir().unwrap();
+    let spill_dir = small.path().display().to_string();
+    let more = ["--epoch-memory-mib", "1", "--spill-dir", spill_dir.as_str()];
+    let pair = pair_with(dir.path().join("replica.img"), &more).await;
+    pair.a.order(Request::Protect(protect(&pair.b.address, Mode::Colo))).await;
+    pair.a.becomes(Protection::Protected).await;
+    let writer = Writer::start(pair.edge.local_addr);
+    let status = pair.a.becomes(Protection::TakenOver).await;
+    assert!(status.why.clone().unwrap_or_default().contains("disk write to the secondary"), "{status:#?}");
+    let replica = pair.b.is("out of space, and stopped", |status| status.protection == Protection::Stopped).await;
+    assert!(replica.disk.errors.iter().any(|error| error.contains("no space left")), "{replica:#?}");
+    writer.goes_on().await;
 }
 
 /// The spill file fills its disk: the epoch is broken, what was sealed before is whole.

@@ -148,6 +148,13 @@ impl Arbitration {
         Self { policy, claim, deadline_at: Some(now + deadline), ask_at: Some(now) }
     }
 
+    /// Lets the peer ask first, if it is there to ask: for a side that can go on but had better not.
+    #[must_use]
+    pub fn giving_way(mut self, delay: Duration) -> Self {
+        self.ask_at = self.ask_at.map(|at| at + delay);
+        self
+    }
+
     /// What is to be asked now, if anything.
     pub fn poll_ask(&mut self, now: Instant) -> Option<Ask> {
         self.ask_at.filter(|at| *at <= now)?;
@@ -274,6 +281,17 @@ mod tests {
         assert_eq!(held, Some(Decision::Hold { why: "exit code 1".into() }));
         assert_eq!(it.operator_decides(), Decision::Go { generation: 5 });
         assert_eq!(it.handle_answer(at(6), Answer::Fenced), Some(Decision::Go { generation: 5 }));
+    }
+
+    #[test]
+    fn who_gives_way_asks_later_and_still_asks() {
+        let policy = || Policy::Arbiter;
+        let new = || Arbitration::new(at(0), policy(), claim("b", 1), Duration::from_secs(10));
+        assert!(new().poll_ask(at(0)).is_some());
+        let mut later = new().giving_way(Duration::from_millis(500));
+        assert_eq!(later.poll_timeout(), Some(at(500)));
+        assert_eq!(later.poll_ask(at(499)), None);
+        assert!(later.poll_ask(at(500)).is_some());
     }
 
     #[test]

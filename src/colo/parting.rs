@@ -20,6 +20,7 @@ pub(super) struct Parting {
     loss: Option<Loss>,
     hold: Option<String>,
     arbitration: Option<Arbitration>,
+    give_way: Duration,
 }
 
 impl Parting {
@@ -50,6 +51,11 @@ impl Parting {
         self.loss.get_or_insert(loss);
     }
 
+    /// Lets the peer ask first from now on.
+    pub(super) fn give_way(&mut self, delay: Duration) {
+        self.give_way = delay;
+    }
+
     /// Puts the failover off until the checkpoint that is loading is loaded.
     pub(super) fn postpone(&mut self) {
         self.failover.begin();
@@ -67,7 +73,8 @@ impl Parting {
             self.failover.advance(FailoverStatus::None);
         }
         self.failover.begin();
-        self.arbitration = Some(Arbitration::new(now, policy.clone(), claim.clone(), deadline));
+        let arbitration = Arbitration::new(now, policy.clone(), claim.clone(), deadline);
+        self.arbitration = Some(arbitration.giving_way(self.give_way));
     }
 
     /// What is to be asked now, and the decision that needs nobody's answer.

@@ -288,6 +288,12 @@ impl Secondary {
         self.state = State::Running;
     }
 
+    /// From now on, should the pair part, the primary may ask the arbiter first for this long: this side could go
+    /// on, but not for long (its disk takes no more writes, for one).
+    pub fn give_way(&mut self, delay: Duration) {
+        self.parting.give_way(delay);
+    }
+
     /// The primary is lost, or a failover is wanted ([`Loss::Requested`]).
     pub fn handle_loss(&mut self, now: Instant, loss: Loss) {
         match self.state {

@@ -22,8 +22,6 @@ pub const DISK_NAME: &str = "disk0";
 const TRANSMIT_RING_BYTES: usize = 8 << 20;
 /// Bytes of disk writes that may wait for the secondary; at half of it a checkpoint is asked for.
 const MIRROR_QUEUE_BYTES: u64 = 64 << 20;
-/// Memory a replica may use for disk epochs before it spills to a file.
-pub const REPLICA_MEMORY_BYTES: u64 = 256 << 20;
 
 /// The frames a guest has emitted and nobody has taken, each with the epoch of its emission.
 #[derive(Debug, Default)]
@@ -158,7 +156,7 @@ impl Guest {
         name: &str,
         geometry: &Geometry,
         image: &Path,
-        spill_dir: &Path,
+        epochs: ReplicaConfig,
         entropy_seed: u64,
     ) -> Result<(Self, bool), GuestError> {
         // The guest and the cache of its last checkpoint.
@@ -170,12 +168,7 @@ impl Guest {
             let (path, have_bytes) = (image.to_owned(), base.size_bytes());
             return Err(GuestError::DiskSize { path, have_bytes, need_bytes: size_bytes });
         }
-        let config = ReplicaConfig {
-            memory_budget_bytes: REPLICA_MEMORY_BYTES,
-            spill_dir: Some(spill_dir.to_owned()),
-            ..ReplicaConfig::default()
-        };
-        let replica = Arc::new(Mutex::new(Replica::new(Box::new(base), config)));
+        let replica = Arc::new(Mutex::new(Replica::new(Box::new(base), epochs)));
         let machine = MachineConfig {
             ram_pages: geometry.nr_pages,
             mac: geometry.mac,

@@ -25,7 +25,7 @@ use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
 use crate::colo::hello::{self, Channel, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome};
 use crate::colo::{primary, secondary};
 use crate::hypervisor::embedded::MachineConfig;
-use crate::replica::epochs::PrimaryView;
+use crate::replica::epochs::{PrimaryView, ReplicaConfig};
 use bytes::{Bytes, BytesMut};
 use std::io;
 use std::path::PathBuf;
@@ -74,6 +74,8 @@ pub struct HostConfig {
     pub disk: PathBuf,
     /// Where disk epochs spill to; the image's directory when absent.
     pub spill_dir: Option<PathBuf>,
+    /// Memory that a replica's disk epochs may use before they spill, in bytes.
+    pub epoch_memory_bytes: u64,
     /// The switch port.
     pub net: Option<Address>,
     /// The arbiter.
@@ -458,7 +460,12 @@ fn welcome(shared: &Shared, session: Option<&Session>, word: &Hello) -> Result<O
     }
     let beside = config.disk.parent().filter(|dir| !dir.as_os_str().is_empty()).map(ToOwned::to_owned);
     let spill_dir = config.spill_dir.clone().or(beside).unwrap_or_else(|| ".".into());
-    Guest::stand_by(&word.guest, &word.geometry, &config.disk, &spill_dir, config.entropy_seed)
+    let epochs = ReplicaConfig {
+        memory_budget_bytes: config.epoch_memory_bytes,
+        spill_dir: Some(spill_dir),
+        ..ReplicaConfig::default()
+    };
+    Guest::stand_by(&word.guest, &word.geometry, &config.disk, epochs, config.entropy_seed)
         .map(Some)
         .map_err(|error| format!("host {}: {error}", config.name))
 }

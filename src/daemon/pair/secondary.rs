@@ -37,6 +37,9 @@ const INBOUND_MAX_BYTES: usize = 16 << 20;
 /// How long sealed disk epochs may wait before they are written to the base disk: long enough that their one flush,
 /// for which guest and engine wait, is rare.
 const DISK_APPLY_DELAY: Duration = Duration::from_millis(250);
+/// How long a side whose replica takes no more writes lets the primary ask the arbiter first. The primary has most
+/// likely hung up for just that, and is well.
+const GIVE_WAY: Duration = Duration::from_millis(500);
 /// How often a takeover is announced after the first time, and when: QEMU's rounds (`net/announce.c`, 50 ms and then
 /// steps of 100 ms). A late frame of the old primary, or a switch that was busy, must not have the last word.
 const ANNOUNCE_ROUNDS: u32 = 5;
@@ -323,6 +326,9 @@ impl SecondarySide {
 
     /// The peer is lost, or a failover is wanted.
     pub fn handle_loss(&mut self, now: Instant, loss: Loss) {
+        if loss != Loss::Requested && lock(&self.replica).status().broken {
+            self.machine.give_way(GIVE_WAY);
+        }
         self.machine.handle_loss(now, loss);
         self.pump(now);
     }

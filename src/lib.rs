@@ -7,10 +7,13 @@
 //! ```
 //!
 //! - [`clock`], [`page`], [`bitmap`], [`disk`]: the words everything else is written in;
+//! - [`colo`]: the checkpoint protocol, its heartbeat and its arbitration (pure);
 //! - [`compare`]: which of the guest's packets may leave, and when (pure);
 //! - [`nbd`]: the network block device protocol, server and client (pure);
 //! - [`replica`]: the two ends of disk replication, the mirror and the epochs;
 //! - [`hypervisor`]: a guest whose memory and devices can be captured and loaded;
+//! - [`daemon`]: sockets, threads and timers around all of these; its [`pair`](daemon::pair) joins them without any;
+//! - [`cli`], [`demo`]: what can be typed, and the main job to look at;
 //! - [`mutant`]: planted bugs that prove the simulator can see.
 #![forbid(unsafe_code)]
 

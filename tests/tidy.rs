@@ -19,6 +19,8 @@ const LINES_MAX: usize = 600;
 const BASE: [&str; 5] = ["clock", "page", "bitmap", "disk", "mutant"];
 /// The folders that only `daemon` joins.
 const MIDDLE: [&str; 6] = ["colo", "compare", "nbd", "qmp", "replica", "hypervisor"];
+/// The folders of the project.
+const FOLDERS: [&str; 6] = ["src", "xen", "bindings", "scripts", "tests", ".ci"];
 /// The folders that decide and never do.
 const PURE: [&str; 4] = ["colo", "compare", "nbd", "qmp"];
 
@@ -287,6 +289,13 @@ pub(crate) fn dead_files(files: &BTreeMap<String, String>, roots: &[&str]) -> Ve
     files.keys().filter(|path| !alive.contains(*path)).map(|path| format!("{path}:1: no mod leads here")).collect()
 }
 
+/// Files whose first folder is none of the architecture's.
+fn strange_folders<'a>(paths: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let first = |path: &'a str| path.split_once('/').map(|(folder, _)| folder);
+    let strange = paths.filter(|path| first(path).is_some_and(|folder| !FOLDERS.contains(&folder)));
+    strange.map(|path| format!("{path}:1: no folder of the architecture")).collect()
+}
+
 /// Reads every text file of the project below `folder` (all of it for "").
 fn tree(folder: &str) -> BTreeMap<String, String> {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -330,6 +339,15 @@ fn every_file_keeps_the_rules() {
 #[test]
 fn every_file_is_compiled() {
     assert_tidy(dead_files(&tree("src"), &["src/lib.rs", "src/main.rs"]));
-    assert_tidy(dead_files(&tree("tests"), &["tests/all.rs"]));
-    assert_tidy(dead_files(&tree("benches"), &["benches/checkpoint.rs"]));
+    assert_tidy(dead_files(&tree("tests"), &["tests/all.rs", "tests/bench/checkpoint.rs"]));
+}
+
+#[test]
+fn no_folder_stands_beside_the_architectures() {
+    let files = tree("");
+    assert_tidy(strange_folders(files.keys().map(String::as_str)));
+    assert_eq!(
+        strange_folders(["src/lib.rs", "utils/misc.rs", "README.md"].into_iter()),
+        ["utils/misc.rs:1: no folder of the architecture"]
+    );
 }

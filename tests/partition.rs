@@ -162,6 +162,25 @@ async fn under_hold_the_operator_decides() {
     assert_eq!(world.b.becomes(Protection::TakenOver).await.generation, 2);
     load.survives(20).await;
     world.a.stays(Protection::Held, WATCH).await;
+    // The second order, on the other host, must not make a second guest.
+    let why = world.a.refusal(Request::Failover).await;
+    assert!(why.contains("host b holds generation 2"), "{why}");
+    world.a.becomes(Protection::Stopped).await;
+    load.ends_unharmed().await;
+}
+
+/// Under `hold` an order to a pair that is well is the operator's word already.
+#[tokio::test(flavor = "multi_thread")]
+async fn under_hold_one_order_is_enough() {
+    let world = World::start(Plan::with_policies("hold", "hold")).await;
+    let load = world.load();
+    world.protect(Mode::Remus).await;
+    load.goes_on(20).await;
+    world.b.order(Request::Failover).await;
+    assert_eq!(world.b.becomes(Protection::TakenOver).await.generation, 2);
+    world.a.becomes(Protection::Held).await;
+    load.live.mark_kill();
+    load.survives(20).await;
     load.ends_unharmed().await;
 }
 

@@ -101,7 +101,7 @@ impl World {
             let mut command = host_command(name, dir.path());
             command.arg("--net").arg(format!("unix:{}", path(&format!("net-{name}.sock")).display()));
             command.args(["--policy", policy]);
-            if policy == "arbiter" {
+            if policy != "alone" {
                 command.args(["--arbiter", &arbiter.address.to_string()]);
             }
             if name == "a" {

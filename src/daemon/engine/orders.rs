@@ -2,15 +2,17 @@
 
 use super::{Engine, Role, report};
 use crate::clock::Instant;
+use crate::colo::arbiter::{Answer, Claim, Register, Verdict};
 use crate::colo::{Cause, Loss};
 use crate::daemon::control::{Answer as Reply, Request};
 use crate::daemon::engine_clock;
 use crate::daemon::status::{Protection, Status};
 use std::sync::atomic::Ordering;
+use tokio::sync::oneshot;
 
 impl Engine {
     /// Carries out a request of the control socket.
-    pub(super) fn control(&mut self, request: Request, reply: tokio::sync::oneshot::Sender<Reply>) {
+    pub(super) fn control(&mut self, request: Request, reply: oneshot::Sender<Reply>) {
         let now = engine_clock();
         let answer = match request {
             Request::Status => match serde_json::to_value(self.status(now)) {
@@ -46,7 +48,7 @@ impl Engine {
                 }
                 _ => Reply::error("no guest is being protected from this host"),
             },
-            Request::Failover => self.failover(now),
+            Request::Failover => return self.failover(now, reply),
             Request::Stop => {
                 self.stopping = true;
                 Reply::done()
@@ -55,25 +57,63 @@ impl Engine {
         let _ = reply.send(answer);
     }
 
-    fn failover(&mut self, now: Instant) -> Reply {
-        let decided = match &mut self.role {
-            Role::Primary(role) => role.side.operator_decides(now),
-            Role::Secondary(role) => role.side.operator_decides(now),
-            Role::Empty | Role::Running(_) => false,
-        };
-        if decided {
-            Reply::done()
-        } else if self.links.is_some() {
+    fn failover(&mut self, now: Instant, reply: oneshot::Sender<Reply>) {
+        if self.held_claim().is_none() && self.links.is_some() {
             match &mut self.role {
                 Role::Primary(role) => role.side.handle_loss(now, Loss::Requested),
                 Role::Secondary(role) => role.side.handle_loss(now, Loss::Requested),
                 Role::Empty | Role::Running(_) => {}
             }
             self.notice_loss();
-            Reply::done()
-        } else {
-            Reply::error("there is nothing to fail over: no peer is connected and no guest is held here")
+        } else if self.held_claim().is_none() {
+            let why = "there is nothing to fail over: no peer is connected and no guest is held here";
+            let _ = reply.send(Reply::error(why));
+            return;
         }
+        // Who asks for a failover is the operator that a held guest waits for.
+        match self.held_claim() {
+            Some(claim) => self.operator_decides(now, claim, reply),
+            None => _ = reply.send(Reply::done()),
+        }
+    }
+
+    /// The claim that a held guest's host would make.
+    fn held_claim(&self) -> Option<Claim> {
+        let (guest, generation) = match &self.role {
+            Role::Primary(role) => (role.side.machine().hold().and(Some(&role.guest))?, role.side.generation()),
+            Role::Secondary(role) => (role.side.machine().hold().and(Some(&role.guest))?, role.side.generation()),
+            Role::Empty | Role::Running(_) => return None,
+        };
+        Some(Claim { guest: guest.name.clone(), expected: generation, holder: self.parts.name.clone() })
+    }
+
+    /// The operator's word decides, unless an arbiter knows that the other host has the guest: two orders on two
+    /// hosts must not make two guests. An arbiter that is silent, or has forgotten, does not stand in the way.
+    fn operator_decides(&mut self, now: Instant, claim: Claim, reply: oneshot::Sender<Reply>) {
+        let Some(arbiter) = self.parts.arbiter.clone() else {
+            match &mut self.role {
+                Role::Primary(role) => _ = role.side.operator_decides(now),
+                Role::Secondary(role) => _ = role.side.operator_decides(now),
+                Role::Empty | Role::Running(_) => {}
+            }
+            let _ = reply.send(Reply::done());
+            return;
+        };
+        let answers = self.answers_sender.clone();
+        self.parts.runtime.spawn(async move {
+            let expected = claim.expected;
+            let (answer, said) = match arbiter.claim(claim).await {
+                Ok(Verdict::Lost(register)) if register.generation > expected => {
+                    let Register { holder, generation } = &register;
+                    let why = format!("host {holder} holds generation {generation}; the guest is stopped here");
+                    (Answer::Verdict(Verdict::Lost(register)), Reply::error(why))
+                }
+                Ok(verdict @ Verdict::Won { .. }) => (Answer::Verdict(verdict), Reply::done()),
+                Ok(Verdict::Lost(_)) | Err(_) => (Answer::Fenced, Reply::done()),
+            };
+            let _ = answers.send(answer).await;
+            let _ = reply.send(said);
+        });
     }
 
     fn status(&mut self, now: Instant) -> Status {

@@ -161,7 +161,7 @@ async fn kill_one(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
     let report = DemoReport {
         mode: args.mode.to_string(),
         killed: format!("{:?}", args.kill).to_lowercase(),
-        seed: config_seed(&client.ledger),
+        seed: client.ledger.seed,
         guest_mib: args.guest_mib,
         seconds: args.seconds as f64,
         checkpoints: report::Checkpoints {
@@ -201,10 +201,6 @@ async fn kill_one(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
         println!("{report}");
     }
     Ok(if report.exit_code() == 0 { 0 } else { EXIT_LOST })
-}
-
-fn config_seed(ledger: &client::Ledger) -> u64 {
-    ledger.seed
 }
 
 /// Shows the pair at work for a while, and returns the primary's last word.

@@ -12,12 +12,13 @@
 
 use std::io;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use crate::compare::wire;
+use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 /// The longest frame QEMU's reassembler takes, in bytes (4096 + 65536).
-pub const FRAME_BYTES_MAX: usize = 69_632;
+pub const FRAME_BYTES_MAX: usize = wire::MAX_FRAME_BYTES;
 
 /// A batch stops growing here: the largest single write handed to the socket is one frame more.
 const BATCH_BYTES: usize = 256 * 1024;
@@ -52,12 +53,7 @@ pub enum FrameError {
 /// # Errors
 /// [`FrameError::Oversized`] when the frame is over [`FRAME_BYTES_MAX`]; `into` is unchanged.
 pub fn encode(frame: &[u8], into: &mut BytesMut) -> Result<(), FrameError> {
-    let len_word = u32::try_from(frame.len()).ok().filter(|_| frame.len() <= FRAME_BYTES_MAX);
-    let len_word = len_word.ok_or(FrameError::Oversized { len_bytes: frame.len() })?;
-    into.reserve(LENGTH_BYTES + frame.len());
-    into.put_u32(len_word);
-    into.put_slice(frame);
-    Ok(())
+    wire::encode(frame, into).map_err(|_| FrameError::Oversized { len_bytes: frame.len() })
 }
 
 /// Takes the first whole frame off `from`, or `None` when more bytes are needed.

@@ -114,13 +114,9 @@ pub enum GuestError {
 }
 
 impl Guest {
-    fn domain_or_gone(&mut self) -> Result<&mut (dyn Domain + 'static), DomainError> {
-        self.domain.as_deref_mut().ok_or(DomainError::Gone)
-    }
-
     /// The guest, while no pair has it.
     pub fn domain_mut(&mut self) -> Result<&mut (dyn Domain + 'static), DomainError> {
-        self.domain_or_gone()
+        self.domain.as_deref_mut().ok_or(DomainError::Gone)
     }
 
     /// Boots a guest on a disk image, which is made when there is none.

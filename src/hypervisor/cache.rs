@@ -2,7 +2,7 @@
 //! `migration/colo.c`, `colo_init_ram_cache`).
 //!
 //! ```text
-//! stream ─▶ store ─▶ cache ── apply: pages the primary changed ∪ pages the secondary's guest dirtied ──▶ guest
+//! stream ─▶ store ─▶ cache ── put: pages the primary changed ∪ pages the secondary's guest dirtied ──▶ guest
 //! ```
 //!
 //! The trap: in COLO the secondary's guest runs and dirties pages the primary never touched. Loading only what
@@ -10,8 +10,7 @@
 
 use super::embedded::ram::zeroed;
 use super::{Domain, DomainError};
-use crate::bitmap::Bitmap;
-use crate::page::{BATCH_PAGES, PAGE_SIZE, Pfn};
+use crate::page::{PAGE_SIZE, Pfn};
 
 /// A whole copy of a guest's memory, outside the guest.
 #[derive(Debug)]
@@ -53,25 +52,13 @@ impl RamCache {
         &self.bytes[at..at + PAGE_SIZE]
     }
 
-    /// Makes the guest's memory equal to the cache, given the pages `changed` since it last was; returns how many
-    /// pages were written. The guest's own dirty pages are taken, and so is the dirt these writes make.
-    pub fn apply(&mut self, domain: &mut dyn Domain, changed: &Bitmap) -> Result<u64, DomainError> {
-        let mut pages = changed.clone();
-        domain.take_dirty(&mut pages)?;
-        let mut pfns = Vec::with_capacity(BATCH_PAGES);
-        let mut bytes = Vec::with_capacity(BATCH_PAGES * PAGE_SIZE);
-        let mut todo = pages.iter().peekable();
-        while todo.peek().is_some() {
-            pfns.clear();
-            bytes.clear();
-            for pfn in todo.by_ref().take(BATCH_PAGES) {
-                pfns.push(pfn);
-                bytes.extend_from_slice(self.page(pfn));
-            }
-            domain.write_pages(&pfns, &bytes)?;
+    /// Writes these pages of the cache into the guest. They count as dirty there afterwards.
+    pub fn put(&self, domain: &mut dyn Domain, pfns: &[Pfn]) -> Result<(), DomainError> {
+        let mut bytes = Vec::with_capacity(pfns.len() * PAGE_SIZE);
+        for pfn in pfns {
+            bytes.extend_from_slice(self.page(*pfn));
         }
-        domain.take_dirty(&mut Bitmap::new(self.nr_pages))?;
-        Ok(pages.count())
+        domain.write_pages(pfns, &bytes)
     }
 
     fn at(&self, pfn: Pfn) -> usize {

@@ -363,7 +363,7 @@ impl SecondarySide {
     /// epochs. True when there is more.
     pub fn work(&mut self, now: Instant) -> bool {
         if self.load.is_some() {
-            if let Some(result) = self.load_slice(now).transpose() {
+            if let Some(result) = self.load_slice().transpose() {
                 self.load = None;
                 self.machine.handle_applied(now, result.map_err(|e| e.to_string()));
                 self.pump(now);
@@ -486,16 +486,12 @@ impl SecondarySide {
     }
 
     /// Puts one batch into the guest; `Some` when the load is finished.
-    fn load_slice(&mut self, _now: Instant) -> Result<Option<()>, DomainError> {
+    fn load_slice(&mut self) -> Result<Option<()>, DomainError> {
         let Some(load) = self.load.as_mut() else { return Ok(None) };
         let end = load.pages.len().min(load.done + BATCH_PAGES);
         let pfns = &load.pages[load.done..end];
         if !pfns.is_empty() {
-            let mut bytes = Vec::with_capacity(pfns.len() * PAGE_SIZE);
-            for pfn in pfns {
-                bytes.extend_from_slice(self.cache.page(*pfn));
-            }
-            self.domain.write_pages(pfns, &bytes)?;
+            self.cache.put(&mut *self.domain, pfns)?;
             load.done = end;
             return Ok(None);
         }

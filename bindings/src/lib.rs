@@ -1,0 +1,1 @@
+//! Bindings to the installed Xen libraries, generated when they are built.

@@ -3,10 +3,10 @@
 //! The folders are the architecture, and the arrows between them go one way:
 //!
 //! ```text
-//! main → cli, demo → daemon → { colo, compare, nbd, replica, hypervisor } → { clock, page, bitmap, disk }
+//! main → cli, demo → daemon → { colo, compare, nbd, replica, hypervisor } → { clock, page, bitmap, record, disk }
 //! ```
 //!
-//! - [`clock`], [`page`], [`bitmap`], [`disk`]: the words everything else is written in;
+//! - [`clock`], [`page`], [`bitmap`], [`record`], [`disk`]: the words everything else is written in;
 //! - [`colo`]: the checkpoint protocol, its heartbeat and its arbitration (pure);
 //! - [`compare`]: which of the guest's packets may leave, and when (pure);
 //! - [`nbd`]: the network block device protocol, server and client (pure);
@@ -29,4 +29,5 @@ pub mod hypervisor;
 pub mod mutant;
 pub mod nbd;
 pub mod page;
+pub mod record;
 pub mod replica;

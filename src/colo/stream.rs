@@ -17,6 +17,7 @@
 
 use super::message::{InvalidMessage, Message};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn, is_zero};
+use crate::record::{HEADER_BYTES, peek_header};
 use bytes::{Buf, BufMut, BytesMut};
 
 /// Xen's PAGE_DATA.
@@ -25,15 +26,12 @@ pub const RECORD_PAGE_DATA: u32 = 0x01;
 pub const RECORD_CHECKPOINT: u32 = 0x0E;
 /// Ours: numbers of pages that hold only zeroes. Mandatory (bit 31 clear): skipping it would corrupt the guest.
 pub const RECORD_ZERO_PAGES: u32 = 0x4000_0001;
-/// Ours: the device state of an embedded guest, inside the device-state blob.
-pub const RECORD_EMBEDDED_DEVICES: u32 = 0x4000_0002;
 
 /// Most zero pages one record names.
 pub const ZERO_PAGES_PER_RECORD: usize = 16 * BATCH_PAGES;
 /// Largest device state accepted, in bytes.
 pub const DEVICE_STATE_MAX_BYTES: u64 = 64 << 20;
 
-const RECORD_HEADER_BYTES: usize = 8;
 const COUNT_BYTES: usize = 8;
 const PFN_MASK: u64 = (1 << 52) - 1;
 
@@ -149,10 +147,10 @@ impl Decoder {
                 return Err(StreamError::BadRecord { record, len_bytes, why: "longer than its type may be" });
             }
             let padded = len_bytes.next_multiple_of(8);
-            if input.len() < RECORD_HEADER_BYTES + padded {
+            if input.len() < HEADER_BYTES + padded {
                 return Ok(None);
             }
-            let body = &input[RECORD_HEADER_BYTES..RECORD_HEADER_BYTES + len_bytes];
+            let body = &input[HEADER_BYTES..HEADER_BYTES + len_bytes];
             let item = match record {
                 RECORD_PAGE_DATA => Some(self.page_data(body)?),
                 RECORD_ZERO_PAGES => Some(self.zero_pages(body)?),
@@ -162,7 +160,7 @@ impl Decoder {
                 }
                 _ => None,
             };
-            input.advance(RECORD_HEADER_BYTES + padded);
+            input.advance(HEADER_BYTES + padded);
             if item.is_some() {
                 return Ok(item);
             }
@@ -214,12 +212,6 @@ impl Decoder {
     }
 }
 
-fn peek_header(input: &[u8]) -> Option<(u32, usize)> {
-    let (head, _) = input.split_first_chunk::<RECORD_HEADER_BYTES>()?;
-    let [t0, t1, t2, t3, l0, l1, l2, l3] = *head;
-    Some((u32::from_le_bytes([t0, t1, t2, t3]), u32::from_le_bytes([l0, l1, l2, l3]) as usize))
-}
-
 /// Appends pages as records: contents in PAGE_DATA of at most 1024, zero pages by number only. `contents` holds
 /// one page for each of `pfns`. Returns how many pages were zero.
 pub fn encode_pages(pfns: &[Pfn], contents: &[u8], out: &mut BytesMut) -> usize {
@@ -249,7 +241,7 @@ pub fn encode_pages(pfns: &[Pfn], contents: &[u8], out: &mut BytesMut) -> usize 
 
 fn page_data(pages: &[(Pfn, &[u8])], out: &mut BytesMut) {
     let body = COUNT_BYTES + pages.len() * (8 + PAGE_SIZE);
-    out.reserve(RECORD_HEADER_BYTES + body);
+    out.reserve(HEADER_BYTES + body);
     out.put_u32_le(RECORD_PAGE_DATA);
     out.put_u32_le(body as u32);
     put_pfns(pages.iter().map(|(pfn, _)| *pfn), pages.len(), out);
@@ -276,32 +268,6 @@ pub fn encode_pages_end(out: &mut BytesMut) {
 pub fn encode_device_state(blob: &[u8], out: &mut BytesMut) {
     Message::VmstateSize(blob.len() as u64).encode(out);
     out.put_slice(blob);
-}
-
-/// Wraps the state of one device model as a record of the blob.
-#[must_use]
-pub fn device_record(record: u32, body: &[u8]) -> Vec<u8> {
-    let mut out = BytesMut::with_capacity(RECORD_HEADER_BYTES + body.len() + 8);
-    out.put_u32_le(record);
-    out.put_u32_le(body.len() as u32);
-    out.put_slice(body);
-    out.put_bytes(0, body.len().next_multiple_of(8) - body.len());
-    out.to_vec()
-}
-
-/// Finds a record in a device-state blob.
-pub fn find_device_record(blob: &[u8], wanted: u32) -> Result<&[u8], StreamError> {
-    let mut rest = blob;
-    while let Some((record, len_bytes)) = peek_header(rest) {
-        let bad = StreamError::BadRecord { record, len_bytes, why: "longer than the device state" };
-        let end = RECORD_HEADER_BYTES.checked_add(len_bytes).ok_or(bad.clone())?;
-        let body = rest.get(RECORD_HEADER_BYTES..end).ok_or(bad)?;
-        if record == wanted {
-            return Ok(body);
-        }
-        rest = rest.get(end.next_multiple_of(8)..).unwrap_or_default();
-    }
-    Err(StreamError::BadRecord { record: wanted, len_bytes: 0, why: "missing from the device state" })
 }
 
 #[cfg(test)]
@@ -388,18 +354,9 @@ mod tests {
 
     #[test]
     fn optional_records_are_skipped() {
-        let mut input = BytesMut::from(&device_record(0x8000_0005, b"hint")[..]);
+        let mut input = BytesMut::from(&[5, 0, 0, 0x80, 4, 0, 0, 0, b'h', b'i', b'n', b't', 0, 0, 0, 0][..]);
         encode_pages_end(&mut input);
         assert_eq!(Decoder::new(1).decode(&mut input), Ok(Some(Item::PagesEnd)));
-    }
-
-    #[test]
-    fn device_records_are_found_among_others() {
-        let mut blob = device_record(0x08, &[1; 24]);
-        blob.extend(device_record(RECORD_EMBEDDED_DEVICES, b"state"));
-        assert_eq!(find_device_record(&blob, RECORD_EMBEDDED_DEVICES).unwrap(), b"state");
-        assert!(find_device_record(&blob, 0x09).is_err());
-        assert!(find_device_record(&[8, 0, 0, 0, 255, 255, 255, 255, 1], 0x09).is_err());
     }
 
     proptest! {

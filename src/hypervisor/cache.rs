@@ -8,23 +8,32 @@
 //! The trap: in COLO the secondary's guest runs and dirties pages the primary never touched. Loading only what
 //! the primary sent would leave those behind; the cache is whole so that they can be put back.
 
-use super::embedded::ram::zeroed;
 use super::{Domain, DomainError};
 use crate::page::{PAGE_SIZE, Pfn};
 
-/// A whole copy of a guest's memory, outside the guest.
+/// Pages that are allocated together.
+const CHUNK_PAGES: u64 = 512;
+const CHUNK_BYTES: usize = CHUNK_PAGES as usize * PAGE_SIZE;
+
+static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+
+/// A whole copy of a guest's memory, outside the guest. Memory the guest never had, such as the hole below 4 GiB
+/// that a small Xen guest's page numbers span, costs nothing.
 #[derive(Debug)]
 pub struct RamCache {
-    bytes: Vec<u8>,
+    chunks: Vec<Option<Box<[u8]>>>,
     nr_pages: u64,
 }
 
 impl RamCache {
-    /// A cache of zero pages. An error when the host has not that much memory.
+    /// A cache of zero pages. An error when the host cannot even hold its table.
     pub fn new(nr_pages: u64) -> Result<Self, DomainError> {
         let refuse = || DomainError::BadConfig(format!("cannot allocate a RAM cache of {nr_pages} pages"));
-        let len = usize::try_from(nr_pages).ok().and_then(|n| n.checked_mul(PAGE_SIZE)).ok_or_else(refuse)?;
-        Ok(Self { bytes: zeroed(len).ok_or_else(refuse)?, nr_pages })
+        let count = usize::try_from(nr_pages.div_ceil(CHUNK_PAGES)).map_err(|_| refuse())?;
+        let mut chunks = Vec::new();
+        chunks.try_reserve_exact(count).map_err(|_| refuse())?;
+        chunks.resize_with(count, || None);
+        Ok(Self { chunks, nr_pages })
     }
 
     /// Size in pages.
@@ -35,21 +44,24 @@ impl RamCache {
 
     /// Replaces a page. Panics when `pfn` is out of range or `page` is not a page: the stream's reader checks.
     pub fn store(&mut self, pfn: Pfn, page: &[u8]) {
-        let at = self.at(pfn);
-        self.bytes[at..at + PAGE_SIZE].copy_from_slice(page);
+        let (chunk, at) = self.at(pfn);
+        let chunk = self.chunks[chunk].get_or_insert_with(|| vec![0; CHUNK_BYTES].into_boxed_slice());
+        chunk[at..at + PAGE_SIZE].copy_from_slice(page);
     }
 
     /// Makes a page zero.
     pub fn store_zero(&mut self, pfn: Pfn) {
-        let at = self.at(pfn);
-        self.bytes[at..at + PAGE_SIZE].fill(0);
+        let (chunk, at) = self.at(pfn);
+        if let Some(chunk) = &mut self.chunks[chunk] {
+            chunk[at..at + PAGE_SIZE].fill(0);
+        }
     }
 
     /// A page as of the last checkpoint.
     #[must_use]
     pub fn page(&self, pfn: Pfn) -> &[u8] {
-        let at = self.at(pfn);
-        &self.bytes[at..at + PAGE_SIZE]
+        let (chunk, at) = self.at(pfn);
+        self.chunks[chunk].as_ref().map_or(&ZERO_PAGE, |chunk| &chunk[at..at + PAGE_SIZE])
     }
 
     /// Writes these pages of the cache into the guest. They count as dirty there afterwards.
@@ -61,8 +73,9 @@ impl RamCache {
         domain.write_pages(pfns, &bytes)
     }
 
-    fn at(&self, pfn: Pfn) -> usize {
+    /// The chunk a page is in, and where its bytes begin there.
+    fn at(&self, pfn: Pfn) -> (usize, usize) {
         assert!(pfn.0 < self.nr_pages, "pfn {:#x} is outside a cache of {:#x} pages", pfn.0, self.nr_pages);
-        pfn.0 as usize * PAGE_SIZE
+        ((pfn.0 / CHUNK_PAGES) as usize, (pfn.0 % CHUNK_PAGES) as usize * PAGE_SIZE)
     }
 }

@@ -14,6 +14,7 @@ pub use cache::RamCache;
 
 use crate::bitmap::Bitmap;
 use crate::page::Pfn;
+use crate::record::RecordError;
 
 /// Why a guest could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +30,9 @@ pub enum DomainError {
     /// The device state cannot belong to this guest.
     #[error("device state refused: {0}")]
     BadDeviceState(String),
+    /// The device state is not the run of records it should be.
+    #[error("device state refused: {0}")]
+    BadRecords(#[from] RecordError),
     /// The operation needs a suspended guest.
     #[error("the guest must be suspended first")]
     NotSuspended,
@@ -46,6 +50,11 @@ pub enum DomainError {
 pub trait Domain: Send {
     /// Size of the guest's memory in pages.
     fn nr_pages(&self) -> u64;
+    /// Adds the pages the guest has to `into`: not every number below [`Self::nr_pages`] need be one.
+    fn present(&mut self, into: &mut Bitmap) -> Result<(), DomainError> {
+        into.set_all();
+        Ok(())
+    }
     /// Stops the guest. On return it executes nothing, emits no frame and writes no block.
     fn suspend(&mut self) -> Result<(), DomainError>;
     /// Lets the guest run on.
@@ -58,11 +67,14 @@ pub trait Domain: Send {
     fn read_pages(&mut self, pfns: &[Pfn], into: &mut Vec<u8>) -> Result<(), DomainError>;
     /// Overwrites `pfns` with `bytes`, one page each. Pages written this way count as dirty.
     fn write_pages(&mut self, pfns: &[Pfn], bytes: &[u8]) -> Result<(), DomainError>;
-    /// Everything of the guest that is not in its pages. Needs a suspended guest.
+    /// Everything of the guest that is not in its pages, as a run of [records](crate::record). Needs a suspended
+    /// guest.
     fn save_devices(&mut self) -> Result<Vec<u8>, DomainError>;
-    /// Replaces everything that is not in the pages. Checks the whole blob before it changes anything.
+    /// Whether a run of records holds all that [`Self::load_devices`] needs. Touches nothing.
+    fn check_devices(&self, run: &[u8]) -> Result<(), DomainError>;
+    /// Replaces everything that is not in the pages. Checks the whole run before it changes anything.
     /// Needs a suspended guest.
-    fn load_devices(&mut self, blob: &[u8]) -> Result<(), DomainError>;
+    fn load_devices(&mut self, run: &[u8]) -> Result<(), DomainError>;
     /// Tells the guest which generation of itself it is, as a VM generation ID does: after a takeover the
     /// guest announces itself and prompts its peers to send again.
     fn set_generation(&mut self, generation: u64) -> Result<(), DomainError>;

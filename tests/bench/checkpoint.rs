@@ -93,6 +93,9 @@ impl Domain for Watched {
     fn save_devices(&mut self) -> Result<Vec<u8>, DomainError> {
         lock(&self.guest).save_devices()
     }
+    fn check_devices(&self, run: &[u8]) -> Result<(), DomainError> {
+        lock(&self.guest).check_devices(run)
+    }
     fn load_devices(&mut self, blob: &[u8]) -> Result<(), DomainError> {
         lock(&self.guest).load_devices(blob)
     }

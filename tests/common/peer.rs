@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use xen_colo::colo::hello::{self, Channel, DiskGeometry, Geometry, Hello, Mode, PROTOCOL_VERSION, Welcome};
 use xen_colo::colo::message::Message;
-use xen_colo::colo::stream::{self, Decoder, Item, RECORD_EMBEDDED_DEVICES, device_record};
+use xen_colo::colo::stream::{self, Decoder, Item};
 use xen_colo::daemon::address::{Address, Link, Listener};
 use xen_colo::daemon::engine_clock;
 use xen_colo::disk::MemoryDisk;
@@ -96,7 +96,7 @@ pub fn first_state() -> (BytesMut, BytesMut) {
     let (mut pages, mut devices) = (BytesMut::new(), BytesMut::new());
     stream::encode_pages(&pfns, &contents, &mut pages);
     stream::encode_pages_end(&mut devices);
-    let blob = device_record(RECORD_EMBEDDED_DEVICES, &guest.save_devices().unwrap());
+    let blob = guest.save_devices().unwrap();
     stream::encode_device_state(&blob, &mut devices);
     (pages, devices)
 }

@@ -158,6 +158,10 @@ impl Domain for SimDomain {
         Ok(devices)
     }
 
+    fn check_devices(&self, run: &[u8]) -> Result<(), DomainError> {
+        self.core().machine.check_devices(run)
+    }
+
     fn load_devices(&mut self, blob: &[u8]) -> Result<(), DomainError> {
         let now = self.now();
         let mut core = self.core();

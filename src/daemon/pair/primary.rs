@@ -18,7 +18,6 @@ use crate::colo::arbiter::{Answer, Ask};
 use crate::colo::hello::Mode;
 use crate::colo::message::Message;
 use crate::colo::primary::{Action, Config, Primary, State};
-use crate::colo::stream::{RECORD_EMBEDDED_DEVICES, device_record};
 use crate::colo::{Cause, Exit, Loss};
 use crate::compare::{self, Output, Proxy};
 use crate::disk::DiskError;
@@ -146,7 +145,11 @@ impl PrimarySide {
         epoch.store(0, Ordering::SeqCst);
         let nr_pages = domain.nr_pages();
         let mut todo = Bitmap::new(nr_pages);
-        todo.set_all();
+        if let Err(error) = domain.present(&mut todo) {
+            let _ = domain.logdirty(false);
+            return Err((domain, error));
+        }
+        let to_copy = todo.count();
         let disk_epoch_base = {
             let mut mirror = lock(&mirror.0);
             mirror.attach(target_is_blank);
@@ -171,7 +174,7 @@ impl PrimarySide {
             output_due: None,
             error: None,
             effects: VecDeque::new(),
-            stats: Stats { copied_pages: (0, nr_pages), ..Stats::default() },
+            stats: Stats { copied_pages: (0, to_copy), ..Stats::default() },
             last_packets: None,
         })
     }
@@ -379,7 +382,7 @@ impl PrimarySide {
             copy.next = last.0 + 1;
             let mut bytes = Vec::with_capacity(pfns.len() * PAGE_SIZE);
             self.domain.read_pages(&pfns, &mut bytes).map_err(|e| e.to_string())?;
-            self.stats.copied_pages.0 = (self.stats.copied_pages.0 + pfns.len() as u64).min(nr_pages);
+            self.stats.copied_pages.0 = (self.stats.copied_pages.0 + pfns.len() as u64).min(self.stats.copied_pages.1);
             self.effects.push_back(Effect::Pages(PageBatch { pfns, bytes }));
             return Ok(());
         }
@@ -516,7 +519,7 @@ impl PrimarySide {
         self.dirty.clear_all();
         self.output_due = None;
         self.stats.pages += self.capture.len() as u64;
-        self.devices = device_record(RECORD_EMBEDDED_DEVICES, &devices);
+        self.devices = devices;
         Ok(())
     }
 

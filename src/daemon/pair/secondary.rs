@@ -16,7 +16,7 @@ use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask};
 use crate::colo::message::Message;
 use crate::colo::secondary::{Action, Config, Secondary, State};
-use crate::colo::stream::{Item, RECORD_EMBEDDED_DEVICES, find_device_record};
+use crate::colo::stream::Item;
 use crate::colo::{Exit, Loss};
 use crate::compare::Rewriter;
 use crate::compare::rewriter::Forward;
@@ -458,7 +458,7 @@ impl SecondarySide {
 
     /// Checks that the staged state can be found whole, and makes the disk's pending epoch the checkpoint.
     fn seal(&mut self) -> Result<(), String> {
-        find_device_record(&self.staged.devices, RECORD_EMBEDDED_DEVICES).map_err(|e| e.to_string())?;
+        self.domain.check_devices(&self.staged.devices).map_err(|e| e.to_string())?;
         lock(&self.replica).seal().map_err(|e| e.to_string())
     }
 
@@ -498,9 +498,7 @@ impl SecondarySide {
         // What these writes dirtied is the checkpoint itself.
         self.domain.take_dirty(&mut self.changed)?;
         self.changed.clear_all();
-        let blob = find_device_record(&load.devices, RECORD_EMBEDDED_DEVICES)
-            .map_err(|e| DomainError::BadDeviceState(e.to_string()))?;
-        self.domain.load_devices(blob)?;
+        self.domain.load_devices(&load.devices)?;
         self.rewriter.checkpoint();
         self.epoch.store(self.machine.epoch(), Ordering::SeqCst);
         self.stats.last_load = (self.clock)() - load.begun;

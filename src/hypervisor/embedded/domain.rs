@@ -233,8 +233,12 @@ impl Domain for Embedded {
         Ok(core.machine.save_devices((self.shared.clock)()))
     }
 
-    fn load_devices(&mut self, blob: &[u8]) -> Result<(), DomainError> {
-        self.stopped()?.machine.load_devices((self.shared.clock)(), blob)
+    fn check_devices(&self, run: &[u8]) -> Result<(), DomainError> {
+        self.shared.core()?.machine.check_devices(run)
+    }
+
+    fn load_devices(&mut self, run: &[u8]) -> Result<(), DomainError> {
+        self.stopped()?.machine.load_devices((self.shared.clock)(), run)
     }
 
     fn set_generation(&mut self, generation: u64) -> Result<(), DomainError> {

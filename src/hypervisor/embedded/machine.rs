@@ -24,6 +24,7 @@ use super::wire::{FRAME_MAX_BYTES, Ip, Mac};
 use crate::clock::Instant;
 use crate::disk::Disk;
 use crate::hypervisor::DomainError;
+use crate::record;
 use std::collections::VecDeque;
 
 /// Frames taken from the receive ring in one step.
@@ -250,16 +251,26 @@ impl Machine {
             .map(|at_us| self.registers.host_instant(at_us))
     }
 
-    /// Everything of the guest that is not in its pages.
+    /// Everything of the guest that is not in its pages, as a run of records.
     #[must_use]
     pub fn save_devices(&self, now: Instant) -> Vec<u8> {
-        super::devices::save(&self.registers, &self.ring, self.ram.nr_pages(), now)
+        let state = super::devices::save(&self.registers, &self.ring, self.ram.nr_pages(), now);
+        let mut run = Vec::with_capacity(state.len() + 16);
+        record::append(record::EMBEDDED_DEVICES, &state, &mut run);
+        run
     }
 
     /// Replaces everything that is not in the pages; guest time goes on from the captured time. Nothing changes
     /// when the blob is refused.
-    pub fn load_devices(&mut self, now: Instant, blob: &[u8]) -> Result<(), DomainError> {
-        (self.registers, self.ring) = super::devices::load(blob, self.ram.nr_pages(), now)?;
+    pub fn load_devices(&mut self, now: Instant, run: &[u8]) -> Result<(), DomainError> {
+        let state = record::find(run, record::EMBEDDED_DEVICES)?;
+        (self.registers, self.ring) = super::devices::load(state, self.ram.nr_pages(), now)?;
         Ok(())
+    }
+
+    /// Whether a run of records could be loaded.
+    pub fn check_devices(&self, run: &[u8]) -> Result<(), DomainError> {
+        let state = record::find(run, record::EMBEDDED_DEVICES)?;
+        super::devices::load(state, self.ram.nr_pages(), Instant::ZERO).map(drop)
     }
 }

@@ -154,7 +154,7 @@ impl Ram {
 }
 
 /// `len` zero bytes, or nothing when the host has not that much memory.
-pub(in crate::hypervisor) fn zeroed(len: usize) -> Option<Vec<u8>> {
+fn zeroed(len: usize) -> Option<Vec<u8>> {
     // Asking first turns an abort into an error; `vec!` then gets pages the host zeroes only when they are touched.
     Vec::<u8>::new().try_reserve_exact(len).ok()?;
     Some(vec![0; len])

@@ -173,6 +173,9 @@ impl Domain for OnlyMemory {
     fn save_devices(&mut self) -> Result<Vec<u8>, DomainError> {
         Ok(Vec::new())
     }
+    fn check_devices(&self, _: &[u8]) -> Result<(), DomainError> {
+        Ok(())
+    }
     fn load_devices(&mut self, _: &[u8]) -> Result<(), DomainError> {
         Ok(())
     }

@@ -136,8 +136,8 @@ proptest! {
             }
         }
         let mut blob = world.machine.save_devices(world.now);
-        // The registers, but for the clock, of which most values are refused.
-        for byte in &mut blob[28..20 + 24 * 8] {
+        // The registers behind the record's header, but for the clock, of which most values are refused.
+        for byte in &mut blob[8 + 28..8 + 20 + 24 * 8] {
             if dice.roll(density.min(40)) == 0 {
                 *byte = dice.roll(256) as u8;
                 changed += 1;

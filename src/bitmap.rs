@@ -75,6 +75,11 @@ impl Bitmap {
         }
     }
 
+    /// The words, for a hypervisor to add bits to. Bits beyond [`Self::bits`] must stay zero.
+    pub fn words_mut(&mut self) -> &mut [u64] {
+        &mut self.words
+    }
+
     /// Moves every page into `into` and leaves this set empty: the CLEAN operation.
     pub fn drain_into(&mut self, into: &mut Self) {
         into.union(self);

@@ -46,6 +46,20 @@ pub enum Command {
     Stop(HostRef),
     /// Serve an arbiter's register to two hosts, on a third machine
     Arbiter(ArbiterArgs),
+    /// Cleans up behind a killed host; started by it
+    #[cfg(feature = "xen")]
+    #[command(hide = true)]
+    Keeper {
+        /// The domain
+        domid: u16,
+    },
+    /// Carries out an order to libxl; started by a host
+    #[cfg(feature = "xen")]
+    #[command(hide = true)]
+    Libxl {
+        /// The order
+        arguments: Vec<String>,
+    },
 }
 
 /// Which host a command is for.
@@ -89,9 +103,12 @@ pub struct HostArgs {
     /// What must be won before going on alone: arbiter, hold, script:PATH, or alone (unsafe, for tests)
     #[arg(long, value_parser = parse_policy, default_value = "arbiter")]
     pub policy: Policy,
-    /// Boot an embedded guest of this name
+    /// Run a guest of this name: an embedded one, or with --xen a domain
     #[arg(long, value_name = "NAME")]
     pub guest: Option<String>,
+    /// The guest is a Xen domain: adopt it if it runs, make it from this xl configuration if not
+    #[arg(long, value_name = "CONFIG", requires = "guest", conflicts_with = "net")]
+    pub xen: Option<PathBuf>,
     /// The guest's memory in MiB
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
     pub guest_mib: u64,

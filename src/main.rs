@@ -9,7 +9,8 @@ use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 use xen_colo::cli::{self, ArbiterArgs, Cli, Command, HostArgs, HostRef, ProtectArgs, StatusArgs};
 use xen_colo::daemon::control::{self, Protect, Request};
-use xen_colo::daemon::host::{self, BootConfig, HostConfig};
+use xen_colo::daemon::host::{self, Boot, BootConfig, HostConfig};
+use xen_colo::daemon::xen::XenBoot;
 use xen_colo::daemon::{arbiter, status};
 use xen_colo::demo;
 
@@ -17,6 +18,12 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_env("XEN_COLO_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    #[cfg(feature = "xen")]
+    match &cli.command {
+        Command::Keeper { domid } => return keep(*domid),
+        Command::Libxl { arguments } => return libxl(arguments),
+        _ => {}
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(cli::EXIT_ENVIRONMENT, &error),
@@ -36,6 +43,27 @@ async fn run(command: Command) -> ExitCode {
         Command::Checkpoint(host) => order(&host, Request::Checkpoint).await,
         Command::Failover(host) => order(&host, Request::Failover).await,
         Command::Stop(host) => order(&host, Request::Stop).await,
+        #[cfg(feature = "xen")]
+        Command::Keeper { .. } | Command::Libxl { .. } => unreachable!("they need no runtime"),
+    }
+}
+
+#[cfg(feature = "xen")]
+fn keep(domid: u16) -> ExitCode {
+    match xen_colo::hypervisor::xen::keeper::keep(domid, &mut std::io::stdin().lock()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(cli::EXIT_FAILED, &format!("clean up domain {domid}: {error}")),
+    }
+}
+
+#[cfg(feature = "xen")]
+fn libxl(arguments: &[String]) -> ExitCode {
+    match xen_colo::hypervisor::xen::toolstack::serve(arguments, &mut std::io::stdin().lock()) {
+        Ok(answer) => {
+            println!("{answer}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(cli::EXIT_FAILED, &error),
     }
 }
 
@@ -49,13 +77,16 @@ async fn host(args: HostArgs) -> ExitCode {
     if let Err(error) = getrandom::fill(&mut seed) {
         return fail(cli::EXIT_ENVIRONMENT, &error);
     }
-    let boot = args.guest.map(|name| BootConfig {
-        name,
-        ram_mib: args.guest_mib,
-        disk_mib: args.disk_mib,
-        mac: demo::GUEST_MAC,
-        ip: demo::GUEST_IP,
-        diverge_percent: args.diverge,
+    let boot = args.guest.map(|name| match args.xen {
+        Some(config) => Boot::Xen(XenBoot { name, config, disk_bytes: args.disk_mib << 20 }),
+        None => Boot::Embedded(BootConfig {
+            name,
+            ram_mib: args.guest_mib,
+            disk_mib: args.disk_mib,
+            mac: demo::GUEST_MAC,
+            ip: demo::GUEST_IP,
+            diverge_percent: args.diverge,
+        }),
     });
     let config = HostConfig {
         name: args.name,

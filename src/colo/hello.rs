@@ -88,6 +88,18 @@ pub struct Geometry {
     pub ip: [u8; 4],
     /// How often, in percent, an embedded guest's responses differ between its two copies.
     pub diverge_percent: u8,
+    /// What a Xen domain is made from; absent for an embedded guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xen: Option<XenShape>,
+}
+
+/// The shape of a Xen domain.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct XenShape {
+    /// Its configuration, as libxl writes it.
+    pub config: serde_json::Value,
+    /// Memory it really has, in pages: its page numbers span more.
+    pub ram_pages: u64,
 }
 
 /// The connector's word.
@@ -230,6 +242,7 @@ pub(crate) mod tests {
                 mac: [2, 0, 0, 0, 0, 2],
                 ip: [10, 77, 0, 2],
                 diverge_percent: 0,
+                xen: None,
             },
             heartbeat_interval_ms: 100,
             heartbeat_misses: 3,

@@ -31,7 +31,7 @@ pub struct GuestQueue {
 }
 
 impl GuestQueue {
-    fn push(&self, epoch: u64, frame: &[u8]) {
+    pub(super) fn push(&self, epoch: u64, frame: &[u8]) {
         let mut guard = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
         if guard.1 + frame.len() > TRANSMIT_RING_BYTES {
             return;
@@ -74,6 +74,8 @@ pub struct Guest {
     pub mirror: MirrorHandle,
     /// The disk on the secondary.
     pub replica: Option<Arc<Mutex<Replica>>>,
+    /// What serves its devices, and ends with it.
+    pub attachments: Vec<Box<dyn std::any::Any + Send>>,
 }
 
 impl std::fmt::Debug for Guest {
@@ -91,6 +93,9 @@ pub enum GuestError {
     /// Its disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// The hypervisor's toolstack, or what attaches the guest's devices.
+    #[error("{0}")]
+    Toolstack(String),
     /// More memory than the host has.
     #[error("{what} needs {need_mib} MiB, this host has {have_mib} MiB free; use a smaller --guest-mib")]
     Memory {
@@ -143,6 +148,7 @@ impl Guest {
             epoch,
             mirror,
             replica: None,
+            attachments: Vec::new(),
         })
     }
 
@@ -157,14 +163,7 @@ impl Guest {
     ) -> Result<(Self, bool), GuestError> {
         // The guest and the cache of its last checkpoint.
         check_memory("standing by for the guest", geometry.nr_pages.saturating_mul(2))?;
-        let size_bytes = geometry.disks.first().map_or(0, |disk| disk.size_bytes);
-        let is_blank = !image.exists();
-        let base = FileDisk::open_or_create(image, size_bytes)?;
-        if base.size_bytes() != size_bytes {
-            let (path, have_bytes) = (image.to_owned(), base.size_bytes());
-            return Err(GuestError::DiskSize { path, have_bytes, need_bytes: size_bytes });
-        }
-        let replica = Arc::new(Mutex::new(Replica::new(Box::new(base), epochs)));
+        let (replica, is_blank) = replica(geometry, image, epochs)?;
         let machine = MachineConfig {
             ram_pages: geometry.nr_pages,
             mac: geometry.mac,
@@ -184,18 +183,35 @@ impl Guest {
             epoch,
             mirror: mirror(Box::new(GuestView(replica.clone()))),
             replica: Some(replica),
+            attachments: Vec::new(),
         };
         Ok((guest, is_blank))
     }
 }
 
-fn mirror(disk: Box<dyn Disk>) -> MirrorHandle {
+pub(super) fn mirror(disk: Box<dyn Disk>) -> MirrorHandle {
     MirrorHandle(Arc::new(Mutex::new(Mirror::new(disk, MIRROR_QUEUE_BYTES))))
+}
+
+/// The replica of a guest's disk on an image, and whether the image is new, and so all zero.
+pub(super) fn replica(
+    geometry: &Geometry,
+    image: &Path,
+    epochs: ReplicaConfig,
+) -> Result<(Arc<Mutex<Replica>>, bool), GuestError> {
+    let size_bytes = geometry.disks.first().map_or(0, |disk| disk.size_bytes);
+    let is_blank = !image.exists();
+    let base = FileDisk::open_or_create(image, size_bytes)?;
+    if base.size_bytes() != size_bytes {
+        let (path, have_bytes) = (image.to_owned(), base.size_bytes());
+        return Err(GuestError::DiskSize { path, have_bytes, need_bytes: size_bytes });
+    }
+    Ok((Arc::new(Mutex::new(Replica::new(Box::new(base), epochs))), is_blank))
 }
 
 fn geometry(config: &MachineConfig, disks: Vec<DiskGeometry>) -> Geometry {
     let MachineConfig { ram_pages, mac, ip, diverge_percent, .. } = *config;
-    Geometry { nr_pages: ram_pages, disks, mac, ip, diverge_percent }
+    Geometry { nr_pages: ram_pages, disks, mac, ip, diverge_percent, xen: None }
 }
 
 /// The sink of a guest's NIC: tags each frame where it is emitted.
@@ -205,7 +221,7 @@ fn transmit(queue: &Arc<GuestQueue>, epoch: &Arc<AtomicU64>) -> Transmit {
 }
 
 /// Refuses what the host's free memory cannot hold; allocating it would succeed and then kill somebody.
-fn check_memory(what: &'static str, pages: u64) -> Result<(), GuestError> {
+pub(super) fn check_memory(what: &'static str, pages: u64) -> Result<(), GuestError> {
     let need_mib = pages.saturating_mul(PAGE_SIZE as u64) >> 20;
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let available_kib = meminfo

@@ -20,6 +20,7 @@ use super::frames::{FrameReader, FrameWriter};
 use super::guest::{DISK_NAME, Guest, GuestError};
 use super::links::{self, Outgoing, Side, outbox};
 use super::nbd::{self, ServeError};
+use super::xen::{self, Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
 use crate::colo::hello::{self, Channel, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome};
@@ -37,6 +38,8 @@ use tokio::sync::{mpsc, oneshot};
 
 /// How long a hello or a welcome may take.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
+/// How long the first welcome may take: the peer makes a domain with all its devices before it.
+const ROOM_DEADLINE: Duration = Duration::from_secs(60);
 /// Connections that may be greeted at once.
 const GREETINGS_MAX: usize = 32;
 /// Time between two attempts to reach the switch.
@@ -44,7 +47,16 @@ const SWITCH_RETRY: Duration = Duration::from_millis(50);
 /// The feature a secondary names when its disk is new and all zero.
 const BLANK_DISK: &str = "blank-disk";
 
-/// A guest to boot at the start.
+/// What runs here from the start.
+#[derive(Clone, Debug)]
+pub enum Boot {
+    /// An embedded guest.
+    Embedded(BootConfig),
+    /// A Xen domain, made or adopted.
+    Xen(XenBoot),
+}
+
+/// An embedded guest to boot at the start.
 #[derive(Clone, Debug)]
 pub struct BootConfig {
     /// Its name.
@@ -83,7 +95,7 @@ pub struct HostConfig {
     /// What must be won before going on alone.
     pub policy: Policy,
     /// The guest to boot.
-    pub boot: Option<BootConfig>,
+    pub boot: Option<Boot>,
     /// Seeds the guest's hardware randomness on this host.
     pub entropy_seed: u64,
 }
@@ -129,6 +141,7 @@ struct Shared {
     config: HostConfig,
     vacant: Arc<AtomicBool>,
     host: mpsc::Sender<HostInput>,
+    wire: Wire,
 }
 
 /// Runs a host until it is told to stop. `ready` is called when its sockets are open.
@@ -145,12 +158,13 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         run_dir: config.run_dir.clone(),
         source,
     })?;
-    let guest = boot(&config)?;
+    let (network_sender, network_in) = mpsc::channel(1024);
+    let wire = Wire::new(network_sender.clone());
+    let guest = boot(&config, &wire).await?;
 
     let (control_sender, control_receiver) = mpsc::channel(16);
     let (protect_sender, mut protects) = mpsc::channel::<(Protect, oneshot::Sender<Reply>)>(1);
     let (host_sender, host_receiver) = mpsc::channel(1);
-    let (network_sender, network_in) = mpsc::channel(1024);
     let (network_out, network_outgoing) = outbox();
     let vacant = Arc::new(AtomicBool::new(guest.is_none()));
     let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone()));
@@ -182,8 +196,10 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     tokio::spawn(control::serve(control, control_sender));
     if let Some(net) = config.net.clone() {
         tokio::spawn(switch_port(net, network_sender, network_outgoing));
+    } else {
+        tokio::spawn(wire.clone().carry(network_outgoing));
     }
-    let shared = Arc::new(Shared { config, vacant, host: host_sender });
+    let shared = Arc::new(Shared { config, vacant, host: host_sender, wire });
     // Before anybody is told that it runs, and may order its end.
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
     ready(&listener.local_address().unwrap_or_else(|_| shared.config.listen.clone()));
@@ -216,8 +232,33 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     Ok(())
 }
 
-fn boot(config: &HostConfig) -> Result<Option<Guest>, HostError> {
-    let Some(boot) = &config.boot else { return Ok(None) };
+async fn boot(config: &HostConfig, wire: &Wire) -> Result<Option<Guest>, HostError> {
+    match &config.boot {
+        None => Ok(None),
+        Some(Boot::Embedded(boot)) => boot_embedded(config, boot).map(Some),
+        Some(Boot::Xen(boot)) => {
+            refuse_lost_guest(config, &boot.name).await?;
+            let guest = xen::boot(boot, &config.disk, wire).await;
+            guest.map(Some).map_err(|source| HostError::Guest { name: boot.name.clone(), source })
+        }
+    }
+}
+
+/// A domain that is found running may be the copy that lost, behind a host process that was killed: what it says must
+/// not reach the network.
+async fn refuse_lost_guest(config: &HostConfig, guest: &str) -> Result<(), HostError> {
+    let Some(arbiter) = &config.arbiter else { return Ok(()) };
+    let refuse = |why: String| HostError::Guest { name: guest.to_owned(), source: GuestError::Toolstack(why) };
+    let register = arbiter.query(guest).await.map_err(|e| refuse(format!("{e}; nobody can tell who has the guest")))?;
+    if register.generation > 0 && register.holder != config.name {
+        let why =
+            format!("host {} holds generation {}; the guest is not this host's", register.holder, register.generation);
+        return Err(refuse(why));
+    }
+    Ok(())
+}
+
+fn boot_embedded(config: &HostConfig, boot: &BootConfig) -> Result<Guest, HostError> {
     let machine = MachineConfig {
         ram_pages: boot.ram_mib.saturating_mul(256),
         mac: boot.mac,
@@ -227,7 +268,6 @@ fn boot(config: &HostConfig) -> Result<Option<Guest>, HostError> {
     };
     let disk_bytes = boot.disk_mib.saturating_mul(1 << 20);
     Guest::boot(&boot.name, &machine, &config.disk, disk_bytes, 0)
-        .map(Some)
         .map_err(|source| HostError::Guest { name: boot.name.clone(), source })
 }
 
@@ -329,6 +369,7 @@ async fn claim(config: &HostConfig, guest: &str) -> Result<u64, String> {
 
 /// Says hello and reads the welcome.
 async fn introduce(mut link: Link, word: Hello) -> Result<(Link, Welcome), String> {
+    let deadline = if word.channel == Channel::Colo { ROOM_DEADLINE } else { HELLO_DEADLINE };
     let mut out = BytesMut::new();
     hello::encode(&word, &mut out);
     let exchange = async {
@@ -336,11 +377,11 @@ async fn introduce(mut link: Link, word: Hello) -> Result<(Link, Welcome), Strin
         // The peer says nothing more until it is spoken to, except NBD's greeting: read no byte beyond the welcome.
         read_word::<Welcome>(&mut link).await
     };
-    let welcome = match tokio::time::timeout(HELLO_DEADLINE, exchange).await {
+    let welcome = match tokio::time::timeout(deadline, exchange).await {
         Ok(Ok(welcome)) => welcome,
         Ok(Err(GreetError::Io(error))) => return Err(format!("the peer hung up on a hello: {error}")),
         Ok(Err(GreetError::Hello(error))) => return Err(error.to_string()),
-        Err(_) => return Err(format!("the peer did not answer a hello within {HELLO_DEADLINE:?}")),
+        Err(_) => return Err(format!("the peer did not answer a hello within {deadline:?}")),
     };
     match welcome.refused {
         Some(why) => Err(format!("the peer refused: {why}")),
@@ -410,27 +451,29 @@ async fn greet_all(listener: Listener, shared: Arc<Shared>) {
                     tracing::warn!(peer = %session.hello.from, "a session did not complete");
                 }
             }
-            Ok(Some((mut link, word))) => match welcome(&shared, session.as_ref(), &word) {
-                Err(why) => {
-                    tracing::warn!(peer = %word.from, reason = %why, "refused");
-                    answer(&mut link, &why, &shared.config.name).await;
-                }
-                Ok(made) => {
-                    let blank = made.as_ref().is_some_and(|(_, is_blank)| *is_blank);
-                    let welcome = Welcome {
-                        protocol: PROTOCOL_VERSION,
-                        from: shared.config.name.clone(),
-                        refused: None,
-                        features: if blank { vec![BLANK_DISK.into()] } else { vec![] },
-                    };
-                    let mut out = BytesMut::new();
-                    hello::encode(&welcome, &mut out);
-                    if link.write_all(&out).await.is_ok() {
-                        let guest = made.map(|(guest, _)| Box::new(guest));
-                        take(&shared, &mut session, link, word, guest).await;
+            Ok(Some((mut link, word))) => {
+                match welcome(&shared, session.as_ref().map(|session| session.hello.session), &word).await {
+                    Err(why) => {
+                        tracing::warn!(peer = %word.from, reason = %why, "refused");
+                        answer(&mut link, &why, &shared.config.name).await;
+                    }
+                    Ok(made) => {
+                        let blank = made.as_ref().is_some_and(|(_, is_blank)| *is_blank);
+                        let welcome = Welcome {
+                            protocol: PROTOCOL_VERSION,
+                            from: shared.config.name.clone(),
+                            refused: None,
+                            features: if blank { vec![BLANK_DISK.into()] } else { vec![] },
+                        };
+                        let mut out = BytesMut::new();
+                        hello::encode(&welcome, &mut out);
+                        if link.write_all(&out).await.is_ok() {
+                            let guest = made.map(|(guest, _)| Box::new(guest));
+                            take(&shared, &mut session, link, word, guest).await;
+                        }
                     }
                 }
-            },
+            }
         }
     }
 }
@@ -445,14 +488,14 @@ async fn answer(link: &mut Link, why: &str, from: &str) {
 
 /// Decides on a hello. For a COLO hello it makes the room the guest needs, so that a host without it says so to
 /// the primary and not only to its own log.
-fn welcome(shared: &Shared, session: Option<&Session>, word: &Hello) -> Result<Option<(Guest, bool)>, String> {
+async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<Option<(Guest, bool)>, String> {
     word.check().map_err(|error| error.to_string())?;
     let config = &shared.config;
     if word.from == config.name {
         return Err(format!("both hosts are called {}; an arbiter could not tell them apart", word.from));
     }
     if word.channel != Channel::Colo {
-        let known = session.is_some_and(|session| session.hello.session == word.session);
+        let known = session == Some(word.session);
         return if known { Ok(None) } else { Err("this link belongs to no session".into()) };
     }
     if !shared.vacant.load(Ordering::SeqCst) {
@@ -465,9 +508,11 @@ fn welcome(shared: &Shared, session: Option<&Session>, word: &Hello) -> Result<O
         spill_dir: Some(spill_dir),
         ..ReplicaConfig::default()
     };
-    Guest::stand_by(&word.guest, &word.geometry, &config.disk, epochs, config.entropy_seed)
-        .map(Some)
-        .map_err(|error| format!("host {}: {error}", config.name))
+    let made = match &word.geometry.xen {
+        Some(_) => xen::stand_by(&word.guest, &word.geometry, word.mode, &config.disk, epochs, &shared.wire).await,
+        None => Guest::stand_by(&word.guest, &word.geometry, &config.disk, epochs, config.entropy_seed),
+    };
+    made.map(Some).map_err(|error| format!("host {}: {error}", config.name))
 }
 
 /// Keeps a welcomed link with its session, and starts the engine's part when all four are there.

@@ -23,6 +23,11 @@ pub mod nbd;
 pub mod pair;
 pub mod status;
 pub mod switch;
+#[cfg(feature = "xen")]
+pub mod xen;
+#[cfg(not(feature = "xen"))]
+#[path = "no_xen.rs"]
+pub mod xen;
 
 use crate::clock::Instant;
 use std::sync::LazyLock;

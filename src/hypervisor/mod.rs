@@ -2,13 +2,17 @@
 //!
 //! [`Domain`] is all that replication asks of a hypervisor. It blocks, it owns its buffers, and it knows
 //! nothing of checkpoints. Users run two implementations of it: [`embedded`], which needs no hypervisor at
-//! all, and (with the Xen issue) the adapter over libxc.
+//! all, and `xen` (with the feature of that name), a domain of a real host.
 //!
 //! The trap: `suspend` must be complete when it returns. A guest that still emits one frame or one disk write
 //! after the caller marked the epoch has output in an epoch whose state does not explain it.
 
 pub mod cache;
 pub mod embedded;
+#[cfg(feature = "xen")]
+pub mod vmstate;
+#[cfg(feature = "xen")]
+pub mod xen;
 
 pub use cache::RamCache;
 
@@ -39,6 +43,9 @@ pub enum DomainError {
     /// The guest is gone.
     #[error("the guest has stopped")]
     Gone,
+    /// The hypervisor, or what runs the guest's devices, refused something.
+    #[error("{0}")]
+    Hypervisor(String),
     /// The guest cannot be built with this configuration.
     #[error("{0}")]
     BadConfig(String),
@@ -59,6 +66,14 @@ pub trait Domain: Send {
     fn suspend(&mut self) -> Result<(), DomainError>;
     /// Lets the guest run on.
     fn resume(&mut self) -> Result<(), DomainError>;
+    /// Stops the guest for good: the other host has it now.
+    fn stop(&mut self) -> Result<(), DomainError> {
+        self.suspend()
+    }
+    /// Whether the guest can run as two copies in lock-step; if not, why, and what to do.
+    fn lockstep(&mut self) -> Result<(), DomainError> {
+        Ok(())
+    }
     /// Switches dirty logging. Switching it on starts from an empty log.
     fn logdirty(&mut self, on: bool) -> Result<(), DomainError>;
     /// Adds the pages written since the last call to `into`, and forgets them (log-dirty CLEAN).

@@ -48,6 +48,7 @@ pub fn hello_of(name: &str, channel: Channel, session: u64) -> Hello {
             mac: [2, 0, 0, 0, 0, 2],
             ip: [10, 77, 0, 2],
             diverge_percent: 0,
+            xen: None,
         },
         heartbeat_interval_ms: 10_000,
         heartbeat_misses: 10,

@@ -139,7 +139,8 @@ impl PrimarySide {
         clock: Clock,
         target_is_blank: bool,
     ) -> Result<Self, (Box<dyn Domain>, DomainError)> {
-        if let Err(error) = domain.logdirty(true) {
+        let fits = if config.mode == Mode::Colo { domain.lockstep() } else { Ok(()) };
+        if let Err(error) = fits.and_then(|()| domain.logdirty(true)) {
             return Err((domain, error));
         }
         epoch.store(0, Ordering::SeqCst);
@@ -475,7 +476,7 @@ impl PrimarySide {
             Action::Ask(ask) => self.effects.push_back(Effect::Ask(ask)),
             Action::GoOn { generation } => self.go_on(generation),
             Action::StopGuest => {
-                let _ = self.domain.suspend();
+                let _ = self.domain.stop();
                 self.last_packets = Some(self.proxy.stats());
                 self.proxy = Proxy::open();
                 lock(&self.mirror.0).detach();

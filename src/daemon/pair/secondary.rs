@@ -445,7 +445,7 @@ impl SecondarySide {
                 Action::TakeOver { generation } => self.take_over(now, generation),
                 Action::StopGuest => {
                     self.running = false;
-                    let _ = self.domain.suspend();
+                    let _ = self.domain.stop();
                     self.load = None;
                     if let Err(error) = lock(&self.replica).stop() {
                         self.error.get_or_insert(error.to_string());

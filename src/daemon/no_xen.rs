@@ -1,0 +1,61 @@
+//! In the place of `xen` in a program that was built without it: it says so.
+
+use super::engine::NetworkFrame;
+use super::guest::{Guest, GuestError};
+use super::links::Outgoing;
+use crate::colo::hello::{Geometry, Mode};
+use crate::replica::epochs::ReplicaConfig;
+use bytes::Bytes;
+use std::path::{Path, PathBuf};
+use tokio::sync::mpsc;
+
+/// A Xen guest to run at the start.
+#[derive(Clone, Debug)]
+pub struct XenBoot {
+    /// Its name.
+    pub name: String,
+    /// xl's configuration.
+    pub config: PathBuf,
+    /// The size of its disk.
+    pub disk_bytes: u64,
+}
+
+/// The network's end of a NIC that no guest has.
+#[derive(Clone, Debug)]
+pub struct Wire;
+
+impl Wire {
+    /// A wire that nothing is plugged into.
+    #[must_use]
+    pub fn new(_: mpsc::Sender<Bytes>) -> Self {
+        Self
+    }
+
+    /// Drops what is sent.
+    pub async fn carry(self, mut frames_out: Outgoing<NetworkFrame>) {
+        while let Some((bytes, _)) = frames_out.recv().await {
+            frames_out.written(bytes);
+        }
+    }
+}
+
+fn absent<T>() -> Result<T, GuestError> {
+    Err(GuestError::Toolstack("this xl-colo was built without Xen; build it with: cargo build --features xen".into()))
+}
+
+/// Refuses.
+pub async fn boot(_: &XenBoot, _: &Path, _: &Wire) -> Result<Guest, GuestError> {
+    absent()
+}
+
+/// Refuses.
+pub async fn stand_by(
+    _: &str,
+    _: &Geometry,
+    _: Mode,
+    _: &Path,
+    _: ReplicaConfig,
+    _: &Wire,
+) -> Result<(Guest, bool), GuestError> {
+    absent()
+}

@@ -1,0 +1,344 @@
+//! A Xen domain with its host-side devices.
+//!
+//! ```text
+//!   guest's NIC   vifD.0 (netback) or vifD.0-emu (device model)  ◀── AF_PACKET ──▶ queue, Domain::receive_frame
+//!   the network   cnD.0, one end of a veth whose other is in the bridge   ◀── AF_PACKET ──▶ Wire
+//!   guest's disk  /dev/nbdN (block-colo) or the device model's own client ◀── NBD, Unix socket ──▶ mirror or replica
+//! ```
+//!
+//! The hotplug scripts `vif-colo` and `block-colo` make the left-hand sides when libxl attaches the device, on the
+//! secondary too, long before a takeover. The trap is the epoch of a frame: it must not be older than the emission.
+//! The reader takes a frame first and looks at the epoch then; a frame that waited in between counts as newer, and is
+//! only released later.
+
+use super::address::{Address, Listener};
+use super::engine::NetworkFrame;
+use super::engine_clock;
+use super::guest::{DISK_NAME, Guest, GuestError, GuestQueue, check_memory, mirror, replica};
+use super::links::{Outgoing, lock};
+use super::nbd;
+use crate::colo::hello::{DiskGeometry, Geometry, Mode, XenShape};
+use crate::disk::{Disk, FileDisk};
+use crate::hypervisor::Domain;
+use crate::hypervisor::xen::{Model, Parts, StateImage, XenDomain, toolstack};
+use crate::replica::epochs::{GuestView, ReplicaConfig};
+use ::xen::packet::PacketSocket;
+use ::xen::qmp::DeviceModel;
+use ::xen::{DomId, Interface, Store};
+use bytes::Bytes;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+
+/// Where guests' disks are served: the hotplug scripts and domain configurations name it.
+pub const SOCKET_DIR: &str = "/run/xen-colo";
+/// The export of the device-model state.
+const STATE_NAME: &str = "state";
+/// How long a device may take to appear after the domain is made: the hotplug script has run by then.
+const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a reader waits for a frame before it looks whether it is to end.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A Xen guest to run at the start.
+#[derive(Clone, Debug)]
+pub struct XenBoot {
+    /// Its name.
+    pub name: String,
+    /// xl's configuration, for a guest that does not run yet.
+    pub config: PathBuf,
+    /// The size of its disk, when the image is made.
+    pub disk_bytes: u64,
+}
+
+/// The socket of a guest's disk.
+#[must_use]
+pub fn disk_socket(guest: &str) -> PathBuf {
+    Path::new(SOCKET_DIR).join(format!("{guest}.{DISK_NAME}.nbd"))
+}
+
+/// The spellings under which a domain's configuration names our disk: `block-colo`'s, and the device model's.
+fn our_disks(guest: &str) -> Vec<String> {
+    let socket = disk_socket(guest);
+    vec![format!("{guest}/{DISK_NAME}"), format!("nbd:unix:{}:exportname={DISK_NAME}", socket.display())]
+}
+
+/// The network's end of the guest's NIC, which is plugged in when there is a guest.
+#[derive(Clone, Debug)]
+pub struct Wire {
+    device: Arc<Mutex<Option<Arc<PacketSocket>>>>,
+    frames_in: mpsc::Sender<Bytes>,
+}
+
+impl Wire {
+    /// A wire that nothing is plugged into; frames of the network will go to `frames_in`.
+    #[must_use]
+    pub fn new(frames_in: mpsc::Sender<Bytes>) -> Self {
+        Self { device: Arc::default(), frames_in }
+    }
+
+    /// Sends what the engine releases, as long as it does.
+    pub async fn carry(self, mut frames_out: Outgoing<NetworkFrame>) {
+        while let Some((bytes, NetworkFrame { until, frame })) = frames_out.recv().await {
+            if until.is_none_or(|until| engine_clock() < until)
+                && let Some(device) = lock(&self.device).clone()
+            {
+                // A full queue drops, as any network does.
+                let _ = device.send(&frame);
+            }
+            frames_out.written(bytes);
+        }
+    }
+
+    fn plug(&self, name: &str) -> Result<Reader, GuestError> {
+        let socket = Arc::new(open(name)?);
+        *lock(&self.device) = Some(socket.clone());
+        let frames_in = self.frames_in.clone();
+        Reader::start(socket, "network", move |frame| _ = frames_in.try_send(Bytes::copy_from_slice(frame)))
+    }
+}
+
+/// A thread that reads frames until it is dropped.
+struct Reader {
+    stop: Arc<AtomicBool>,
+}
+
+impl Reader {
+    fn start(
+        socket: Arc<PacketSocket>,
+        name: &str,
+        mut take: impl FnMut(&[u8]) + Send + 'static,
+    ) -> Result<Self, GuestError> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let run = move || {
+            let mut frames = Vec::new();
+            while !stopped.load(Ordering::Relaxed) {
+                match socket.recv(LOOK, &mut frames) {
+                    Ok(()) => frames.drain(..).for_each(|frame: Vec<u8>| take(&frame)),
+                    Err(error) => {
+                        // The device is gone: the domain was destroyed, or its script took it away.
+                        tracing::warn!(%error, "a device of the guest is gone");
+                        return;
+                    }
+                }
+            }
+        };
+        std::thread::Builder::new()
+            .name(name.into())
+            .spawn(run)
+            .map_err(|e| GuestError::Toolstack(format!("start a reader: {e}")))?;
+        Ok(Self { stop })
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A task that ends when it is dropped, and the socket it serves.
+struct Served {
+    task: AbortHandle,
+    socket: PathBuf,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.task.abort();
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+/// Serves a disk on a Unix socket.
+async fn export<D: Disk + Clone + 'static>(socket: &Path, name: &'static str, disk: D) -> Result<Served, GuestError> {
+    let failed = |e: std::io::Error| GuestError::Toolstack(format!("serve {}: {e}", socket.display()));
+    std::fs::create_dir_all(SOCKET_DIR).map_err(failed)?;
+    let listener = Address::Unix(socket.to_owned()).listen().await.map_err(failed)?;
+    let task = tokio::spawn(serve_all(listener, name, disk)).abort_handle();
+    Ok(Served { task, socket: socket.to_owned() })
+}
+
+async fn serve_all<D: Disk + Clone + 'static>(listener: Listener, name: &'static str, disk: D) {
+    while let Ok(link) = listener.accept().await {
+        let disk = disk.clone();
+        tokio::spawn(async move {
+            if let Err(error) = nbd::serve_connection(link, name.to_owned(), Box::new(disk)).await {
+                tracing::warn!(%error, name, "a client of a guest's disk");
+            }
+        });
+    }
+}
+
+fn open(name: &str) -> Result<PacketSocket, GuestError> {
+    PacketSocket::open(name).map_err(|e| {
+        let why = format!("network device {name}: {e}; the guest's vif must have script=vif-colo");
+        GuestError::Toolstack(why)
+    })
+}
+
+/// What every attached guest has, whichever side it is on.
+struct Attached {
+    xen: Interface,
+    domid: DomId,
+    queue: Arc<GuestQueue>,
+    epoch: Arc<AtomicU64>,
+    nic: Option<PacketSocket>,
+    model: Option<Model>,
+    attachments: Vec<Box<dyn std::any::Any + Send>>,
+}
+
+/// Joins a domain's devices to this process.
+async fn attach(guest: &str, domid: DomId, config: &serde_json::Value, wire: &Wire) -> Result<Attached, GuestError> {
+    let toolstack = |e: &dyn std::fmt::Display| GuestError::Toolstack(e.to_string());
+    let xen = Interface::open().map_err(|e| toolstack(&e))?;
+    let is_hvm = config["c_info"]["type"] == "hvm";
+    let (queue, epoch) = (Arc::<GuestQueue>::default(), Arc::new(AtomicU64::new(0)));
+    let mut attachments: Vec<Box<dyn std::any::Any + Send>> = Vec::new();
+    let mut nic = None;
+    if !toolstack::macs(config).is_empty() {
+        let device = if is_hvm { format!("vif{}.0-emu", domid.0) } else { format!("vif{}.0", domid.0) };
+        appears(&device).await?;
+        let socket = Arc::new(open(&device)?);
+        nic = Some(socket.try_clone().map_err(|e| toolstack(&e))?);
+        let (sink, tag) = (queue.clone(), epoch.clone());
+        // The frame first, and its epoch then.
+        let reader = Reader::start(socket, "guest-nic", move |frame| sink.push(tag.load(Ordering::SeqCst), frame))?;
+        attachments.push(Box::new(reader));
+        attachments.push(Box::new(wire.plug(&format!("cn{}.0", domid.0))?));
+    }
+    let model = if is_hvm {
+        let qmp = DeviceModel::connect(domid).map_err(|e| toolstack(&e))?;
+        let (image, socket) = (StateImage::default(), Path::new(SOCKET_DIR).join(format!("{guest}.{STATE_NAME}.nbd")));
+        attachments.push(Box::new(export(&socket, STATE_NAME, image.clone()).await?));
+        Some(Model { qmp, image, socket, export: STATE_NAME.into() })
+    } else {
+        None
+    };
+    Ok(Attached { xen, domid, queue, epoch, nic, model, attachments })
+}
+
+async fn appears(device: &str) -> Result<(), GuestError> {
+    let path = Path::new("/sys/class/net").join(device);
+    let found = async {
+        while !path.exists() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let waited = tokio::time::timeout(DEVICE_DEADLINE, found).await;
+    waited.map_err(|_| GuestError::Toolstack(format!("network device {device} did not appear; see xl dmesg")))
+}
+
+/// Runs a guest, or adopts one that runs.
+pub async fn boot(boot: &XenBoot, image: &Path, wire: &Wire) -> Result<Guest, GuestError> {
+    let toolstack = |e: &dyn std::fmt::Display| GuestError::Toolstack(e.to_string());
+    let disk = FileDisk::open_or_create(image, boot.disk_bytes)?;
+    let disks = vec![DiskGeometry { name: DISK_NAME.into(), size_bytes: disk.size_bytes() }];
+    let mirror = mirror(Box::new(disk));
+    // Before the domain: its devices are opened when it is made.
+    let served = export(&disk_socket(&boot.name), DISK_NAME, mirror.clone()).await?;
+    let store = Store::open().map_err(|e| toolstack(&e))?;
+    let by_name = || store.by_name(&boot.name).map_err(|e| toolstack(&e));
+    let domid = match by_name()? {
+        Some(domid) => domid,
+        None => {
+            create(&boot.config).await?;
+            by_name()?.ok_or(GuestError::Toolstack(format!(
+                "{} does not make a domain called {}; give --guest the name it has there",
+                boot.config.display(),
+                boot.name
+            )))?
+        }
+    };
+    let config = blocking(|| toolstack::config(domid))?;
+    let mut attached = attach(&boot.name, domid, &config, wire).await?;
+    attached.attachments.push(Box::new(served));
+    let info = attached.xen.domain_info(domid).map_err(|e| toolstack(&e))?;
+    let ram_pages = info.map_or(0, |info| info.total_pages);
+    let mac = toolstack::macs(&config).first().copied().unwrap_or_default();
+    let obstacle = obstacle(&boot.name, &config);
+    let Attached { xen, domid, queue, epoch, nic, model, attachments } = attached;
+    let domain = XenDomain::running(Parts { xen, domid, model, nic, obstacle })?;
+    let geometry = Geometry {
+        nr_pages: domain.nr_pages(),
+        disks,
+        mac,
+        ip: [0; 4],
+        diverge_percent: 0,
+        xen: Some(XenShape { config, ram_pages }),
+    };
+    let (name, domain) = (boot.name.clone(), Some(Box::new(domain) as Box<dyn Domain>));
+    Ok(Guest { name, geometry, domain, queue, epoch, mirror, replica: None, attachments })
+}
+
+/// Why a guest of this configuration cannot be protected, if it cannot.
+fn obstacle(guest: &str, config: &serde_json::Value) -> Option<String> {
+    let foreign = toolstack::foreign_disks(config, &our_disks(guest));
+    if !foreign.is_empty() {
+        let why = format!(
+            "writes to {} would be lost: give each disk script=block-colo,target={guest}/{DISK_NAME} (see the sample \
+             configurations), or detach it",
+            foreign.join(", ")
+        );
+        return Some(why);
+    }
+    let nics = config["nics"].as_array().map_or(0, Vec::len);
+    (nics > 1).then(|| format!("it has {nics} NICs, and only one can be protected: the others' output would not wait"))
+}
+
+async fn create(config: &Path) -> Result<(), GuestError> {
+    let output = tokio::process::Command::new("xl").arg("create").arg("-q").arg(config).output().await;
+    let output = output.map_err(|e| GuestError::Toolstack(format!("run xl: {e}")))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(GuestError::Toolstack(format!("xl create {}: {}", config.display(), said.trim())))
+}
+
+fn blocking<T>(order: impl FnOnce() -> Result<T, String>) -> Result<T, GuestError> {
+    tokio::task::block_in_place(order).map_err(GuestError::Toolstack)
+}
+
+/// Makes room for a Xen guest that a primary will send: a paused domain with all its devices, and a replica.
+pub async fn stand_by(
+    name: &str,
+    geometry: &Geometry,
+    mode: Mode,
+    image: &Path,
+    epochs: ReplicaConfig,
+    wire: &Wire,
+) -> Result<(Guest, bool), GuestError> {
+    let shape = geometry.xen.as_ref().ok_or(GuestError::Toolstack("this is no Xen guest".into()))?;
+    // The cache of its last checkpoint; the guest's own memory is Xen's to find.
+    check_memory("standing by for the guest", shape.ram_pages)?;
+    let (replica, is_blank) = replica(geometry, image, epochs)?;
+    let served = export(&disk_socket(name), DISK_NAME, GuestView(replica.clone())).await?;
+    let domid = blocking(|| toolstack::create_incoming(name, &shape.config))?;
+    let mut attached = match attach(name, domid, &shape.config, wire).await {
+        Ok(attached) => attached,
+        Err(error) => {
+            let _ = blocking(|| toolstack::destroy(domid));
+            return Err(error);
+        }
+    };
+    attached.attachments.push(Box::new(served));
+    let Attached { xen, domid, queue, epoch, nic, model, attachments } = attached;
+    let parts = Parts { xen, domid, model, nic, obstacle: None };
+    let nr_pages = geometry.nr_pages;
+    let domain = tokio::task::block_in_place(|| XenDomain::standing_by(parts, name, nr_pages, mode == Mode::Colo))?;
+    let guest = Guest {
+        name: name.to_owned(),
+        geometry: geometry.clone(),
+        domain: Some(Box::new(domain)),
+        queue,
+        epoch,
+        mirror: mirror(Box::new(GuestView(replica.clone()))),
+        replica: Some(replica),
+        attachments,
+    };
+    Ok((guest, is_blank))
+}

@@ -1,0 +1,96 @@
+//! Who cleans up when this process is killed: a child that outlives it.
+//!
+//! ```text
+//!   xl-colo ──── pipe: 'S' it stands, 'R' it runs, 'K' keep it stopped ────▶ xl-colo keeper DOMID
+//!      ╳ kill -9                                    end of file ──▶ log-dirty off, run on if it stood for a capture
+//! ```
+//!
+//! A guest that is killed with its protector half-way through a capture would stand for ever, with its memory
+//! write-protected. It runs on without its proxy, so nothing it says leaves the host: the secondary has its place.
+//! The trap: a signal to the process group must not reach the keeper, so it has a group of its own.
+
+use ::xen::qmp::DeviceModel;
+use ::xen::{DomId, Error, Interface, LogDirty, Store};
+use std::io::{self, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+/// The command of this program that keeps.
+pub const COMMAND: &str = "keeper";
+
+/// The parent's end.
+#[derive(Debug)]
+pub struct Keeper {
+    child: Child,
+}
+
+impl Keeper {
+    /// Starts a keeper for a domain.
+    pub fn start(domid: DomId) -> io::Result<Self> {
+        let child = Command::new(std::env::current_exe()?)
+            .args([COMMAND, &domid.0.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        Ok(Self { child })
+    }
+
+    /// The guest is about to be stopped for a capture, or runs again.
+    pub fn standing(&mut self, stands: bool) {
+        self.say(if stands { b'S' } else { b'R' });
+    }
+
+    /// The guest is to stay stopped, whatever happens to this process.
+    pub fn keep_stopped(&mut self) {
+        self.say(b'K');
+    }
+
+    fn say(&mut self, word: u8) {
+        // A keeper that is gone can only be replaced by the next protection.
+        let said = self.child.stdin.as_mut().map(|pipe| pipe.write_all(&[word]));
+        if !matches!(said, Some(Ok(()))) {
+            tracing::warn!("the keeper is gone: after a kill of this process log-dirty may stay on");
+        }
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        // End of file: it finds nothing left to do, and goes.
+        drop(self.child.stdin.take());
+        let _ = self.child.wait();
+    }
+}
+
+/// The child's part: waits for its parent's end, then cleans up.
+pub fn keep(domid: u16, words: &mut impl Read) -> Result<(), Error> {
+    let domid = DomId(domid);
+    let mut stands = b'R';
+    let mut word = [0];
+    while words.read_exact(&mut word).is_ok() {
+        stands = word[0];
+    }
+    let xen = Interface::open()?;
+    let Some(info) = xen.domain_info(domid)? else { return Ok(()) };
+    LogDirty::off(&xen, domid)?;
+    let model = DeviceModel::connect(domid).ok();
+    let mut model = model.filter(|_| info.hvm);
+    if let Some(model) = &mut model {
+        let _ = model.global_dirty_log(false);
+    }
+    if stands != b'S' {
+        return Ok(());
+    }
+    if let Some(model) = &mut model {
+        let _ = model.cont();
+    }
+    if info.shutdown.is_some() {
+        xen.resume_cooperative(domid)?;
+        return Store::open()?.resume_domain(domid);
+    }
+    if info.paused {
+        xen.unpause(domid)?;
+    }
+    Ok(())
+}

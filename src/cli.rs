@@ -221,6 +221,32 @@ pub struct DemoArgs {
     /// Print one JSON object instead of the report
     #[arg(long)]
     pub json: bool,
+    /// Use real Xen hosts that this program (scripts/nested/nested) boots and kills
+    #[arg(long, value_name = "SCRIPT", hide = true, conflicts_with_all = ["serve", "diverge"])]
+    pub nested: Option<PathBuf>,
+    /// The Xen guest
+    #[arg(long, value_enum, default_value = "pvh", hide = true)]
+    pub guest: NestedGuest,
+}
+
+/// A guest of the nested hosts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum NestedGuest {
+    /// With PV drivers and no device model.
+    Pvh,
+    /// Without PV drivers.
+    Hvm,
+}
+
+impl NestedGuest {
+    /// The domain's name, and its configuration's.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pvh => "pvh",
+            Self::Hvm => "hvm",
+        }
+    }
 }
 
 /// Which host dies in the demo.

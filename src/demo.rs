@@ -11,17 +11,21 @@
 //! so each host follows its standard input, which closes with this process.
 
 pub mod client;
+mod nested;
 mod pair;
 pub mod report;
 
 use crate::cli::{DemoArgs, EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_LOST, Victim};
+use crate::colo::hello::Mode;
 use crate::daemon::status::{Protection, Status};
 use crate::daemon::unix_us;
 use client::{ClientConfig, Live};
 use indicatif::{ProgressBar, ProgressStyle};
+use nested::Nested;
 use pair::{Pair, PairConfig, PairError};
 use report::DemoReport;
 use std::io::IsTerminal;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,21 +40,58 @@ pub const GUEST_IP: [u8; 4] = [10, 77, 0, 2];
 /// How long the first copy may take.
 const SYNC_DEADLINE: Duration = Duration::from_secs(120);
 /// How long the survivor may take to go on.
-const TAKEOVER_DEADLINE: Duration = Duration::from_secs(20);
+const TAKEOVER_DEADLINE: Duration = Duration::from_secs(30);
 /// Time between two looks at a host's status.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
+/// Two hosts, one of which runs a guest, and all that is around them.
+trait World {
+    /// Where clients connect.
+    fn address(&self) -> SocketAddr;
+    /// A host's process.
+    fn pid(&self, name: &str) -> u32;
+    /// Frames the switch refused from a host that lost.
+    fn fenced_frames(&self) -> u64;
+    /// What a host says of itself.
+    async fn status(&self, name: &str) -> Result<Status, PairError>;
+    /// Begins to protect the guest of host a with host b.
+    async fn protect(&self, mode: Mode) -> Result<(), PairError>;
+    /// SIGKILL, and the end of the process.
+    async fn kill(&mut self, name: &str) -> Result<(), PairError>;
+    /// When the survivor noticed the kill, by our clock, in µs since 1970.
+    fn noticed_at_us(&self, survivor: &Status) -> Option<u64>;
+    /// The run failed: keeps what may tell why.
+    async fn failed(&self);
+    /// Ends everything and removes its files.
+    async fn end(&mut self);
+}
+
 /// Runs the demo.
 pub async fn run(args: &DemoArgs) -> ExitCode {
-    let config = PairConfig { guest_mib: args.guest_mib, diverge_percent: args.diverge, serve: args.serve };
+    match &args.nested {
+        Some(script) => tell(args, Nested::start(script.clone(), args)).await,
+        None => {
+            let config = PairConfig { guest_mib: args.guest_mib, diverge_percent: args.diverge, serve: args.serve };
+            tell(args, Pair::start(&config)).await
+        }
+    }
+}
+
+async fn tell<W: World>(args: &DemoArgs, start: impl Future<Output = Result<W, PairError>>) -> ExitCode {
     let result = async {
-        let mut pair = Pair::start(&config).await?;
+        let mut pair = tokio::select! {
+            started = start => started?,
+            () = interrupted() => return Ok(EXIT_FAILED),
+        };
         let story =
             async { if args.serve.is_some() { serve(args, &pair).await } else { kill_one(args, &mut pair).await } };
         let outcome = tokio::select! {
             outcome = story => outcome,
             () = interrupted() => Ok(if args.serve.is_some() { 0 } else { EXIT_FAILED }),
         };
+        if !matches!(outcome, Ok(0)) {
+            pair.failed().await;
+        }
         pair.end().await;
         outcome
     };
@@ -78,7 +119,7 @@ fn say(line: impl std::fmt::Display) {
     eprintln!("{line}");
 }
 
-async fn protect(args: &DemoArgs, pair: &Pair) -> Result<(), PairError> {
+async fn protect(args: &DemoArgs, pair: &impl World) -> Result<(), PairError> {
     say(format_args!("protecting the guest: {} mode, {} MiB of memory", args.mode, args.guest_mib));
     pair.protect(args.mode).await?;
     let begun = Instant::now();
@@ -111,11 +152,13 @@ async fn protect(args: &DemoArgs, pair: &Pair) -> Result<(), PairError> {
 }
 
 /// The whole story: load, protection, kill, survivor, verification.
-async fn kill_one(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
+async fn kill_one(args: &DemoArgs, pair: &mut impl World) -> Result<u8, PairError> {
     let live = Arc::new(Live::default());
     let (stop, stopped) = watch::channel(false);
-    let config =
-        ClientConfig { short_connections_parallel: 4, pause_between_ms: 4, keys_max: 100_000, seed: unix_us() };
+    // An emulated machine is slow, and its guest's disk small.
+    let (short_connections_parallel, pause_between_ms, keys_max) =
+        if args.nested.is_some() { (1, 50, 2_000) } else { (4, 4, 100_000) };
+    let config = ClientConfig { short_connections_parallel, pause_between_ms, keys_max, seed: unix_us() };
     let load = tokio::spawn(client::run(pair.address(), stopped, config, live.clone()));
     say(format_args!("a guest runs on host a; a client works on it through {}", pair.address()));
     protect(args, pair).await?;
@@ -151,7 +194,7 @@ async fn kill_one(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
 
     // What the primary counted: its own last word, which for a killed one is the one before the kill.
     let counted = if args.kill == Victim::Primary { before } else { after.clone() };
-    let detected_us = after.lost_at_unix_us.map(|at| at.saturating_sub(killed_at_us));
+    let detected_us = pair.noticed_at_us(&after).map(|at| at.saturating_sub(killed_at_us));
     let takeover = live.takeover().map(|takeover| (takeover + reaped_after).as_secs_f64() * 1000.0);
     let mut failures = client.failures;
     failures.extend(verified.failures);
@@ -204,7 +247,7 @@ async fn kill_one(args: &DemoArgs, pair: &mut Pair) -> Result<u8, PairError> {
 }
 
 /// Shows the pair at work for a while, and returns the primary's last word.
-async fn watch_pair(pair: &Pair, live: &Live, time: Duration) -> Result<Status, PairError> {
+async fn watch_pair(pair: &impl World, live: &Live, time: Duration) -> Result<Status, PairError> {
     let until = Instant::now() + time;
     let mut said_at = Instant::now();
     loop {
@@ -227,7 +270,7 @@ async fn watch_pair(pair: &Pair, live: &Live, time: Duration) -> Result<Status, 
 }
 
 /// Leaves the pair to the user: their curl, their kill.
-async fn serve(args: &DemoArgs, pair: &Pair) -> Result<u8, PairError> {
+async fn serve(args: &DemoArgs, pair: &impl World) -> Result<u8, PairError> {
     protect(args, pair).await?;
     let address = pair.address();
     say(format_args!("the guest answers at http://{address}/  (try: curl -T FILE http://{address}/k/NAME)"));

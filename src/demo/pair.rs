@@ -1,6 +1,6 @@
 //! The demo's world: two hosts as child processes, and the switch, the edge and the arbiter between them.
 
-use super::{GUEST_IP, client};
+use super::{GUEST_IP, World, client};
 use crate::colo::hello::{Mode, ResumeOrder};
 use crate::daemon::address::Address;
 use crate::daemon::arbiter::{self, OnGrant};
@@ -157,37 +157,31 @@ impl Pair {
         answered.map_err(|why| PairError::Failed(format!("the guest does not answer: {why}")))
     }
 
-    /// Where clients connect.
-    #[must_use]
-    pub(super) fn address(&self) -> SocketAddr {
-        self.edge.local_addr
-    }
-
-    /// A host's process.
-    #[must_use]
-    pub(super) fn pid(&self, name: &str) -> u32 {
-        self.hosts.iter().find(|host| host.name == name).map_or(0, |host| host.pid)
-    }
-
-    /// Frames the switch refused from a host that lost.
-    #[must_use]
-    pub(super) fn fenced_frames(&self) -> u64 {
-        self.switch.stats().iter().map(|port| port.fenced_frames).sum()
-    }
-
     async fn ask(&self, name: &str, request: &Request) -> Result<serde_json::Value, PairError> {
         let socket = control::socket_path(&self.dir, name);
         control::ask(&socket, request).await.map_err(|e| PairError::Failed(format!("host {name}: {e}")))
     }
+}
 
-    /// What a host says of itself.
-    pub(super) async fn status(&self, name: &str) -> Result<Status, PairError> {
+impl World for Pair {
+    fn address(&self) -> SocketAddr {
+        self.edge.local_addr
+    }
+
+    fn pid(&self, name: &str) -> u32 {
+        self.hosts.iter().find(|host| host.name == name).map_or(0, |host| host.pid)
+    }
+
+    fn fenced_frames(&self) -> u64 {
+        self.switch.stats().iter().map(|port| port.fenced_frames).sum()
+    }
+
+    async fn status(&self, name: &str) -> Result<Status, PairError> {
         let status = self.ask(name, &Request::Status).await?;
         serde_json::from_value(status).map_err(|e| PairError::Failed(format!("host {name}: {e}")))
     }
 
-    /// Begins to protect the guest of host a with host b.
-    pub(super) async fn protect(&self, mode: Mode) -> Result<(), PairError> {
+    async fn protect(&self, mode: Mode) -> Result<(), PairError> {
         let peer = self.hosts.iter().find(|host| host.name == "b").map(|host| host.address.clone()).unwrap_or_default();
         let protect = Protect {
             peer,
@@ -200,14 +194,18 @@ impl Pair {
         self.ask("a", &Request::Protect(protect)).await.map(drop)
     }
 
-    /// SIGKILL, and the end of the process.
-    pub(super) async fn kill(&mut self, name: &str) -> Result<(), PairError> {
+    async fn kill(&mut self, name: &str) -> Result<(), PairError> {
         let Some(host) = self.hosts.iter_mut().find(|host| host.name == name) else { return Ok(()) };
         host.child.kill().await.map_err(|e| PairError::Failed(format!("kill host {name}: {e}")))
     }
 
-    /// Ends everything and removes its files.
-    pub(super) async fn end(&mut self) {
+    fn noticed_at_us(&self, survivor: &Status) -> Option<u64> {
+        survivor.lost_at_unix_us
+    }
+
+    async fn failed(&self) {}
+
+    async fn end(&mut self) {
         for host in &mut self.hosts {
             let _ = host.child.kill().await;
         }
@@ -223,7 +221,7 @@ impl Drop for Pair {
 }
 
 /// The fence at the network: who wins a generation after the first has the guest's MAC to itself.
-fn fence_loser(switch: &Arc<Switch>) -> OnGrant {
+pub(super) fn fence_loser(switch: &Arc<Switch>) -> OnGrant {
     let switch = Arc::downgrade(switch);
     Arc::new(move |claim| {
         let (Some(switch), true) = (switch.upgrade(), claim.expected > 0) else { return };

@@ -9,7 +9,7 @@
 //! The hotplug scripts `vif-colo` and `block-colo` make the left-hand sides when libxl attaches the device, on the
 //! secondary too, long before a takeover. The trap is the epoch of a frame: it must not be older than the emission.
 //! The reader takes a frame first and looks at the epoch then; a frame that waited in between counts as newer, and is
-//! only released later.
+//! only released later. A suspend takes what is there itself, so that little counts as newer.
 
 use super::address::{Address, Listener};
 use super::engine::NetworkFrame;
@@ -20,7 +20,7 @@ use super::nbd;
 use crate::colo::hello::{DiskGeometry, Geometry, Mode, XenShape};
 use crate::disk::{Disk, FileDisk};
 use crate::hypervisor::Domain;
-use crate::hypervisor::xen::{Model, Parts, StateImage, XenDomain, toolstack};
+use crate::hypervisor::xen::{Model, Nic, Parts, StateImage, XenDomain, toolstack};
 use crate::replica::epochs::{GuestView, ReplicaConfig};
 use ::xen::packet::PacketSocket;
 use ::xen::qmp::DeviceModel;
@@ -68,7 +68,7 @@ fn our_disks(guest: &str) -> Vec<String> {
 /// The network's end of the guest's NIC, which is plugged in when there is a guest.
 #[derive(Clone, Debug)]
 pub struct Wire {
-    device: Arc<Mutex<Option<Arc<PacketSocket>>>>,
+    device: Arc<Mutex<Option<Arc<Device>>>>,
     frames_in: mpsc::Sender<Bytes>,
 }
 
@@ -86,43 +86,78 @@ impl Wire {
                 && let Some(device) = lock(&self.device).clone()
             {
                 // A full queue drops, as any network does.
-                let _ = device.send(&frame);
+                let _ = device.socket.send(&frame);
             }
             frames_out.written(bytes);
         }
     }
 
     fn plug(&self, name: &str) -> Result<Reader, GuestError> {
-        let socket = Arc::new(open(name)?);
-        *lock(&self.device) = Some(socket.clone());
         let frames_in = self.frames_in.clone();
-        Reader::start(socket, "network", move |frame| _ = frames_in.try_send(Bytes::copy_from_slice(frame)))
+        let device = Arc::new(Device {
+            socket: open(name)?,
+            // A full channel drops, as a full ring does.
+            take: Mutex::new(Box::new(move |frame| _ = frames_in.try_send(frame.into()))),
+        });
+        *lock(&self.device) = Some(device.clone());
+        Reader::start(device, "network")
     }
 }
 
-/// A thread that reads frames until it is dropped.
+type Take = Box<dyn FnMut(Vec<u8>) + Send>;
+
+/// A network device of this host.
+struct Device {
+    socket: PacketSocket,
+    /// Whoever reads holds it, so that what was read is also taken before the next reader sees nothing.
+    take: Mutex<Take>,
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device").field("socket", &self.socket).finish_non_exhaustive()
+    }
+}
+
+impl Device {
+    /// Takes everything there is.
+    fn read(&self) -> std::io::Result<()> {
+        let mut take = lock(&self.take);
+        let mut frames = Vec::new();
+        while self.socket.recv(Duration::ZERO, &mut frames)? {
+            frames.drain(..).for_each(&mut **take);
+        }
+        Ok(())
+    }
+}
+
+impl Nic for Device {
+    fn send(&self, frame: &[u8]) -> bool {
+        self.socket.send(frame).is_ok()
+    }
+
+    fn drain(&self) {
+        // Its reader says what is wrong with a device.
+        let _ = self.read();
+    }
+}
+
+/// A thread that reads a device until it is dropped.
 struct Reader {
     stop: Arc<AtomicBool>,
 }
 
 impl Reader {
-    fn start(
-        socket: Arc<PacketSocket>,
-        name: &str,
-        mut take: impl FnMut(&[u8]) + Send + 'static,
-    ) -> Result<Self, GuestError> {
+    fn start(device: Arc<Device>, name: &str) -> Result<Self, GuestError> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let run = move || {
-            let mut frames = Vec::new();
             while !stopped.load(Ordering::Relaxed) {
-                match socket.recv(LOOK, &mut frames) {
-                    Ok(()) => frames.drain(..).for_each(|frame: Vec<u8>| take(&frame)),
-                    Err(error) => {
-                        // The device is gone: the domain was destroyed, or its script took it away.
-                        tracing::warn!(%error, "a device of the guest is gone");
-                        return;
-                    }
+                let read = device.socket.wait(LOOK).and_then(|some| if some { device.read() } else { Ok(()) });
+                if let Err(error) = read {
+                    // The device is gone: the domain was destroyed, or its script took it away.
+                    tracing::warn!(%error, "a network device of the guest is gone");
+                    return;
                 }
             }
         };
@@ -186,7 +221,7 @@ struct Attached {
     domid: DomId,
     queue: Arc<GuestQueue>,
     epoch: Arc<AtomicU64>,
-    nic: Option<PacketSocket>,
+    nic: Option<Arc<dyn Nic>>,
     model: Option<Model>,
     attachments: Vec<Box<dyn std::any::Any + Send>>,
 }
@@ -202,12 +237,12 @@ async fn attach(guest: &str, domid: DomId, config: &serde_json::Value, wire: &Wi
     if !toolstack::macs(config).is_empty() {
         let device = if is_hvm { format!("vif{}.0-emu", domid.0) } else { format!("vif{}.0", domid.0) };
         appears(&device).await?;
-        let socket = Arc::new(open(&device)?);
-        nic = Some(socket.try_clone().map_err(|e| toolstack(&e))?);
         let (sink, tag) = (queue.clone(), epoch.clone());
         // The frame first, and its epoch then.
-        let reader = Reader::start(socket, "guest-nic", move |frame| sink.push(tag.load(Ordering::SeqCst), frame))?;
-        attachments.push(Box::new(reader));
+        let take: Take = Box::new(move |frame| sink.push(tag.load(Ordering::SeqCst), &frame));
+        let device = Arc::new(Device { socket: open(&device)?, take: Mutex::new(take) });
+        attachments.push(Box::new(Reader::start(device.clone(), "guest-nic")?));
+        nic = Some(device as Arc<dyn Nic>);
         attachments.push(Box::new(wire.plug(&format!("cn{}.0", domid.0))?));
     }
     let model = if is_hvm {

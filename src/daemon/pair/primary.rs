@@ -36,8 +36,8 @@ const CONVERGED_PAGES: u64 = 512;
 const COPY_ROUNDS_MAX: u32 = 8;
 /// Pages that may become dirty between finding room for a capture and the suspend, before the room is too small.
 const ROOM_MARGIN_PAGES: usize = 256;
-/// How long Remus lets output wait before it asks for a checkpoint.
-pub const OUTPUT_DELAY_DEFAULT: Duration = Duration::from_millis(5);
+/// How long Remus lets output wait before it asks for a checkpoint, at least.
+const OUTPUT_DELAY: Duration = Duration::from_millis(5);
 
 /// What the driver has to send or do.
 #[derive(Debug)]
@@ -117,7 +117,7 @@ pub struct PrimarySide {
     capture: PageBatch,
     devices: Vec<u8>,
     suspended_at: Option<Instant>,
-    output_delay: Duration,
+    last_pause: Duration,
     output_due: Option<Instant>,
     generation: u64,
     error: Option<String>,
@@ -171,7 +171,7 @@ impl PrimarySide {
             capture: PageBatch::default(),
             devices: Vec::new(),
             suspended_at: None,
-            output_delay: OUTPUT_DELAY_DEFAULT,
+            last_pause: Duration::ZERO,
             output_due: None,
             error: None,
             effects: VecDeque::new(),
@@ -266,7 +266,8 @@ impl PrimarySide {
             return;
         }
         if self.mode == Mode::Remus && self.machine.is_replicating() && epoch == self.machine.epoch() {
-            self.output_due.get_or_insert(now + self.output_delay);
+            // A guest that takes long to stop must not be stopped most of the time.
+            self.output_due.get_or_insert(now + OUTPUT_DELAY.max(self.last_pause));
         }
         self.proxy.handle_primary(now, epoch, frame);
         self.pump(now);
@@ -527,7 +528,8 @@ impl PrimarySide {
     fn resume(&mut self) -> Result<(), DomainError> {
         self.domain.resume()?;
         if let Some(begun) = self.suspended_at.take() {
-            self.stats.pause.add((self.clock)() - begun);
+            self.last_pause = (self.clock)() - begun;
+            self.stats.pause.add(self.last_pause);
         }
         Ok(())
     }

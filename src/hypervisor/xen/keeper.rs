@@ -55,10 +55,10 @@ impl Keeper {
     }
 }
 
+/// Whoever drops it has cleaned up, and may have stopped the guest on purpose: it must not do so too.
 impl Drop for Keeper {
     fn drop(&mut self) {
-        // End of file: it finds nothing left to do, and goes.
-        drop(self.child.stdin.take());
+        let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }

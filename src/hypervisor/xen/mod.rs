@@ -28,7 +28,6 @@ use crate::bitmap::Bitmap;
 use crate::disk::{self, Disk, DiskError};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, Pfn};
 use ::xen::hvm::{self, MsrSet};
-use ::xen::packet::PacketSocket;
 use ::xen::qmp::DeviceModel;
 use ::xen::{Access, DomId, ForeignMemory, Interface, LogDirty, PageCache, Store, SuspendChannel};
 use keeper::Keeper;
@@ -38,7 +37,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How long a guest may take to suspend itself; libxl gives it 60 s, and then the guest is long gone.
-const SUSPEND_DEADLINE: Duration = Duration::from_secs(10);
+const SUSPEND_DEADLINE: Duration = Duration::from_secs(8);
 /// Pages kept mapped: 1 GiB.
 const MAPPED_PAGES_MAX: usize = 1 << 18;
 /// `SHUTDOWN_suspend` (xen `public/sched.h`).
@@ -99,6 +98,15 @@ pub struct Model {
     pub export: String,
 }
 
+/// The guest's end of its NIC.
+pub trait Nic: Send + Sync + std::fmt::Debug {
+    /// Sends a frame to the guest; false when it could not be taken.
+    fn send(&self, frame: &[u8]) -> bool;
+    /// Takes every frame that the guest has emitted so far. A suspend ends with it: what is taken later is tagged
+    /// with a later epoch.
+    fn drain(&self);
+}
+
 /// What a [`XenDomain`] is made of.
 #[derive(Debug)]
 pub struct Parts {
@@ -108,8 +116,8 @@ pub struct Parts {
     pub domid: DomId,
     /// The device model of an HVM guest.
     pub model: Option<Model>,
-    /// The guest's end of its NIC: its vif, or its device model's tap.
-    pub nic: Option<PacketSocket>,
+    /// Its vif, or its device model's tap.
+    pub nic: Option<Arc<dyn Nic>>,
     /// Why it cannot be protected, if its devices are the reason.
     pub obstacle: Option<String>,
 }
@@ -343,6 +351,9 @@ impl Domain for XenDomain {
             self.pause()?;
             self.state = State::Paused;
         }
+        if let Some(nic) = &self.parts.nic {
+            nic.drain();
+        }
         Ok(())
     }
 
@@ -496,7 +507,7 @@ impl Domain for XenDomain {
 
     fn receive_frame(&mut self, frame: &[u8]) -> bool {
         // What a full ring drops, a client sends again.
-        self.parts.nic.as_ref().is_some_and(|nic| nic.send(frame).is_ok())
+        self.parts.nic.as_ref().is_some_and(|nic| nic.send(frame))
     }
 }
 

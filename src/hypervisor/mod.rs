@@ -9,6 +9,7 @@
 
 pub mod cache;
 pub mod embedded;
+pub mod vmstate;
 
 pub use cache::RamCache;
 

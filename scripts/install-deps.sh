@@ -5,7 +5,7 @@ set -euo pipefail
 
 # Each command, and the package it comes from.
 readonly TOOLS=(cc:gcc curl:curl qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils
-	nbdkit:nbdkit nbdinfo:libnbd-bin nbdcopy:libnbd-bin shellcheck:shellcheck)
+	qemu-system-x86_64:qemu-system-x86 nbdkit:nbdkit nbdinfo:libnbd-bin nbdcopy:libnbd-bin shellcheck:shellcheck)
 
 missing_packages() {
 	local tool

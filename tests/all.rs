@@ -7,6 +7,7 @@
 mod cli;
 mod common;
 mod demo;
+mod device_model;
 mod full_disk;
 mod garbage;
 mod hang;

@@ -12,6 +12,7 @@
 //! | [`libxl`] | domains as `xl` makes them |
 //! | [`hvm`] | the HVM context blob, without Xen |
 //! | [`refuse`] | which domains cannot be protected, and why |
+//! | [`qmp`] | the device model, by its monitor |
 //! | [`packet`] | whole frames of a network interface |
 //!
 //! Guards release on drop and never panic there. Every handle is `Send`: any thread may use it, one at a time
@@ -30,6 +31,7 @@ pub mod libxl;
 mod logdirty;
 mod memory;
 pub mod packet;
+pub mod qmp;
 pub mod refuse;
 mod resume;
 mod state;

@@ -230,7 +230,7 @@ impl PacketSocket {
         Ok(Some((VnetHeader::parse(&header), vlan_of(&message))))
     }
 
-    fn poll(&self, timeout: Duration) -> io::Result<bool> {
+    pub fn poll(&self, timeout: Duration) -> io::Result<bool> {
         let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let millis = c_int::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(c_int::MAX);
         // SAFETY: one entry.

@@ -22,5 +22,6 @@ host a 'rm -f /run/xen-colo/pvh.disk0.sock'
 serve_disk a pvh
 refused 'there is no bridge nowhere' 's#bridge=xenbr0#bridge=nowhere#'
 holds "a failed creation leaves no nbd device behind" wait_until 20 host a '[[ ! -e /sys/block/nbd0/pid ]]'
+# shellcheck disable=SC2016 # for dom0 to expand
 holds "nor a veth" host a '[[ -z $(ls /sys/class/net | grep "^c[bn][0-9]") ]]'
 unserve_disk a pvh

@@ -19,8 +19,8 @@ use super::links::{Outgoing, lock};
 use super::nbd;
 use crate::colo::hello::{DiskGeometry, Geometry, Mode, XenShape};
 use crate::disk::{Disk, FileDisk};
-use crate::hypervisor::Domain;
-use crate::hypervisor::xen::{Model, Nic, Parts, StateImage, XenDomain, toolstack};
+use crate::hypervisor::xen::{Nic, Parts, XenDomain, toolstack};
+use crate::hypervisor::{self, Domain};
 use crate::replica::epochs::{GuestView, ReplicaConfig};
 use ::xen::packet::PacketSocket;
 use ::xen::qmp::DeviceModel;
@@ -35,8 +35,6 @@ use tokio::task::AbortHandle;
 
 /// Where guests' disks are served: the hotplug scripts and domain configurations name it.
 pub const SOCKET_DIR: &str = "/run/xen-colo";
-/// The export of the device-model state.
-const STATE_NAME: &str = "state";
 /// How long a device may take to appear after the domain is made: the hotplug script has run by then.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a reader waits for a frame before it looks whether it is to end.
@@ -97,14 +95,14 @@ impl Wire {
         let device = Arc::new(Device {
             socket: open(name)?,
             // A full channel drops, as a full ring does.
-            take: Mutex::new(Box::new(move |frame| _ = frames_in.try_send(frame.into()))),
+            take: Mutex::new(Box::new(move |frame| _ = frames_in.try_send(Bytes::copy_from_slice(frame)))),
         });
         *lock(&self.device) = Some(device.clone());
         Reader::start(device, "network")
     }
 }
 
-type Take = Box<dyn FnMut(Vec<u8>) + Send>;
+type Take = Box<dyn FnMut(&[u8]) + Send>;
 
 /// A network device of this host.
 struct Device {
@@ -115,7 +113,7 @@ struct Device {
 
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Device").field("socket", &self.socket).finish_non_exhaustive()
+        f.debug_struct("Device").finish_non_exhaustive()
     }
 }
 
@@ -123,11 +121,16 @@ impl Device {
     /// Takes everything there is.
     fn read(&self) -> std::io::Result<()> {
         let mut take = lock(&self.take);
-        let mut frames = Vec::new();
-        while self.socket.recv(Duration::ZERO, &mut frames)? {
-            frames.drain(..).for_each(&mut **take);
+        let mut frame = Vec::new();
+        loop {
+            match self.socket.recv(Duration::ZERO, &mut frame) {
+                Ok(Some(_)) => take(&frame),
+                Ok(None) => return Ok(()),
+                // Nothing that could be sent on: its sender will find it lost.
+                Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {}
+                Err(error) => return Err(error),
+            }
         }
-        Ok(())
     }
 }
 
@@ -153,7 +156,7 @@ impl Reader {
         let stopped = stop.clone();
         let run = move || {
             while !stopped.load(Ordering::Relaxed) {
-                let read = device.socket.wait(LOOK).and_then(|some| if some { device.read() } else { Ok(()) });
+                let read = device.socket.poll(LOOK).and_then(|some| if some { device.read() } else { Ok(()) });
                 if let Err(error) = read {
                     // The device is gone: the domain was destroyed, or its script took it away.
                     tracing::warn!(%error, "a network device of the guest is gone");
@@ -222,12 +225,12 @@ struct Attached {
     queue: Arc<GuestQueue>,
     epoch: Arc<AtomicU64>,
     nic: Option<Arc<dyn Nic>>,
-    model: Option<Model>,
+    model: Option<DeviceModel>,
     attachments: Vec<Box<dyn std::any::Any + Send>>,
 }
 
 /// Joins a domain's devices to this process.
-async fn attach(guest: &str, domid: DomId, config: &serde_json::Value, wire: &Wire) -> Result<Attached, GuestError> {
+async fn attach(domid: DomId, config: &serde_json::Value, wire: &Wire) -> Result<Attached, GuestError> {
     let toolstack = |e: &dyn std::fmt::Display| GuestError::Toolstack(e.to_string());
     let xen = Interface::open().map_err(|e| toolstack(&e))?;
     let is_hvm = config["c_info"]["type"] == "hvm";
@@ -239,20 +242,13 @@ async fn attach(guest: &str, domid: DomId, config: &serde_json::Value, wire: &Wi
         appears(&device).await?;
         let (sink, tag) = (queue.clone(), epoch.clone());
         // The frame first, and its epoch then.
-        let take: Take = Box::new(move |frame| sink.push(tag.load(Ordering::SeqCst), &frame));
+        let take: Take = Box::new(move |frame| sink.push(tag.load(Ordering::SeqCst), frame));
         let device = Arc::new(Device { socket: open(&device)?, take: Mutex::new(take) });
         attachments.push(Box::new(Reader::start(device.clone(), "guest-nic")?));
         nic = Some(device as Arc<dyn Nic>);
         attachments.push(Box::new(wire.plug(&format!("cn{}.0", domid.0))?));
     }
-    let model = if is_hvm {
-        let qmp = DeviceModel::connect(domid).map_err(|e| toolstack(&e))?;
-        let (image, socket) = (StateImage::default(), Path::new(SOCKET_DIR).join(format!("{guest}.{STATE_NAME}.nbd")));
-        attachments.push(Box::new(export(&socket, STATE_NAME, image.clone()).await?));
-        Some(Model { qmp, image, socket, export: STATE_NAME.into() })
-    } else {
-        None
-    };
+    let model = if is_hvm { Some(hypervisor::xen::device_model(domid)?) } else { None };
     Ok(Attached { xen, domid, queue, epoch, nic, model, attachments })
 }
 
@@ -289,7 +285,7 @@ pub async fn boot(boot: &XenBoot, image: &Path, wire: &Wire) -> Result<Guest, Gu
         }
     };
     let config = blocking(|| toolstack::config(domid))?;
-    let mut attached = attach(&boot.name, domid, &config, wire).await?;
+    let mut attached = attach(domid, &config, wire).await?;
     attached.attachments.push(Box::new(served));
     let info = attached.xen.domain_info(domid).map_err(|e| toolstack(&e))?;
     let ram_pages = info.map_or(0, |info| info.total_pages);
@@ -353,7 +349,7 @@ pub async fn stand_by(
     let (replica, is_blank) = replica(geometry, image, epochs)?;
     let served = export(&disk_socket(name), DISK_NAME, GuestView(replica.clone())).await?;
     let domid = blocking(|| toolstack::create_incoming(name, &shape.config))?;
-    let mut attached = match attach(name, domid, &shape.config, wire).await {
+    let mut attached = match attach(domid, &shape.config, wire).await {
         Ok(attached) => attached,
         Err(error) => {
             let _ = blocking(|| toolstack::destroy(domid));

@@ -230,6 +230,10 @@ impl PacketSocket {
         Ok(Some((VnetHeader::parse(&header), vlan_of(&message))))
     }
 
+    /// Whether a frame can be received within `timeout`.
+    ///
+    /// # Errors
+    /// The system's.
     pub fn poll(&self, timeout: Duration) -> io::Result<bool> {
         let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let millis = c_int::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(c_int::MAX);

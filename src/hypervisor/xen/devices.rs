@@ -104,14 +104,13 @@ impl Devices {
     /// their parameters with them.
     pub(super) fn load(&self, xen: &Interface, domid: DomId, msrs: &mut MsrSet) -> Result<(), DomainError> {
         for (index, value) in &self.params {
-            if hvm::is_loaded_param(*index) {
+            // Some can be set only once, and are what they should be already.
+            if hvm::is_reloadable(*index) && xen.hvm_param(domid, *index).map_err(xen_error)? != *value {
                 xen.set_hvm_param(domid, *index, *value).map_err(xen_error)?;
             }
         }
         xen.set_tsc_info(domid, &self.tsc).map_err(xen_error)?;
-        let context =
-            hvm::complete_msrs(&self.context, msrs).map_err(|e| DomainError::BadDeviceState(e.to_string()))?;
-        xen.set_hvm_context(domid, &context).map_err(xen_error)
+        xen.set_hvm_context(domid, &hvm::complete_msrs(&self.context, msrs)).map_err(xen_error)
     }
 }
 

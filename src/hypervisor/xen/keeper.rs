@@ -9,7 +9,6 @@
 //! write-protected. It runs on without its proxy, so nothing it says leaves the host: the secondary has its place.
 //! The trap: a signal to the process group must not reach the keeper, so it has a group of its own.
 
-use ::xen::qmp::DeviceModel;
 use ::xen::{DomId, Error, Interface, LogDirty, Store};
 use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
@@ -73,9 +72,9 @@ pub fn keep(domid: u16, words: &mut impl Read) -> Result<(), Error> {
     }
     let xen = Interface::open()?;
     let Some(info) = xen.domain_info(domid)? else { return Ok(()) };
-    LogDirty::off(&xen, domid)?;
-    let model = DeviceModel::connect(domid).ok();
-    let mut model = model.filter(|_| info.hvm);
+    // Switching it on switches a stale log off first, and dropping it leaves none.
+    drop(LogDirty::enable(&xen, domid));
+    let mut model = super::device_model(domid).ok();
     if let Some(model) = &mut model {
         let _ = model.global_dirty_log(false);
     }

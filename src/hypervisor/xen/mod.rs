@@ -25,78 +25,26 @@ pub mod toolstack;
 use self::devices::Devices;
 use super::{Domain, DomainError};
 use crate::bitmap::Bitmap;
-use crate::disk::{self, Disk, DiskError};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, Pfn};
 use ::xen::hvm::{self, MsrSet};
-use ::xen::qmp::DeviceModel;
+use ::xen::qmp::{Client, DeviceModel, Image, monitor_path};
+use ::xen::refuse;
 use ::xen::{Access, DomId, ForeignMemory, Interface, LogDirty, PageCache, Store, SuspendChannel};
 use keeper::Keeper;
-use std::path::PathBuf;
 use std::process::Child;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a guest may take to suspend itself; libxl gives it 60 s, and then the guest is long gone.
 const SUSPEND_DEADLINE: Duration = Duration::from_secs(8);
+/// How long a device model may take for a command.
+const QMP_DEADLINE: Duration = Duration::from_secs(8);
 /// Pages kept mapped: 1 GiB.
 const MAPPED_PAGES_MAX: usize = 1 << 18;
-/// `SHUTDOWN_suspend` (xen `public/sched.h`).
-const SHUTDOWN_SUSPEND: u8 = 2;
 /// `HVM_PARAM_CALLBACK_IRQ` (xen `public/hvm/params.h`): set by a guest with PV drivers.
 const PARAM_CALLBACK_IRQ: u32 = 0;
 /// KiB that a domain standing by may have beyond its configuration, for pages its twin's firmware has added.
 const SLACK_KIB: u64 = 16 * 1024;
-
-/// The device-model state to be loaded next, as an image that QEMU reads over NBD. Whoever makes the guest serves it.
-#[derive(Clone, Debug, Default)]
-pub struct StateImage(Arc<Mutex<Vec<u8>>>);
-
-impl StateImage {
-    /// Puts an image up for reading.
-    fn put(&self, image: Vec<u8>) {
-        *self.lock() = image;
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// As it is served to the device model. Its size is the present image's: each load opens it anew.
-impl Disk for StateImage {
-    fn size_bytes(&self) -> u64 {
-        self.lock().len() as u64
-    }
-
-    fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
-        let image = self.lock();
-        disk::check_range(image.len() as u64, offset, into.len() as u64)?;
-        into.copy_from_slice(&image[offset as usize..offset as usize + into.len()]);
-        Ok(())
-    }
-
-    /// QEMU opens images for writing, and a load writes nothing.
-    fn write(&mut self, _: u64, _: &[u8]) -> Result<(), DiskError> {
-        Err(DiskError::Io { what: "device-model state".into(), source: std::io::ErrorKind::ReadOnlyFilesystem.into() })
-    }
-
-    fn flush(&mut self) -> Result<(), DiskError> {
-        Ok(())
-    }
-}
-
-/// A device model, and where it finds the states it is to load.
-#[derive(Debug)]
-pub struct Model {
-    /// Its QMP connection.
-    pub qmp: DeviceModel,
-    /// The image.
-    pub image: StateImage,
-    /// The Unix socket and the export under which the image is served.
-    pub socket: PathBuf,
-    /// The export's name.
-    pub export: String,
-}
 
 /// The guest's end of its NIC.
 pub trait Nic: Send + Sync + std::fmt::Debug {
@@ -108,14 +56,13 @@ pub trait Nic: Send + Sync + std::fmt::Debug {
 }
 
 /// What a [`XenDomain`] is made of.
-#[derive(Debug)]
 pub struct Parts {
     /// The hypervisor.
     pub xen: Interface,
     /// The domain.
     pub domid: DomId,
     /// The device model of an HVM guest.
-    pub model: Option<Model>,
+    pub model: Option<DeviceModel>,
     /// Its vif, or its device model's tap.
     pub nic: Option<Arc<dyn Nic>>,
     /// Why it cannot be protected, if its devices are the reason.
@@ -168,6 +115,12 @@ impl std::fmt::Debug for XenDomain {
 
 fn xen_error(error: impl std::fmt::Display) -> DomainError {
     DomainError::Hypervisor(error.to_string())
+}
+
+/// A connection to a domain's device model, if it has one.
+pub fn device_model(domid: DomId) -> Result<DeviceModel, DomainError> {
+    let client = Client::connect(&monitor_path(domid.0), QMP_DEADLINE).map_err(xen_error)?;
+    Ok(DeviceModel::new(client))
 }
 
 fn numbers(pfns: &[Pfn]) -> Vec<u64> {
@@ -253,10 +206,10 @@ impl XenDomain {
         self.store.request_suspend(*domid).map_err(xen_error)?;
         let mut signalled = true;
         loop {
-            match xen.domain_info(*domid).map_err(xen_error)?.and_then(|info| (!info.dying).then_some(info.shutdown)) {
-                Some(Some(SHUTDOWN_SUSPEND)) => return Ok(()),
-                Some(None) if signalled => {}
-                Some(None) => {
+            match xen.domain_info(*domid).map_err(xen_error)?.filter(|info| !info.dying) {
+                Some(info) if info.is_suspended() => return Ok(()),
+                Some(info) if info.shutdown.is_none() && signalled => {}
+                Some(info) if info.shutdown.is_none() => {
                     let _ = self.store.clear_suspend(*domid);
                     let why = format!(
                         "the guest did not suspend within {SUSPEND_DEADLINE:?} of control/shutdown=suspend: its kernel \
@@ -264,7 +217,7 @@ impl XenDomain {
                     );
                     return Err(DomainError::Hypervisor(why));
                 }
-                Some(Some(_)) | None => return Err(DomainError::Gone),
+                Some(_) | None => return Err(DomainError::Gone),
             }
             // An event of a former suspend may still be there: what counts is what the hypervisor says.
             signalled = suspension.wait(SUSPEND_DEADLINE).map_err(xen_error)?;
@@ -273,7 +226,7 @@ impl XenDomain {
 
     fn pause(&mut self) -> Result<(), DomainError> {
         self.parts.xen.pause(self.parts.domid).map_err(xen_error)?;
-        let stopped = self.parts.model.as_mut().map_or(Ok(()), |model| model.qmp.stop());
+        let stopped = self.parts.model.as_mut().map_or(Ok(()), |model| model.stop());
         if let Err(error) = stopped {
             let _ = self.parts.xen.unpause(self.parts.domid);
             return Err(xen_error(error));
@@ -283,7 +236,7 @@ impl XenDomain {
 
     fn unpause(&mut self) -> Result<(), DomainError> {
         if let Some(model) = &mut self.parts.model {
-            model.qmp.cont().map_err(xen_error)?;
+            model.cont().map_err(xen_error)?;
         }
         self.parts.xen.unpause(self.parts.domid).map_err(xen_error)
     }
@@ -296,10 +249,8 @@ impl XenDomain {
             let state = devices.emulator.as_deref().ok_or(DomainError::BadDeviceState(
                 "the guest's device model is not in it; both hosts must run it as the same type of guest".into(),
             ))?;
-            model.image.put(super::vmstate::image(state).map_err(xen_error)?);
-            let loaded = model.qmp.load_state(&model.socket, &model.export);
-            model.image.put(Vec::new());
-            loaded.map_err(xen_error)?;
+            let image = super::vmstate::image(state).map_err(xen_error)?;
+            model.load_state(Image::Bytes(&image)).map_err(xen_error)?;
         }
         Ok(())
     }
@@ -344,8 +295,10 @@ impl Domain for XenDomain {
         if self.cooperative {
             self.suspend_cooperatively()?;
             self.state = State::Suspended;
+            // Frames the guest has exchanged through its balloon hide behind mappings that were kept.
+            self.memory.revalidate(&self.parts.xen).map_err(xen_error)?;
             if let Some(model) = &mut self.parts.model {
-                model.qmp.stop().map_err(xen_error)?;
+                model.stop().map_err(xen_error)?;
             }
         } else {
             self.pause()?;
@@ -362,7 +315,7 @@ impl Domain for XenDomain {
             State::Running => return Ok(()),
             State::Suspended => {
                 if let Some(model) = &mut self.parts.model {
-                    model.qmp.cont().map_err(xen_error)?;
+                    model.cont().map_err(xen_error)?;
                 }
                 self.parts.xen.resume_cooperative(self.parts.domid).map_err(xen_error)?;
                 self.store.resume_domain(self.parts.domid).map_err(xen_error)?;
@@ -398,30 +351,32 @@ impl Domain for XenDomain {
     }
 
     fn logdirty(&mut self, on: bool) -> Result<(), DomainError> {
-        let Parts { xen, domid, model, .. } = &mut self.parts;
+        let Parts { xen, domid, model, obstacle, .. } = &mut self.parts;
         // A domain that does not run until it takes over dirties nothing.
         if !on || self.runs_once {
             self.log = None;
             if let Some(model) = model {
-                model.qmp.global_dirty_log(false).map_err(xen_error)?;
+                model.global_dirty_log(false).map_err(xen_error)?;
             }
             self.keeper = None;
             return Ok(());
         }
         if self.state == State::Running {
-            if let Some(obstacle) = &self.parts.obstacle {
+            if let Some(obstacle) = obstacle {
                 return Err(DomainError::BadConfig(obstacle.clone()));
             }
-            let refusals = ::xen::refuse::check(xen, *domid, &self.store).map_err(xen_error)?;
+            let facts = refuse::gather(xen, &self.store, *domid).map_err(xen_error)?;
+            let refusals = refuse::judge(&facts);
             if !refusals.is_empty() {
-                let why: Vec<_> = refusals.iter().map(ToString::to_string).collect();
+                let why: Vec<_> =
+                    refusals.iter().map(|refusal| format!("{} ({})", refusal.reason, refusal.remedy)).collect();
                 return Err(DomainError::BadConfig(why.join("; ")));
             }
         }
         self.keeper = Some(Keeper::start(*domid).map_err(|e| DomainError::Hypervisor(format!("keeper: {e}")))?);
         self.log = Some(LogDirty::enable(xen, *domid).map_err(xen_error)?);
         if let Some(model) = model {
-            model.qmp.global_dirty_log(true).map_err(xen_error)?;
+            model.global_dirty_log(true).map_err(xen_error)?;
         }
         if self.state == State::Running {
             self.cooperative = self.has_pv_drivers()?;
@@ -470,7 +425,7 @@ impl Domain for XenDomain {
         let Parts { xen, domid, model, .. } = &mut self.parts;
         let mut devices = Devices::of(xen, *domid)?;
         if let Some(model) = model {
-            devices.emulator = Some(model.qmp.save_state().map_err(xen_error)?);
+            devices.emulator = Some(model.save_state().map_err(xen_error)?);
         }
         Ok(devices.encode())
     }

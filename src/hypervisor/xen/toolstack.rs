@@ -8,7 +8,7 @@
 //! one of the two waits for ever. It also blocks for seconds. So each order is a child of this program.
 
 use ::xen::libxl::Context;
-use ::xen::{DomId, Store};
+use ::xen::{DomId, Error, Store};
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
 
@@ -22,30 +22,23 @@ const INCOMING: &str = "--incoming";
 /// The child's part: carries out one order, and says what came of it.
 pub fn serve(arguments: &[String], input: &mut dyn Read) -> Result<String, String> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let libxl = || Context::new().map_err(|e| e.to_string());
+    let said = |e: Error| e.to_string();
     match words[..] {
-        ["config", domid] => {
-            Context::new().and_then(|libxl| libxl.config_json(parse(domid)?)).map_err(|e| e.to_string())
-        }
+        ["config", domid] => libxl()?.config_json(parse(domid)?).map_err(said),
         ["create"] => {
             let mut json = String::new();
             input.take(CONFIG_MAX_BYTES).read_to_string(&mut json).map_err(|e| format!("configuration: {e}"))?;
-            let domid = Context::new().and_then(|libxl| libxl.create_paused(&json)).map_err(|e| e.to_string())?;
-            Ok(domid.0.to_string())
+            libxl()?.create_paused(&json, false).map(|domid| domid.0.to_string()).map_err(said)
         }
-        ["destroy", domid] => {
-            Context::new().and_then(|libxl| libxl.destroy(parse(domid)?)).map_err(|e| e.to_string())?;
-            Ok(String::new())
-        }
-        ["rename", domid, old, new] => {
-            Context::new().and_then(|libxl| libxl.rename(parse(domid)?, old, new)).map_err(|e| e.to_string())?;
-            Ok(String::new())
-        }
+        ["destroy", domid] => libxl()?.destroy(parse(domid)?).map(|()| String::new()).map_err(said),
+        ["rename", domid, old, new] => libxl()?.rename(parse(domid)?, old, new).map(|()| String::new()).map_err(said),
         _ => Err(format!("{arguments:?} is no order to libxl")),
     }
 }
 
-fn parse(domid: &str) -> Result<DomId, ::xen::Error> {
-    domid.parse().map(DomId).map_err(|_| ::xen::Error::NoSuchDomain(domid.to_owned()))
+fn parse(domid: &str) -> Result<DomId, String> {
+    domid.parse().map(DomId).map_err(|_| format!("{domid:?} is no domain id"))
 }
 
 fn start(arguments: &[&str], said: fn() -> Stdio) -> Result<Child, String> {

@@ -118,7 +118,7 @@ pub enum ControlError {
 pub fn default_run_dir() -> PathBuf {
     let root = std::fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0);
     match std::env::var_os("XDG_RUNTIME_DIR") {
-        _ if root => "/run/xen-colo".into(),
+        _ if root => "/run/xen-colo/hosts".into(),
         Some(dir) => Path::new(&dir).join("xen-colo"),
         None => std::env::temp_dir().join(format!("xen-colo-{}", std::env::var("USER").unwrap_or_default())),
     }

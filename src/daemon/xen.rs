@@ -54,7 +54,7 @@ pub struct XenBoot {
 /// The socket of a guest's disk.
 #[must_use]
 pub fn disk_socket(guest: &str) -> PathBuf {
-    Path::new(SOCKET_DIR).join(format!("{guest}.{DISK_NAME}.nbd"))
+    Path::new(SOCKET_DIR).join(format!("{guest}.{DISK_NAME}.sock"))
 }
 
 /// The spellings under which a domain's configuration names our disk: `block-colo`'s, and the device model's.

@@ -92,8 +92,10 @@ impl Nested {
     async fn boot(&mut self, arbiter_port: &str) -> Result<(), PairError> {
         super::say("booting two Xen hosts");
         self.script(&["up", "a", "b"]).await?;
-        for (slot, name) in ["a", "b"].into_iter().enumerate() {
-            self.pids[slot] = self.script(&["pid", name]).await?.trim().parse().unwrap_or_default();
+        let status = self.script(&["status"]).await?;
+        let pids = status.lines().filter_map(|line| line.rsplit(' ').next()?.parse().ok());
+        for (slot, pid) in self.pids.iter_mut().zip(pids) {
+            *slot = pid;
         }
         let host = |name: &str, rest: &str| {
             format!(
@@ -117,7 +119,7 @@ impl Nested {
     /// Runs the script that owns the hosts, and returns what it said.
     async fn script(&self, words: &[&str]) -> Result<String, PairError> {
         let mut command = Command::new(&self.script);
-        command.args(words).env("LAN_DIR", &self.dir).stdin(Stdio::null()).kill_on_drop(true);
+        command.args(words).env("LAN_DIR", &self.dir).env("RUN_SECONDS", "240").stdin(Stdio::null()).kill_on_drop(true);
         let failed = |why: String| PairError::Failed(format!("{} {}: {why}", self.script.display(), words[0]));
         let output = command.output().await.map_err(|e| failed(e.to_string()))?;
         let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

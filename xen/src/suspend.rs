@@ -97,12 +97,10 @@ impl SuspendChannel {
             // SAFETY: the handle is open; it is readable, so this does not block.
             let port = unsafe { libxl_sys::xenevtchn_pending(self.handle.0) };
             check(port, "take an event", self.domain)?;
-            // SAFETY: the handle is open. A port stays masked until this, so no event is lost in between.
-            check(
-                unsafe { libxl_sys::xenevtchn_unmask(self.handle.0, port.cast_unsigned()) },
-                "take an event",
-                self.domain,
-            )?;
+            // A port stays masked until this, so no event is lost in between.
+            // SAFETY: the handle is open.
+            let rc = unsafe { libxl_sys::xenevtchn_unmask(self.handle.0, port.cast_unsigned()) };
+            check(rc, "take an event", self.domain)?;
             seen |= port.cast_unsigned() == self.port;
         }
     }

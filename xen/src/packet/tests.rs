@@ -22,7 +22,7 @@ fn what_the_kernel_left_unfinished_is_finished() {
     let Some(socket) = loopback() else { return };
     let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
     let port = listener.local_addr().expect("address").port();
-    let data: Vec<u8> = (0..300_000u32).map(|n| (n * 7 >> 3) as u8).collect();
+    let data: Vec<u8> = (0..300_000u32).map(|n| ((n * 7) >> 3) as u8).collect();
     let writer = thread::spawn({
         let data = data.clone();
         move || TcpStream::connect(("127.0.0.1", port)).expect("connect").write_all(&data).expect("write")

@@ -74,7 +74,7 @@ fn big(ethertype: u16, vlans: usize, payload: usize, size: u16) -> (VnetHeader, 
     // Ports, a sequence number that goes round, acknowledgement, 8 words of header, flags, window, sum, urgent.
     frame.extend([0x1f, 0x90, 0, 80, 0xff, 0xff, 0xfc, 0x18, 1, 2, 3, 4, 0x80, 0x99, 1, 0, 0x12, 0x34, 0, 0]);
     frame.extend([1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2]);
-    frame.extend((0..payload).map(|n| (n * 31 >> 2) as u8));
+    frame.extend((0..payload).map(|n| ((n * 31) >> 2) as u8));
     let gso_type = if ethertype == IPV4 { GSO_TCPV4 | GSO_ECN } else { GSO_TCPV6 };
     let header = VnetHeader { flags: NEEDS_CSUM, gso_type, gso_size: size, csum_start: tcp as u16, csum_offset: 16 };
     (header, frame)

@@ -124,6 +124,8 @@ impl Nested {
         let output = command.output().await.map_err(|e| failed(e.to_string()))?;
         let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         match output.status.code() {
+            // Whoever has nothing to say on standard output may have said where to look.
+            Some(0) if said.is_empty() => Ok(complained.into_owned()),
             Some(0) => Ok(said.into_owned()),
             // The harness's word for a machine that cannot run it.
             Some(77) => Err(PairError::Environment(complained.trim().to_owned())),

@@ -35,6 +35,13 @@ impl ExtendedState {
         let at = self.bytes.get(XSTATE_BV..XSTATE_BV + 8);
         at.and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes)
     }
+
+    /// Whether the processor ever had more than x87 and SSE. If not, the registers hold everything, and Xen refuses
+    /// the rest for a guest whose CPUID has no XSAVE.
+    fn is_extended(&self) -> bool {
+        let accumulated = self.bytes.get(8..16).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes);
+        accumulated & !3 != 0
+    }
 }
 
 impl Interface {
@@ -84,7 +91,7 @@ impl Interface {
         }
         // SAFETY: the struct is the one just filled.
         check(unsafe { xc::xc_vcpu_setcontext(self.xch(), d.raw(), 0, &mut *context) }, "set the registers", d)?;
-        match extended {
+        match extended.filter(ExtendedState::is_extended) {
             Some(extended) => self.set_extended_state(d, 0, &extended),
             None => Ok(()),
         }
@@ -112,7 +119,10 @@ impl Interface {
         query.buffer.p = buffer.as_mut_ptr();
         domctl.u.vcpuextstate = query;
         self.domctl(OPERATION, d, &mut domctl)?;
-        Ok(Some(ExtendedState { bytes: buffer.bytes_mut()[..query.size as usize].to_vec() }))
+        // The first answer was the size it may ever have; only what this processor has is taken back.
+        // SAFETY: the same member as above.
+        let size = unsafe { domctl.u.vcpuextstate.size }.min(query.size);
+        Ok(Some(ExtendedState { bytes: buffer.bytes_mut()[..size as usize].to_vec() }))
     }
 
     /// Puts back what [`Interface::extended_state`] gave. The domain must stand still.

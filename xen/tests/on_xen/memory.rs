@@ -133,8 +133,8 @@ fn exchanged_frames_are_found() {
         assert!(!cache.revalidate(&g.x).expect("revalidate"), "nothing was exchanged");
     });
     let (frames, total) = (present(), g.info().total_pages);
-    g.store.write(&target, &(kib - 24 * 1024).to_string()).expect("deflate");
-    until("the guest gives 16 MiB back", Duration::from_secs(30), || present() + 4096 < frames);
+    g.store.write(&target, &(kib - 12 * 1024).to_string()).expect("deflate");
+    until("the guest gives 6 MiB back", Duration::from_secs(30), || present() + 1536 < frames);
     // Held by the cache, they are the guest's still.
     let held = g.info().total_pages;
     g.store.write(&target, &old).expect("inflate");

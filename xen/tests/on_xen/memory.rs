@@ -145,7 +145,8 @@ fn exchanged_frames_are_found() {
         println!("frames {frames} -> {low} -> {}, total {total} -> {held} -> {now}", present());
         let stale = differing(&mut cache);
         println!("{stale} kept pages were not the guest's any more");
-        assert!(stale > 0, "no frame was exchanged: this test proves nothing");
+        // Their bytes may be equal: a guest scrubs what it gives back. The total cannot be.
+        assert!(now > held, "no frame was exchanged: this test proves nothing");
         assert!(cache.revalidate(&g.x).expect("revalidate"), "the exchange was not found");
         assert_eq!(differing(&mut cache), 0);
         assert!(!cache.revalidate(&g.x).expect("revalidate"), "found twice");

@@ -6,7 +6,7 @@
 //! frames as they would be on a wire.
 //!
 //! Traps: until it is bound a packet socket hears every interface, so it is made for no protocol and bound last. The
-//! kernel takes a VLAN tag out of the frame and tells it on the side; it is put back. Frames that we send come back as
+//! kernel takes a VLAN tag out of the frame and tells it on the side; it is put back. Frames that others send come too, as
 //! "outgoing" unless that is switched off. Sending does not wait: a guest that stands still would hold up its proxy.
 
 pub mod offload;

@@ -45,10 +45,16 @@ fn guest(test: &str) -> Option<Guest> {
 impl Guest {
     /// Runs `f` while the guest is paused.
     fn paused<T>(&self, f: impl FnOnce() -> T) -> T {
+        struct Unpause<'a>(&'a Guest);
+        impl Drop for Unpause<'_> {
+            // A test that fails must not fail those that follow.
+            fn drop(&mut self) {
+                let _ = self.0.x.unpause(self.0.d);
+            }
+        }
         self.x.pause(self.d).expect("pause");
-        let result = f();
-        self.x.unpause(self.d).expect("unpause");
-        result
+        let _unpause = Unpause(self);
+        f()
     }
 
     fn info(&self) -> xen::DomainInfo {

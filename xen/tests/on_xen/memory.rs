@@ -114,10 +114,18 @@ fn exchanged_frames_are_found() {
     let memory = ForeignMemory::open().expect("foreign memory");
     let mut cache = PageCache::new(memory.clone(), g.d, Access::Read, gfns.len() + 1024);
     let differing = |cache: &mut PageCache| {
-        let (mut kept, mut fresh, mut holes) = (Vec::new(), Vec::new(), Vec::new());
-        cache.read(&gfns, &mut kept, &mut holes).expect("read");
-        PageCache::new(memory.clone(), g.d, Access::Read, 4096).read(&gfns, &mut fresh, &mut holes).expect("read");
-        kept.chunks_exact(PAGE_BYTES).zip(fresh.chunks_exact(PAGE_BYTES)).filter(|(kept, fresh)| kept != fresh).count()
+        let read = |cache: &mut PageCache| {
+            let (mut bytes, mut holes) = (Vec::new(), Vec::new());
+            cache.read(&gfns, &mut bytes, &mut holes).expect("read");
+            bytes
+        };
+        let before = read(cache);
+        let fresh = read(&mut PageCache::new(memory.clone(), g.d, Access::Read, 4096));
+        // A backend may write a ring of the guest's meanwhile. Of an exchanged frame both readings differ.
+        let after = read(cache);
+        let pages =
+            before.chunks_exact(PAGE_BYTES).zip(after.chunks_exact(PAGE_BYTES)).zip(fresh.chunks_exact(PAGE_BYTES));
+        pages.filter(|((before, after), fresh)| before != fresh && after != fresh).count()
     };
     g.paused(|| {
         assert!(!cache.revalidate(&g.x).expect("revalidate"), "nothing was kept");
@@ -125,8 +133,8 @@ fn exchanged_frames_are_found() {
         assert!(!cache.revalidate(&g.x).expect("revalidate"), "nothing was exchanged");
     });
     let (frames, total) = (present(), g.info().total_pages);
-    g.store.write(&target, &(kib - 24 * 1024).to_string()).expect("deflate");
-    until("the guest gives 16 MiB back", Duration::from_secs(30), || present() + 4096 < frames);
+    g.store.write(&target, &(kib - 12 * 1024).to_string()).expect("deflate");
+    until("the guest gives 6 MiB back", Duration::from_secs(30), || present() + 1536 < frames);
     // Held by the cache, they are the guest's still.
     let held = g.info().total_pages;
     g.store.write(&target, &old).expect("inflate");
@@ -137,7 +145,8 @@ fn exchanged_frames_are_found() {
         println!("frames {frames} -> {low} -> {}, total {total} -> {held} -> {now}", present());
         let stale = differing(&mut cache);
         println!("{stale} kept pages were not the guest's any more");
-        assert!(stale > 0, "no frame was exchanged: this test proves nothing");
+        // Their bytes may be equal: a guest scrubs what it gives back. The total cannot be.
+        assert!(now > held, "no frame was exchanged: this test proves nothing");
         assert!(cache.revalidate(&g.x).expect("revalidate"), "the exchange was not found");
         assert_eq!(differing(&mut cache), 0);
         assert!(!cache.revalidate(&g.x).expect("revalidate"), "found twice");

@@ -38,11 +38,9 @@ pub const GUEST_MAC: [u8; 6] = [0x02, 0x10, 0x77, 0x00, 0x00, 0x02];
 pub const GUEST_IP: [u8; 4] = [10, 77, 0, 2];
 
 /// How long the first copy may take.
-const SYNC_DEADLINE: Duration = Duration::from_secs(120);
+const SYNC_DEADLINE: Duration = Duration::from_secs(300);
 /// How long the survivor may take to go on.
 const TAKEOVER_DEADLINE: Duration = Duration::from_secs(30);
-/// Time between two looks at a host's status.
-const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Two hosts, one of which runs a guest, and all that is around them.
 trait World {
@@ -64,6 +62,8 @@ trait World {
     async fn failed(&self);
     /// Ends everything and removes its files.
     async fn end(&mut self);
+    /// Time between two looks at a host's status.
+    const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 }
 
 /// Runs the demo.
@@ -119,7 +119,7 @@ fn say(line: impl std::fmt::Display) {
     eprintln!("{line}");
 }
 
-async fn protect(args: &DemoArgs, pair: &impl World) -> Result<(), PairError> {
+async fn protect<W: World>(args: &DemoArgs, pair: &W) -> Result<(), PairError> {
     say(format_args!("protecting the guest: {} mode, {} MiB of memory", args.mode, args.guest_mib));
     pair.protect(args.mode).await?;
     let begun = Instant::now();
@@ -141,7 +141,7 @@ async fn protect(args: &DemoArgs, pair: &impl World) -> Result<(), PairError> {
                 ));
                 return Ok(());
             }
-            Protection::Syncing if begun.elapsed() < SYNC_DEADLINE => tokio::time::sleep(LOOK_INTERVAL).await,
+            Protection::Syncing if begun.elapsed() < SYNC_DEADLINE => tokio::time::sleep(W::LOOK_INTERVAL).await,
             Protection::Syncing => return Err(PairError::Failed("the first copy does not end".into())),
             other => {
                 let why = status.why.unwrap_or_default();
@@ -152,7 +152,7 @@ async fn protect(args: &DemoArgs, pair: &impl World) -> Result<(), PairError> {
 }
 
 /// The whole story: load, protection, kill, survivor, verification.
-async fn kill_one(args: &DemoArgs, pair: &mut impl World) -> Result<u8, PairError> {
+async fn kill_one<W: World>(args: &DemoArgs, pair: &mut W) -> Result<u8, PairError> {
     let live = Arc::new(Live::default());
     let (stop, stopped) = watch::channel(false);
     // An emulated machine is slow, and its guest's disk small.
@@ -181,7 +181,7 @@ async fn kill_one(args: &DemoArgs, pair: &mut impl World) -> Result<u8, PairErro
     let deadline = Instant::now() + TAKEOVER_DEADLINE;
     let mut alone = pair.status(survivor).await?;
     while alone.protection != Protection::TakenOver && Instant::now() < deadline {
-        tokio::time::sleep(LOOK_INTERVAL).await;
+        tokio::time::sleep(W::LOOK_INTERVAL).await;
         alone = pair.status(survivor).await?;
     }
     say(format_args!("host {survivor}: {} (generation {})", alone.protection, alone.generation));
@@ -247,7 +247,7 @@ async fn kill_one(args: &DemoArgs, pair: &mut impl World) -> Result<u8, PairErro
 }
 
 /// Shows the pair at work for a while, and returns the primary's last word.
-async fn watch_pair(pair: &impl World, live: &Live, time: Duration) -> Result<Status, PairError> {
+async fn watch_pair<W: World>(pair: &W, live: &Live, time: Duration) -> Result<Status, PairError> {
     let until = Instant::now() + time;
     let mut said_at = Instant::now();
     loop {
@@ -265,12 +265,12 @@ async fn watch_pair(pair: &impl World, live: &Live, time: Duration) -> Result<St
                 live.acknowledged()
             ));
         }
-        tokio::time::sleep(LOOK_INTERVAL.min(until.saturating_duration_since(Instant::now()))).await;
+        tokio::time::sleep(W::LOOK_INTERVAL.min(until.saturating_duration_since(Instant::now()))).await;
     }
 }
 
 /// Leaves the pair to the user: their curl, their kill.
-async fn serve(args: &DemoArgs, pair: &impl World) -> Result<u8, PairError> {
+async fn serve<W: World>(args: &DemoArgs, pair: &W) -> Result<u8, PairError> {
     protect(args, pair).await?;
     let address = pair.address();
     say(format_args!("the guest answers at http://{address}/  (try: curl -T FILE http://{address}/k/NAME)"));
@@ -282,7 +282,7 @@ async fn serve(args: &DemoArgs, pair: &impl World) -> Result<u8, PairError> {
     say("Ctrl-C ends the demo");
     let mut known: [Option<Protection>; 2] = [None; 2];
     loop {
-        tokio::time::sleep(LOOK_INTERVAL * 5).await;
+        tokio::time::sleep(W::LOOK_INTERVAL * 5).await;
         for (slot, name) in known.iter_mut().zip(["a", "b"]) {
             let look = tokio::time::timeout(Duration::from_millis(500), pair.status(name)).await;
             let Ok(Ok(status)) = look else { continue };

@@ -37,6 +37,8 @@ const HERE: &str = "10.0.2.2";
 const PEER: &str = "10.78.0.2:9740";
 /// Beats: an emulated host on a busy machine stands still for a second now and then.
 const HEARTBEAT: &str = "--heartbeat-ms 250 --heartbeat-misses 8";
+/// How often a host is asked for its status before it is believed to be gone.
+const ATTEMPTS: u32 = 3;
 /// The size of the guest's disk.
 const DISK_MIB: u64 = 32;
 
@@ -146,6 +148,8 @@ impl Nested {
 }
 
 impl World for Nested {
+    const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
     fn address(&self) -> SocketAddr {
         self.edge.local_addr
     }
@@ -159,7 +163,14 @@ impl World for Nested {
     }
 
     async fn status(&self, name: &str) -> Result<Status, PairError> {
-        let said = self.run(name, "xl-colo status --json").await?;
+        // An emulated host that is busy may not answer the harness in time; the next attempt may find it better.
+        let mut said = self.run(name, "xl-colo status --json").await;
+        for _ in 1..ATTEMPTS {
+            if said.is_err() {
+                said = self.run(name, "xl-colo status --json").await;
+            }
+        }
+        let said = said?;
         serde_json::from_str(&said).map_err(|e| PairError::Failed(format!("host {name}: {e}: {said}")))
     }
 

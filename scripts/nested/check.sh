@@ -42,15 +42,17 @@ serve_disk() {
 		nbdkit -U /run/xen-colo/$2.disk0.sock -P /run/disks/$2.pid file /run/disks/$2"
 }
 
+# At once: asked to end, nbdkit answers its clients with errors for as long as they stay.
 unserve_disk() {
-	host "$1" "kill \$(</run/disks/$2.pid); rm -f /run/disks/$2.pid /run/xen-colo/$2.disk0.sock"
+	host "$1" "kill -KILL \$(</run/disks/$2.pid); rm -f /run/disks/$2.pid /run/xen-colo/$2.disk0.sock"
 }
 
 # start_guest HOST GUEST vif|tap: with its NIC joined to the network, up to its service's first word.
 start_guest() {
 	host "$1" "rm -f /var/log/xen/guest-$2.log; xl create -q /etc/xen/guests/$2.cfg && lab-wire $2 $3"
-	wait_until 240 said "$1" "$2" GUEST-READY || die "$2 did not get ready: $(nested console "$1" "$2" | tail -n 5)"
-	echo "ok: $2 is up: $(nested console "$1" "$2" | grep -a -m1 GUEST-READY)"
+	# Emulated devices inside an emulated processor: each access is a trip through two hypervisors.
+	wait_until 600 said "$1" "$2" GUEST-READY || die "$2 did not get ready: $(nested console "$1" "$2" | tail -n 5)"
+	echo "ok: $2 is up: $(host "$1" "grep -am1 GUEST-READY /var/log/xen/guest-$2.log")"
 }
 
 # put HOST KEY VALUE, get HOST KEY: from the dom0 of HOST, over the LAN.
@@ -65,6 +67,6 @@ get() {
 # check_registers HOST GUEST: what guest-tool says of the processor's registers.
 check_registers() {
 	wait_until 90 said "$1" "$2" 'GUEST-(AVX|SSE) (ok|ERROR)' || die "$2 says nothing of its registers"
-	holds "$(nested console "$1" "$2" | grep -aoE 'GUEST-(AVX|SSE) ok' | head -n 1): registers keep their values" \
+	holds "$(host "$1" "grep -aoEm1 'GUEST-(AVX|SSE)' /var/log/xen/guest-$2.log") registers keep their values" \
 		host "$1" "! grep -qaE 'GUEST-(AVX|SSE) ERROR' /var/log/xen/guest-$2.log"
 }

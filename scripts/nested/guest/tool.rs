@@ -16,8 +16,8 @@ use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::Duration;
 
-/// Loops of one round: under emulation about a tenth of a second.
-const LOOPS: u64 = 1_000_000;
+/// Loops of one round: long enough to be interrupted at times, short enough to leave an emulated processor to others.
+const LOOPS: u64 = 20_000;
 /// Rounds between two reports.
 const REPORT_ROUNDS: u64 = 50;
 
@@ -137,7 +137,7 @@ fn rounds<const LANES: usize>(name: &str, run: impl Fn(&mut [[f64; LANES]; 16]))
             println!("GUEST-{name} ok, {round} rounds");
         }
         // Leaves the processor to the service: what matters is that registers live across many interruptions.
-        sleep(Duration::from_millis(100));
+        sleep(Duration::from_millis(250));
     }
     ExitCode::SUCCESS
 }

@@ -46,6 +46,16 @@ pub enum Command {
     Stop(HostRef),
     /// Serve an arbiter's register to two hosts, on a third machine
     Arbiter(ArbiterArgs),
+    /// Save or restore a domain for libxl; set LIBXL_SAVE_HELPER to this program and use xl as ever
+    SaveHelper(SaveHelperArgs),
+}
+
+/// Arguments of `save-helper`, which libxl writes.
+#[derive(Args, Debug)]
+pub struct SaveHelperArgs {
+    /// --save-domain or --restore-domain, and what belongs to it
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "ARGUMENT")]
+    pub arguments: Vec<String>,
 }
 
 /// Which host a command is for.

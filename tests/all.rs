@@ -10,6 +10,7 @@ mod demo;
 mod full_disk;
 mod garbage;
 mod hang;
+mod image;
 mod nbd_interop;
 mod partition;
 mod sim;

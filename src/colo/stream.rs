@@ -17,12 +17,13 @@
 
 use super::message::{InvalidMessage, Message};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn, is_zero};
+use crate::record::{self, COUNT_BYTES, Header, PFN_MASK};
 use bytes::{Buf, BufMut, BytesMut};
 
 /// Xen's PAGE_DATA.
-pub const RECORD_PAGE_DATA: u32 = 0x01;
+pub const RECORD_PAGE_DATA: u32 = record::PAGE_DATA;
 /// Xen's CHECKPOINT: everything before it is one consistent state.
-pub const RECORD_CHECKPOINT: u32 = 0x0E;
+pub const RECORD_CHECKPOINT: u32 = record::CHECKPOINT;
 /// Ours: numbers of pages that hold only zeroes. Mandatory (bit 31 clear): skipping it would corrupt the guest.
 pub const RECORD_ZERO_PAGES: u32 = 0x4000_0001;
 /// Ours: the device state of an embedded guest, inside the device-state blob.
@@ -32,10 +33,6 @@ pub const RECORD_EMBEDDED_DEVICES: u32 = 0x4000_0002;
 pub const ZERO_PAGES_PER_RECORD: usize = 16 * BATCH_PAGES;
 /// Largest device state accepted, in bytes.
 pub const DEVICE_STATE_MAX_BYTES: u64 = 64 << 20;
-
-const RECORD_HEADER_BYTES: usize = 8;
-const COUNT_BYTES: usize = 8;
-const PFN_MASK: u64 = (1 << 52) - 1;
 
 /// How the peer broke the stream.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -136,23 +133,23 @@ impl Decoder {
 
     fn record(&mut self, input: &mut BytesMut) -> Result<Option<Item>, StreamError> {
         loop {
-            let Some((record, len_bytes)) = peek_header(input) else { return Ok(None) };
+            let Some(header) = Header::peek(input) else { return Ok(None) };
+            let Header { record, len_bytes } = header;
             let limit = match record {
                 RECORD_PAGE_DATA => COUNT_BYTES + BATCH_PAGES * (8 + PAGE_SIZE),
                 RECORD_ZERO_PAGES => COUNT_BYTES + ZERO_PAGES_PER_RECORD * 8,
                 RECORD_CHECKPOINT => 0,
                 // Bit 31 marks a record that a reader may skip; bounded, since it is buffered whole.
-                optional if optional & (1 << 31) != 0 => 1 << 20,
+                _ if header.is_optional() => 1 << 20,
                 unknown => return Err(StreamError::UnknownRecord(unknown)),
             };
             if len_bytes > limit {
                 return Err(StreamError::BadRecord { record, len_bytes, why: "longer than its type may be" });
             }
-            let padded = len_bytes.next_multiple_of(8);
-            if input.len() < RECORD_HEADER_BYTES + padded {
+            if input.len() < Header::BYTES + header.padded_bytes() {
                 return Ok(None);
             }
-            let body = &input[RECORD_HEADER_BYTES..RECORD_HEADER_BYTES + len_bytes];
+            let body = &input[Header::BYTES..Header::BYTES + len_bytes];
             let item = match record {
                 RECORD_PAGE_DATA => Some(self.page_data(body)?),
                 RECORD_ZERO_PAGES => Some(self.zero_pages(body)?),
@@ -162,7 +159,7 @@ impl Decoder {
                 }
                 _ => None,
             };
-            input.advance(RECORD_HEADER_BYTES + padded);
+            input.advance(Header::BYTES + header.padded_bytes());
             if item.is_some() {
                 return Ok(item);
             }
@@ -190,16 +187,12 @@ impl Decoder {
     /// Reads `count u32, reserved u32, count × u64` and returns what follows.
     fn pfn_list<'a>(&self, record: u32, body: &'a [u8]) -> Result<(Vec<Pfn>, &'a [u8]), StreamError> {
         let bad = |why| StreamError::BadRecord { record, len_bytes: body.len(), why };
-        let (head, rest) = body.split_first_chunk::<COUNT_BYTES>().ok_or(bad("no count"))?;
-        let count = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
-        if count == 0 {
+        let (list, rest) = record::take_entries::<{ record::ENTRY_BYTES }>(body).map_err(bad)?;
+        if list.is_empty() {
             return Err(bad("a count of zero"));
         }
-        let list_bytes =
-            count.checked_mul(8).filter(|bytes| *bytes <= rest.len()).ok_or(bad("shorter than its count"))?;
-        let (list, rest) = rest.split_at(list_bytes);
-        let mut pfns = Vec::with_capacity(count);
-        for entry in list.as_chunks::<8>().0 {
+        let mut pfns = Vec::with_capacity(list.len());
+        for entry in list {
             let entry = u64::from_le_bytes(*entry);
             // Page types other than 0 (ordinary RAM) belong to PV guests, which this stream does not carry.
             if entry & !PFN_MASK != 0 {
@@ -212,12 +205,6 @@ impl Decoder {
         }
         Ok((pfns, rest))
     }
-}
-
-fn peek_header(input: &[u8]) -> Option<(u32, usize)> {
-    let (head, _) = input.split_first_chunk::<RECORD_HEADER_BYTES>()?;
-    let [t0, t1, t2, t3, l0, l1, l2, l3] = *head;
-    Some((u32::from_le_bytes([t0, t1, t2, t3]), u32::from_le_bytes([l0, l1, l2, l3]) as usize))
 }
 
 /// Appends pages as records: contents in PAGE_DATA of at most 1024, zero pages by number only. `contents` holds
@@ -240,18 +227,16 @@ pub fn encode_pages(pfns: &[Pfn], contents: &[u8], out: &mut BytesMut) -> usize 
         page_data(&full, out);
     }
     for pfns in zero.chunks(ZERO_PAGES_PER_RECORD) {
-        out.put_u32_le(RECORD_ZERO_PAGES);
-        out.put_u32_le((COUNT_BYTES + pfns.len() * 8) as u32);
+        Header { record: RECORD_ZERO_PAGES, len_bytes: COUNT_BYTES + pfns.len() * 8 }.put(out);
         put_pfns(pfns.iter().copied(), pfns.len(), out);
     }
     zero.len()
 }
 
 fn page_data(pages: &[(Pfn, &[u8])], out: &mut BytesMut) {
-    let body = COUNT_BYTES + pages.len() * (8 + PAGE_SIZE);
-    out.reserve(RECORD_HEADER_BYTES + body);
-    out.put_u32_le(RECORD_PAGE_DATA);
-    out.put_u32_le(body as u32);
+    let header = Header { record: RECORD_PAGE_DATA, len_bytes: COUNT_BYTES + pages.len() * (8 + PAGE_SIZE) };
+    out.reserve(Header::BYTES + header.len_bytes);
+    header.put(out);
     put_pfns(pages.iter().map(|(pfn, _)| *pfn), pages.len(), out);
     for (_, page) in pages {
         out.put_slice(page);
@@ -259,8 +244,7 @@ fn page_data(pages: &[(Pfn, &[u8])], out: &mut BytesMut) {
 }
 
 fn put_pfns(pfns: impl Iterator<Item = Pfn>, count: usize, out: &mut BytesMut) {
-    out.put_u32_le(count as u32);
-    out.put_u32_le(0);
+    record::put_count(count, out);
     for pfn in pfns {
         out.put_u64_le(pfn.0);
     }
@@ -268,8 +252,7 @@ fn put_pfns(pfns: impl Iterator<Item = Pfn>, count: usize, out: &mut BytesMut) {
 
 /// Appends the record that closes a run of page records.
 pub fn encode_pages_end(out: &mut BytesMut) {
-    out.put_u32_le(RECORD_CHECKPOINT);
-    out.put_u32_le(0);
+    record::put(RECORD_CHECKPOINT, &[], out);
 }
 
 /// Appends VMSTATE_SIZE and the device state.
@@ -281,21 +264,18 @@ pub fn encode_device_state(blob: &[u8], out: &mut BytesMut) {
 /// Wraps the state of one device model as a record of the blob.
 #[must_use]
 pub fn device_record(record: u32, body: &[u8]) -> Vec<u8> {
-    let mut out = BytesMut::with_capacity(RECORD_HEADER_BYTES + body.len() + 8);
-    out.put_u32_le(record);
-    out.put_u32_le(body.len() as u32);
-    out.put_slice(body);
-    out.put_bytes(0, body.len().next_multiple_of(8) - body.len());
+    let mut out = BytesMut::new();
+    record::put(record, body, &mut out);
     out.to_vec()
 }
 
 /// Finds a record in a device-state blob.
 pub fn find_device_record(blob: &[u8], wanted: u32) -> Result<&[u8], StreamError> {
     let mut rest = blob;
-    while let Some((record, len_bytes)) = peek_header(rest) {
+    while let Some(Header { record, len_bytes }) = Header::peek(rest) {
         let bad = StreamError::BadRecord { record, len_bytes, why: "longer than the device state" };
-        let end = RECORD_HEADER_BYTES.checked_add(len_bytes).ok_or(bad.clone())?;
-        let body = rest.get(RECORD_HEADER_BYTES..end).ok_or(bad)?;
+        let end = Header::BYTES.checked_add(len_bytes).ok_or(bad.clone())?;
+        let body = rest.get(Header::BYTES..end).ok_or(bad)?;
         if record == wanted {
             return Ok(body);
         }

@@ -1,0 +1,310 @@
+//! Whole Ethernet frames of one network interface, to a guest's vif or tap and from it, by AF_PACKET.
+//!
+//! A guest in the same machine does not finish its packets: it leaves checksums half done and hands over TCP segments of
+//! up to 64 KiB, for the card to finish. There is no card here. So every frame is received with its virtio-net header,
+//! which says what is missing, and [`offload`] does what the card would have done: what [`PacketSocket::recv`] gives are
+//! frames as they would be on a wire.
+//!
+//! Traps: until it is bound a packet socket hears every interface, so it is made for no protocol and bound last. The
+//! kernel takes a VLAN tag out of the frame and tells it on the side; it is put back. Frames that we send come back as
+//! "outgoing" unless that is switched off. Sending does not wait: a guest that stands still would hold up its proxy.
+
+pub mod offload;
+
+use offload::{HEADER_BYTES, VnetHeader};
+use std::collections::VecDeque;
+use std::ffi::{CString, c_int, c_void};
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// A received frame, unfinished: 64 KiB of IP and what may be around it.
+const FRAME_MAX: usize = 68 << 10;
+/// What the kernel keeps for us while we are away.
+const RECEIVE_BUFFER: c_int = 8 << 20;
+
+// linux/if_packet.h, where the crate libc has none of that name.
+const PACKET_IGNORE_OUTGOING: c_int = 23;
+const PACKET_VNET_HDR: c_int = 15;
+const PACKET_AUXDATA: c_int = 8;
+const PACKET_STATISTICS: c_int = 6;
+const TP_STATUS_VLAN_VALID: u32 = 1 << 4;
+const TP_STATUS_VLAN_TPID_VALID: u32 = 1 << 6;
+
+/// struct tpacket_auxdata.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Auxdata {
+    status: u32,
+    length: u32,
+    captured: u32,
+    mac: u16,
+    net: u16,
+    vlan_tci: u16,
+    vlan_tpid: u16,
+}
+
+/// A packet socket on one interface. Clones share what is waiting.
+pub struct PacketSocket {
+    fd: Arc<OwnedFd>,
+    /// The rest of a segment that was cut up.
+    waiting: Arc<Mutex<VecDeque<Vec<u8>>>>,
+}
+
+impl PacketSocket {
+    /// Opens an interface by name, in promiscuous mode.
+    ///
+    /// # Errors
+    /// The system's: EPERM without CAP_NET_RAW, ENODEV without such an interface.
+    pub fn open(interface: &str) -> io::Result<Self> {
+        let name = CString::new(interface).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // SAFETY: the name is NUL-terminated.
+        let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+        if index == 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: no memory is involved. No protocol: nothing is received before the bind.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, 0) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: it was opened just now and belongs to nobody else.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let raw = fd.as_raw_fd();
+        for option in [PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING, PACKET_AUXDATA] {
+            set(raw, libc::SOL_PACKET, option, &1)?;
+        }
+        // Beyond the system's limit if we may.
+        if set(raw, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &RECEIVE_BUFFER).is_err() {
+            set(raw, libc::SOL_SOCKET, libc::SO_RCVBUF, &RECEIVE_BUFFER)?;
+        }
+        let index = c_int::try_from(index).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let membership = libc::packet_mreq {
+            mr_ifindex: index,
+            mr_type: libc::PACKET_MR_PROMISC as u16,
+            mr_alen: 0,
+            mr_address: [0; 8],
+        };
+        set(raw, libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, &membership)?;
+        // SAFETY: a struct of plain numbers.
+        let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+        address.sll_ifindex = index;
+        // SAFETY: the address is of the size said.
+        let rc = unsafe { libc::bind(raw, (&raw const address).cast(), mem::size_of_val(&address) as libc::socklen_t) };
+        if rc < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { fd: Arc::new(fd), waiting: Arc::default() })
+    }
+
+    /// Another handle of the same socket, for another thread.
+    ///
+    /// # Errors
+    /// None today.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { fd: self.fd.clone(), waiting: self.waiting.clone() })
+    }
+
+    /// Receives one finished frame into `into`, whose content it replaces, and returns its length; nothing if none came
+    /// in time.
+    ///
+    /// # Errors
+    /// `InvalidData` for a frame that cannot be finished: it is gone, the next can be received. Otherwise the system's:
+    /// ENETDOWN when the interface went down.
+    pub fn recv(&self, timeout: Duration, into: &mut Vec<u8>) -> io::Result<Option<usize>> {
+        let end = Instant::now() + timeout;
+        loop {
+            if let Some(frame) = self.waiting().pop_front() {
+                *into = frame;
+                return Ok(Some(into.len()));
+            }
+            if let Some((header, vlan)) = self.receive(into)? {
+                if !header.needs_nothing() {
+                    let mut frames = VecDeque::from(offload::finish(&header, mem::take(into)).map_err(invalid)?);
+                    for frame in &mut frames {
+                        insert_vlan(frame, vlan);
+                    }
+                    *into = frames.pop_front().unwrap_or_default();
+                    self.waiting().append(&mut frames);
+                } else {
+                    insert_vlan(into, vlan);
+                }
+                return Ok(Some(into.len()));
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() && !timeout.is_zero() {
+                return Ok(None);
+            }
+            if !self.poll(left)? && Instant::now() >= end {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Sends one whole frame. Does not wait for room.
+    ///
+    /// # Errors
+    /// The system's: `WouldBlock` or ENOBUFS when there is no room, which a network may answer by losing the frame;
+    /// EMSGSIZE for a frame longer than the interface's MTU allows.
+    pub fn send(&self, frame: &[u8]) -> io::Result<()> {
+        // Nothing is left to be finished.
+        let header = [0u8; HEADER_BYTES];
+        let parts = [iovec(header.as_ptr().cast_mut(), header.len()), iovec(frame.as_ptr().cast_mut(), frame.len())];
+        // SAFETY: a struct of plain numbers and null pointers.
+        let mut message: libc::msghdr = unsafe { mem::zeroed() };
+        message.msg_iov = parts.as_ptr().cast_mut();
+        message.msg_iovlen = parts.len();
+        loop {
+            // SAFETY: both parts are readable for the lengths said; sending does not write them.
+            if unsafe { libc::sendmsg(self.fd.as_raw_fd(), &message, libc::MSG_DONTWAIT) } >= 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Frames that the kernel lost for want of room since the last time this was asked.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn dropped(&self) -> io::Result<u32> {
+        // struct tpacket_stats: packets, drops.
+        let mut stats = [0u32; 2];
+        let mut length = mem::size_of_val(&stats) as libc::socklen_t;
+        // SAFETY: the buffer is of the length said.
+        let rc = unsafe {
+            libc::getsockopt(
+                self.fd.as_raw_fd(),
+                libc::SOL_PACKET,
+                PACKET_STATISTICS,
+                stats.as_mut_ptr().cast::<c_void>(),
+                &mut length,
+            )
+        };
+        if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(stats[1]) }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<Vec<u8>>> {
+        // Whoever panicked left whole frames.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One frame as the kernel has it; nothing if there is none.
+    fn receive(&self, into: &mut Vec<u8>) -> io::Result<Option<(VnetHeader, Option<[u8; 4]>)>> {
+        into.clear();
+        into.reserve(FRAME_MAX);
+        let mut header = [0u8; HEADER_BYTES];
+        let parts = [iovec(header.as_mut_ptr(), HEADER_BYTES), iovec(into.as_mut_ptr(), FRAME_MAX)];
+        // Room for one control message, aligned as they are.
+        let mut control = [0u64; 8];
+        // SAFETY: a struct of plain numbers and null pointers.
+        let mut message: libc::msghdr = unsafe { mem::zeroed() };
+        message.msg_iov = parts.as_ptr().cast_mut();
+        message.msg_iovlen = parts.len();
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = mem::size_of_val(&control);
+        // SAFETY: all three buffers are writable for the lengths said.
+        let got = unsafe { libc::recvmsg(self.fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
+        if got < 0 {
+            let error = io::Error::last_os_error();
+            return match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
+                _ => Err(error),
+            };
+        }
+        let Some(length) = usize::try_from(got).ok().and_then(|got| got.checked_sub(HEADER_BYTES)) else {
+            return Err(invalid("a frame without its header"));
+        };
+        if message.msg_flags & libc::MSG_TRUNC != 0 || length > FRAME_MAX {
+            return Err(invalid("a frame of more than 64 KiB"));
+        }
+        // SAFETY: the kernel wrote that many bytes, into reserved room.
+        unsafe { into.set_len(length) };
+        Ok(Some((VnetHeader::parse(&header), vlan_of(&message))))
+    }
+
+    fn poll(&self, timeout: Duration) -> io::Result<bool> {
+        let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let millis = c_int::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(c_int::MAX);
+        // SAFETY: one entry.
+        match unsafe { libc::poll(&mut poll, 1, millis) } {
+            ready if ready >= 0 => Ok(ready > 0),
+            _ => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+                error => Err(error),
+            },
+        }
+    }
+}
+
+impl AsRawFd for PacketSocket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+fn invalid(what: impl ToString) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.to_string())
+}
+
+fn iovec(base: *mut u8, length: usize) -> libc::iovec {
+    libc::iovec { iov_base: base.cast(), iov_len: length }
+}
+
+fn set<T>(fd: RawFd, level: c_int, option: c_int, value: &T) -> io::Result<()> {
+    // SAFETY: the value is of the size said; the options used here take plain numbers.
+    let rc = unsafe { libc::setsockopt(fd, level, option, ptr_of(value), mem::size_of_val(value) as libc::socklen_t) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn ptr_of<T>(value: &T) -> *const c_void {
+    (value as *const T).cast()
+}
+
+/// The tag that the kernel took out of the frame: TPID and TCI as they stand on the wire.
+fn vlan_of(message: &libc::msghdr) -> Option<[u8; 4]> {
+    // SAFETY: the kernel filled the control buffer that the message names.
+    let first = unsafe { libc::CMSG_FIRSTHDR(message) };
+    if first.is_null() {
+        return None;
+    }
+    // SAFETY: not null, so there is a whole header.
+    let header = unsafe { &*first };
+    // SAFETY: no memory is looked at.
+    let wanted = unsafe { libc::CMSG_LEN(mem::size_of::<Auxdata>() as u32) } as usize;
+    if header.cmsg_level != libc::SOL_PACKET || header.cmsg_type != PACKET_AUXDATA || header.cmsg_len < wanted {
+        return None;
+    }
+    // SAFETY: the length was checked; the data need not be aligned.
+    let auxdata = unsafe { libc::CMSG_DATA(first).cast::<Auxdata>().read_unaligned() };
+    tag(&auxdata)
+}
+
+fn tag(auxdata: &Auxdata) -> Option<[u8; 4]> {
+    if auxdata.status & TP_STATUS_VLAN_VALID == 0 {
+        return None;
+    }
+    // Kernels before 3.14 do not say which.
+    let tpid = if auxdata.status & TP_STATUS_VLAN_TPID_VALID != 0 { auxdata.vlan_tpid } else { 0x8100 };
+    let [t0, t1] = tpid.to_be_bytes();
+    let [v0, v1] = auxdata.vlan_tci.to_be_bytes();
+    Some([t0, t1, v0, v1])
+}
+
+/// Behind both addresses.
+fn insert_vlan(frame: &mut Vec<u8>, tag: Option<[u8; 4]>) {
+    const ADDRESSES: usize = 12;
+    if let Some(tag) = tag.filter(|_| frame.len() >= ADDRESSES) {
+        frame.splice(ADDRESSES..ADDRESSES, tag);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -146,8 +146,17 @@ pub fn limit_bytes(record: u32) -> Option<usize> {
         TSC_INFO => 24,
         SHARED_INFO => PAGE_SIZE,
         PV_VCPU_EXTENDED => VCPU_BYTES + 128,
-        record::PAGE_DATA | PV_P2M_FRAMES | PV_VCPU_BASIC | PV_VCPU_XSAVE | HVM_CONTEXT | HVM_PARAMS | TOOLSTACK
-        | PV_VCPU_MSRS | DIRTY_PFN_LIST | CPUID_POLICY | MSR_POLICY => RECORD_MAX_BYTES,
+        record::PAGE_DATA
+        | PV_P2M_FRAMES
+        | PV_VCPU_BASIC
+        | PV_VCPU_XSAVE
+        | HVM_CONTEXT
+        | HVM_PARAMS
+        | TOOLSTACK
+        | PV_VCPU_MSRS
+        | DIRTY_PFN_LIST
+        | CPUID_POLICY
+        | MSR_POLICY => RECORD_MAX_BYTES,
         _ => return None,
     })
 }
@@ -301,11 +310,8 @@ impl Record {
             }
             MSR_POLICY => {
                 let (msrs, []) = body.as_chunks::<16>() else { return Err(bad("a torn entry")) };
-                let msr = |mut msr: &[u8]| Msr {
-                    index: msr.get_u32_le(),
-                    flags: msr.get_u32_le(),
-                    value: msr.get_u64_le(),
-                };
+                let msr =
+                    |mut msr: &[u8]| Msr { index: msr.get_u32_le(), flags: msr.get_u32_le(), value: msr.get_u64_le() };
                 Self::MsrPolicy(msrs.iter().map(|entry| msr(entry)).collect())
             }
             unknown => return Err(ImageError::UnknownRecord(unknown)),

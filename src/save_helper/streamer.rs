@@ -96,8 +96,7 @@ pub(super) struct Writer<'a> {
 impl<'a> Writer<'a> {
     /// A writer that holds at most about `budget_bytes`.
     pub(super) fn new(stream: impl Write + Send + 'static, budget_bytes: usize, cancel: &'a AtomicBool) -> Self {
-        let shared =
-            Arc::new(Shared { queue: Mutex::default(), changed: Condvar::new(), spare: Spare::default() });
+        let shared = Arc::new(Shared { queue: Mutex::default(), changed: Condvar::new(), spare: Spare::default() });
         let theirs = Arc::clone(&shared);
         std::thread::spawn(move || write_loop(&theirs, stream));
         Self { shared, budget_bytes, cancel }

@@ -221,8 +221,7 @@ impl Target for Guest {
 
     fn set_cpu_policy(&mut self, policy: &CpuPolicy) -> Result<(), GuestError> {
         let msr = |msr: &image::Msr| xen::Msr { index: msr.index, flags: msr.flags, value: msr.value };
-        let policy =
-            xen::CpuPolicy { leaves: policy.leaves.clone(), msrs: policy.msrs.iter().map(msr).collect() };
+        let policy = xen::CpuPolicy { leaves: policy.leaves.clone(), msrs: policy.msrs.iter().map(msr).collect() };
         self.xen.set_cpu_policy(self.domain, &policy).map_err(refused)
     }
 
@@ -241,13 +240,8 @@ impl Target for Guest {
 
     fn seed_grants(&mut self, console: (u64, u16), store: (u64, u16)) -> Result<(), GuestError> {
         let ((console_gfn, console_domid), (store_gfn, store_domid)) = (console, store);
-        let seeded = self.xen.seed_grants(
-            self.domain,
-            console_gfn,
-            store_gfn,
-            DomId(console_domid),
-            DomId(store_domid),
-        );
+        let seeded =
+            self.xen.seed_grants(self.domain, console_gfn, store_gfn, DomId(console_domid), DomId(store_domid));
         seeded.map_err(refused)
     }
 }

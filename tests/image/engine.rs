@@ -142,10 +142,7 @@ fn a_running_domain_is_followed() {
     assert_eq!(libxl.heard(), [qemu(true), Message::Suspend, qemu(false)]);
     assert_eq!(domain.log_switched, [true, false]);
     assert!(libxl.log().contains("round 2: 90"), "{}", libxl.log());
-    assert!(
-        entries(&tape.all()).contains(&PageEntry { pfn: 2500, kind: PageType::XTAB }),
-        "a page that went is said"
-    );
+    assert!(entries(&tape.all()).contains(&PageEntry { pfn: 2500, kind: PageType::XTAB }), "a page that went is said");
     let (mut copy, rings, _) = restored(&tape, StreamType::Plain);
     rings.unwrap();
     for gone in [8, 30, 2500] {

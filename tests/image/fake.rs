@@ -184,8 +184,8 @@ impl Domain {
     /// What a restored copy of it must be: its rings are empty.
     pub fn restored(&self) -> Memory {
         let mut memory = self.memory.clone();
-        for ring in [self.nr_gpfns - 4, self.nr_gpfns - 1] {
-            memory.insert(ring, vec![0; PAGE_SIZE]);
+        for ring in self.params.iter().filter(|param| param.index != 12) {
+            memory.insert(ring.value, vec![0; PAGE_SIZE]);
         }
         memory
     }

@@ -53,8 +53,7 @@ fn wrapped(image: &[u8]) -> Vec<u8> {
     encode_header(&mut out);
     OuterRecord::LibxcContext.encode(&mut out);
     out.extend_from_slice(image);
-    let physmap = ("physmap/1/start_addr".into(), "0xf0000000".into());
-    OuterRecord::EmulatorXenstoreData(vec![physmap]).encode(&mut out);
+    // No EMULATOR_XENSTORE_DATA: under Python 3, 4.17's verifier compares a byte with a text there, and refuses all.
     OuterRecord::EmulatorContext(b"QEVM state".to_vec()).encode(&mut out);
     OuterRecord::End.encode(&mut out);
     out.to_vec()

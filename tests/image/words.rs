@@ -134,3 +134,20 @@ fn the_stock_helpers_words_are_understood() {
     assert!(texts.iter().any(|text| text == "libxl-save-helper: starting save"), "{texts:?}");
     assert!(texts.len() >= 3, "{texts:?}");
 }
+
+#[test]
+fn the_outer_records_are_libxls_bytes() {
+    use xen_colo::image::outer::{OuterRecord, encode_header};
+    let mut out = BytesMut::new();
+    encode_header(&mut out);
+    OuterRecord::LibxcContext.encode(&mut out);
+    OuterRecord::EmulatorXenstoreData(vec![("a/b".into(), "c".into())]).encode(&mut out);
+    OuterRecord::CheckpointEnd.encode(&mut out);
+    let expected = [
+        &b"LibxlFmt\0\0\0\x02\0\0\0\0"[..],
+        b"\x01\0\0\0\0\0\0\0",
+        b"\x02\0\0\0\x0e\0\0\0\x02\0\0\0\0\0\0\0a/b\0c\0\0\0",
+        b"\x04\0\0\0\0\0\0\0",
+    ];
+    assert_eq!(out, expected.concat());
+}

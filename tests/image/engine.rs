@@ -12,7 +12,8 @@ use xen_colo::save_helper::Failure;
 use xen_colo::save_helper::restore::{Rings, restore};
 use xen_colo::save_helper::save::{Saved, save};
 
-const RUN: AtomicBool = AtomicBool::new(false);
+/// Nobody changes his mind.
+static RUN: AtomicBool = AtomicBool::new(false);
 
 /// A libxl that suspends and resumes the domain, and writes its own part of `checkpoints` checkpoints to the tape.
 pub fn libxl_for(domain: &Domain, tape: &Tape, mut checkpoints: u32) -> Libxl {
@@ -148,7 +149,7 @@ fn a_running_domain_is_followed() {
     for gone in [8, 30, 2500] {
         assert!(copy.memory.remove(&gone).is_some_and(|_| !domain.memory.contains_key(&gone)));
     }
-    let mut expected = domain.restored();
+    let expected = domain.restored();
     assert!(copy.memory.contains_key(&grown));
     assert_eq!(copy.memory, expected);
 }

@@ -4,8 +4,10 @@
 //! [`Tape`], which both layers write to and read from, as the helper and libxl share one descriptor.
 
 use bytes::BytesMut;
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use xen_colo::image::helper::{Message, RestoreJob, SaveJob, StreamType};
 use xen_colo::image::{HvmParam, Msr, PageType, TscInfo};
@@ -18,7 +20,7 @@ pub type Answer = Box<dyn FnMut(&Message) -> i32>;
 
 /// Both pipes to libxl.
 #[derive(Clone)]
-pub struct Libxl(Arc<Mutex<State>>);
+pub struct Libxl(Rc<RefCell<State>>);
 
 struct State {
     input: BytesMut,
@@ -30,7 +32,7 @@ struct State {
 impl Libxl {
     pub fn new(answer: impl FnMut(&Message) -> i32 + 'static) -> Self {
         let answer = Box::new(answer);
-        Self(Arc::new(Mutex::new(State { input: BytesMut::new(), replies: Vec::new(), heard: Vec::new(), answer })))
+        Self(Rc::new(RefCell::new(State { input: BytesMut::new(), replies: Vec::new(), heard: Vec::new(), answer })))
     }
 
     pub fn calls(&self, cbflags: u32) -> Calls<Self, Self> {
@@ -39,13 +41,13 @@ impl Libxl {
 
     /// What was said, without log lines and progress.
     pub fn heard(&self) -> Vec<Message> {
-        let heard = &self.0.lock().unwrap().heard;
+        let heard = &self.0.borrow().heard;
         heard.iter().filter(|message| message.number() > 2).cloned().collect()
     }
 
     /// The log.
     pub fn log(&self) -> String {
-        let heard = &self.0.lock().unwrap().heard;
+        let heard = &self.0.borrow().heard;
         let lines =
             heard.iter().filter_map(|message| if let Message::Log { text, .. } = message { Some(text) } else { None });
         lines.cloned().collect::<Vec<_>>().join("\n")
@@ -54,7 +56,7 @@ impl Libxl {
 
 impl Write for Libxl {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut state = self.0.lock().unwrap();
+        let mut state = self.0.borrow_mut();
         state.input.extend_from_slice(bytes);
         while let Some(message) = Message::decode(&mut state.input).unwrap() {
             if message.has_reply() {
@@ -73,7 +75,7 @@ impl Write for Libxl {
 
 impl Read for Libxl {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let replies = &mut self.0.lock().unwrap().replies;
+        let replies = &mut self.0.borrow_mut().replies;
         let bytes = replies.len().min(into.len());
         into[..bytes].copy_from_slice(&replies[..bytes]);
         replies.drain(..bytes);

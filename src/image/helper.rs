@@ -63,7 +63,7 @@ pub enum Message {
     Log {
         /// `xentoollog_level`.
         level: u32,
-        /// errno, or 0.
+        /// errno, or all ones for none.
         errno: u32,
         /// Who speaks.
         context: String,

@@ -35,7 +35,8 @@ impl<R: Read, W: Write> Calls<R, W> {
 
     /// A line for libxl's log. A libxl that does not take it is noticed by the next question.
     pub fn log(&mut self, level: Level, errno: i32, text: &str) {
-        let errno = errno.max(0).unsigned_abs();
+        // libxl appends what errno means, "Success" for 0.
+        let errno = if errno > 0 { errno.cast_unsigned() } else { u32::MAX };
         let _ = self.tell(&Message::Log { level: level as u32, errno, context: CONTEXT.into(), text: text.into() });
     }
 

@@ -215,6 +215,7 @@ impl<S: Source, R: Read, W: Write> Saver<'_, S, R, W> {
     fn send_batch(&mut self, mut entries: Vec<PageEntry>) -> Result<u64, Failure> {
         let gfns: Vec<_> = entries.iter().filter(|entry| entry.kind.has_contents()).map(|entry| entry.pfn).collect();
         let (mut pages, mut holes) = (self.out.spare().take(), Vec::new());
+        pages.clear();
         if !gfns.is_empty() {
             pages.reserve_exact(BATCH_PAGES * PAGE_SIZE);
             self.guest.read(&gfns, &mut pages, &mut holes)?;

@@ -23,6 +23,8 @@ use std::time::Duration;
 const CANCEL_POLL: Duration = Duration::from_millis(50);
 /// Page buffers kept for the next batch.
 const SPARE_MAX: usize = 8;
+/// Smallest page buffer that is kept.
+const SPARE_MIN_BYTES: usize = 64 << 10;
 /// Items read ahead, 4 MiB at most each.
 const READ_AHEAD: usize = 4;
 
@@ -31,23 +33,22 @@ const READ_AHEAD: usize = 4;
 pub(super) struct Spare(Arc<Mutex<Vec<Vec<u8>>>>);
 
 impl Spare {
-    /// An empty buffer, perhaps with memory.
+    /// A buffer, perhaps with memory, and with whatever was in it.
     pub(super) fn take(&self) -> Vec<u8> {
         lock(&self.0).pop().unwrap_or_default()
     }
 
-    /// A buffer of which every byte is about to be overwritten.
+    /// A buffer of which every byte is about to be overwritten. Small ones, which are headers, are not worth a spare.
     fn take_sized(&self, bytes: usize) -> Vec<u8> {
-        let mut buffer = lock(&self.0).pop().unwrap_or_default();
+        let mut buffer = if bytes < SPARE_MIN_BYTES { Vec::new() } else { self.take() };
         buffer.resize(bytes, 0);
         buffer
     }
 
-    /// Keeps a buffer's memory.
-    pub(super) fn give(&self, mut buffer: Vec<u8>) {
+    /// Keeps a buffer's memory. Its length stays: what is about to be overwritten need not be zeroed first.
+    pub(super) fn give(&self, buffer: Vec<u8>) {
         let mut spare = lock(&self.0);
-        if buffer.capacity() > 0 && spare.len() < SPARE_MAX {
-            buffer.clear();
+        if buffer.capacity() >= SPARE_MIN_BYTES && spare.len() < SPARE_MAX {
             spare.push(buffer);
         }
     }

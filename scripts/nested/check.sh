@@ -61,3 +61,10 @@ put() {
 get() {
 	host "$1" "curl -sS --fail --max-time 30 $GUEST_URL/k/$2"
 }
+
+# check_registers HOST GUEST: what guest-tool says of the processor's registers.
+check_registers() {
+	wait_until 90 said "$1" "$2" 'GUEST-(AVX|SSE) (ok|ERROR)' || die "$2 says nothing of its registers"
+	holds "$(nested console "$1" "$2" | grep -aoE 'GUEST-(AVX|SSE) ok' | head -n 1): registers keep their values" \
+		host "$1" "! grep -qaE 'GUEST-(AVX|SSE) ERROR' /var/log/xen/guest-$2.log"
+}

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! guest-tool serve DISK PORT DIVERGE-PERCENT   the key-value service (serve.rs, kv.rs)
-//! guest-tool avx                               sums in all sixteen AVX registers, held live; an error ends it
+//! guest-tool registers                         sums in all sixteen AVX (or SSE) registers, held live; an error ends it
 //! guest-tool tick                              each second the monotonic and the real time
 //! ```
 //!
@@ -16,10 +16,10 @@ use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::Duration;
 
-/// Loops of one AVX round: under emulation about a tenth of a second.
-const AVX_LOOPS: u64 = 1_000_000;
+/// Loops of one round: under emulation about a tenth of a second.
+const LOOPS: u64 = 1_000_000;
 /// Rounds between two reports.
-const AVX_REPORT_ROUNDS: u64 = 50;
+const REPORT_ROUNDS: u64 = 50;
 
 /// `struct timespec` of clock_gettime(2), on x86-64.
 #[repr(C)]
@@ -53,30 +53,24 @@ fn tick() -> ! {
 }
 
 /// One round: registers 0 to 7 get registers 8 to 15 added `loops` times, and nothing is in memory meanwhile.
-///
-/// # Safety
-/// The processor must have AVX.
 #[target_feature(enable = "avx")]
-unsafe fn avx_round(registers: &mut [[f64; 4]; 16], loops: u64) {
+fn avx_round(registers: &mut [[f64; 4]; 16], loops: u64) {
     // SAFETY: reads and writes exactly the sixteen registers' 512 bytes, and names every register it changes.
     unsafe {
         asm!(
             "vmovupd ymm0, [{p}]", "vmovupd ymm1, [{p} + 32]", "vmovupd ymm2, [{p} + 64]", "vmovupd ymm3, [{p} + 96]",
-            "vmovupd ymm4, [{p} + 128]", "vmovupd ymm5, [{p} + 160]", "vmovupd ymm6, [{p} + 192]",
-            "vmovupd ymm7, [{p} + 224]", "vmovupd ymm8, [{p} + 256]", "vmovupd ymm9, [{p} + 288]",
-            "vmovupd ymm10, [{p} + 320]", "vmovupd ymm11, [{p} + 352]", "vmovupd ymm12, [{p} + 384]",
-            "vmovupd ymm13, [{p} + 416]", "vmovupd ymm14, [{p} + 448]", "vmovupd ymm15, [{p} + 480]",
+            "vmovupd ymm4, [{p} + 128]", "vmovupd ymm5, [{p} + 160]", "vmovupd ymm6, [{p} + 192]", "vmovupd ymm7, [{p} + 224]",
+            "vmovupd ymm8, [{p} + 256]", "vmovupd ymm9, [{p} + 288]", "vmovupd ymm10, [{p} + 320]", "vmovupd ymm11, [{p} + 352]",
+            "vmovupd ymm12, [{p} + 384]", "vmovupd ymm13, [{p} + 416]", "vmovupd ymm14, [{p} + 448]", "vmovupd ymm15, [{p} + 480]",
             "2:",
-            "vaddpd ymm0, ymm0, ymm8", "vaddpd ymm1, ymm1, ymm9", "vaddpd ymm2, ymm2, ymm10",
-            "vaddpd ymm3, ymm3, ymm11", "vaddpd ymm4, ymm4, ymm12", "vaddpd ymm5, ymm5, ymm13",
-            "vaddpd ymm6, ymm6, ymm14", "vaddpd ymm7, ymm7, ymm15",
+            "vaddpd ymm0, ymm0, ymm8", "vaddpd ymm1, ymm1, ymm9", "vaddpd ymm2, ymm2, ymm10", "vaddpd ymm3, ymm3, ymm11",
+            "vaddpd ymm4, ymm4, ymm12", "vaddpd ymm5, ymm5, ymm13", "vaddpd ymm6, ymm6, ymm14", "vaddpd ymm7, ymm7, ymm15",
             "dec {n}",
             "jnz 2b",
             "vmovupd [{p}], ymm0", "vmovupd [{p} + 32], ymm1", "vmovupd [{p} + 64], ymm2", "vmovupd [{p} + 96], ymm3",
-            "vmovupd [{p} + 128], ymm4", "vmovupd [{p} + 160], ymm5", "vmovupd [{p} + 192], ymm6",
-            "vmovupd [{p} + 224], ymm7", "vmovupd [{p} + 256], ymm8", "vmovupd [{p} + 288], ymm9",
-            "vmovupd [{p} + 320], ymm10", "vmovupd [{p} + 352], ymm11", "vmovupd [{p} + 384], ymm12",
-            "vmovupd [{p} + 416], ymm13", "vmovupd [{p} + 448], ymm14", "vmovupd [{p} + 480], ymm15",
+            "vmovupd [{p} + 128], ymm4", "vmovupd [{p} + 160], ymm5", "vmovupd [{p} + 192], ymm6", "vmovupd [{p} + 224], ymm7",
+            "vmovupd [{p} + 256], ymm8", "vmovupd [{p} + 288], ymm9", "vmovupd [{p} + 320], ymm10", "vmovupd [{p} + 352], ymm11",
+            "vmovupd [{p} + 384], ymm12", "vmovupd [{p} + 416], ymm13", "vmovupd [{p} + 448], ymm14", "vmovupd [{p} + 480], ymm15",
             p = in(reg) registers.as_mut_ptr(),
             n = inout(reg) loops => _,
             out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _, out("ymm4") _, out("ymm5") _,
@@ -87,35 +81,60 @@ unsafe fn avx_round(registers: &mut [[f64; 4]; 16], loops: u64) {
     }
 }
 
-/// Rounds for ever; the first wrong register ends it.
-fn avx() -> ExitCode {
-    if !is_x86_feature_detected!("avx") {
-        println!("GUEST-AVX SKIP: the processor has no AVX");
-        return ExitCode::SUCCESS;
+/// The same in registers of half the width, which every processor of this architecture has.
+fn sse_round(registers: &mut [[f64; 2]; 16], loops: u64) {
+    // SAFETY: reads and writes exactly the sixteen registers' 256 bytes, and names every register it changes.
+    unsafe {
+        asm!(
+            "movupd xmm0, [{p}]", "movupd xmm1, [{p} + 16]", "movupd xmm2, [{p} + 32]", "movupd xmm3, [{p} + 48]",
+            "movupd xmm4, [{p} + 64]", "movupd xmm5, [{p} + 80]", "movupd xmm6, [{p} + 96]", "movupd xmm7, [{p} + 112]",
+            "movupd xmm8, [{p} + 128]", "movupd xmm9, [{p} + 144]", "movupd xmm10, [{p} + 160]", "movupd xmm11, [{p} + 176]",
+            "movupd xmm12, [{p} + 192]", "movupd xmm13, [{p} + 208]", "movupd xmm14, [{p} + 224]", "movupd xmm15, [{p} + 240]",
+            "2:",
+            "addpd xmm0, xmm8", "addpd xmm1, xmm9", "addpd xmm2, xmm10", "addpd xmm3, xmm11",
+            "addpd xmm4, xmm12", "addpd xmm5, xmm13", "addpd xmm6, xmm14", "addpd xmm7, xmm15",
+            "dec {n}",
+            "jnz 2b",
+            "movupd [{p}], xmm0", "movupd [{p} + 16], xmm1", "movupd [{p} + 32], xmm2", "movupd [{p} + 48], xmm3",
+            "movupd [{p} + 64], xmm4", "movupd [{p} + 80], xmm5", "movupd [{p} + 96], xmm6", "movupd [{p} + 112], xmm7",
+            "movupd [{p} + 128], xmm8", "movupd [{p} + 144], xmm9", "movupd [{p} + 160], xmm10", "movupd [{p} + 176], xmm11",
+            "movupd [{p} + 192], xmm12", "movupd [{p} + 208], xmm13", "movupd [{p} + 224], xmm14", "movupd [{p} + 240], xmm15",
+            p = in(reg) registers.as_mut_ptr(),
+            n = inout(reg) loops => _,
+            out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _,
+            out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+            out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+            options(nostack),
+        );
     }
+}
+
+/// Rounds for ever; the first wrong register ends it.
+fn rounds<const LANES: usize>(name: &str, run: impl Fn(&mut [[f64; LANES]; 16])) -> ExitCode {
     for round in 1_u64.. {
         // Whole numbers below 2^53: sums are exact, and each lane of each register has its own.
         let seed = (round % 1000) as f64;
-        let before: [[f64; 4]; 16] =
-            std::array::from_fn(|register| std::array::from_fn(|lane| seed + (register * 4 + lane) as f64));
+        let before: [[f64; LANES]; 16] =
+            std::array::from_fn(|register| std::array::from_fn(|lane| seed + (register * LANES + lane) as f64));
         let mut after = before;
-        // SAFETY: AVX was found above.
-        unsafe { avx_round(&mut after, AVX_LOOPS) };
+        run(&mut after);
         for register in 0..16 {
-            for lane in 0..4 {
+            for lane in 0..LANES {
                 let mut wanted = before[register][lane];
                 if register < 8 {
-                    wanted += before[register + 8][lane] * AVX_LOOPS as f64;
+                    wanted += before[register + 8][lane] * LOOPS as f64;
                 }
                 let got = after[register][lane];
                 if got != wanted {
-                    println!("GUEST-AVX ERROR round {round}: ymm{register} lane {lane} is {got}, not {wanted}");
+                    println!(
+                        "GUEST-{name} ERROR round {round}: register {register} lane {lane} is {got}, not {wanted}"
+                    );
                     return ExitCode::FAILURE;
                 }
             }
         }
-        if round % AVX_REPORT_ROUNDS == 1 {
-            println!("GUEST-AVX ok, {round} rounds");
+        if round % REPORT_ROUNDS == 1 {
+            println!("GUEST-{name} ok, {round} rounds");
         }
         // Leaves the processor to the service: what matters is that registers live across many interruptions.
         sleep(Duration::from_millis(100));
@@ -123,12 +142,21 @@ fn avx() -> ExitCode {
     ExitCode::SUCCESS
 }
 
+fn registers() -> ExitCode {
+    if is_x86_feature_detected!("avx") {
+        // SAFETY: AVX was found.
+        rounds("AVX", |registers| unsafe { avx_round(registers, LOOPS) })
+    } else {
+        rounds("SSE", |registers| sse_round(registers, LOOPS))
+    }
+}
+
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words[..] {
         ["tick"] => tick(),
-        ["avx"] => avx(),
+        ["registers"] => registers(),
         ["serve", disk, port, diverge] => match (port.parse(), diverge.parse()) {
             (Ok(port), Ok(diverge)) => {
                 let Err(why) = serve::run(disk, port, diverge) else { return ExitCode::SUCCESS };
@@ -138,7 +166,7 @@ fn main() -> ExitCode {
             _ => ExitCode::from(2),
         },
         _ => {
-            eprintln!("guest-tool serve DISK PORT DIVERGE-PERCENT | avx | tick");
+            eprintln!("guest-tool serve DISK PORT DIVERGE-PERCENT | registers | tick");
             ExitCode::from(2)
         }
     }

@@ -16,7 +16,7 @@ refused() {
 host a 'xl destroy pvh 2>/dev/null; rm -f /run/xen-colo/pvh.disk0.sock; true'
 refused 'xl-colo does not serve /run/xen-colo/pvh.disk0.sock: start xl-colo host first' ''
 refused 'target must be GUEST/DISK' 's#target=pvh/disk0#target=pvh#'
-host a 'socat UNIX-LISTEN:/run/xen-colo/pvh.disk0.sock /dev/null & sleep 0.5; kill $!'
+host a 'socat UNIX-LISTEN:/run/xen-colo/pvh.disk0.sock /dev/null & sleep 1; kill -9 $!'
 refused 'is xl-colo host running?' ''
 host a 'rm -f /run/xen-colo/pvh.disk0.sock'
 serve_disk a pvh

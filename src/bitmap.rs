@@ -80,6 +80,24 @@ impl Bitmap {
         &mut self.words
     }
 
+    /// Adds the pages of a bitmap as the hypervisor fills it. Bits past the bound are not pages.
+    pub fn union_words(&mut self, words: &[u64]) {
+        for (mine, theirs) in self.words.iter_mut().zip(words) {
+            *mine |= theirs;
+        }
+        if let (Some(last), used @ 1..) = (self.words.last_mut(), self.bits % 64) {
+            *last &= (1 << used) - 1;
+        }
+    }
+
+    /// Raises the bound to `bits`, and adds every page above the old one.
+    pub fn grow(&mut self, bits: u64) {
+        let mut larger = Self::new(bits.max(self.bits));
+        larger.union_words(&self.words);
+        (self.bits..larger.bits).for_each(|pfn| larger.set(Pfn(pfn)));
+        *self = larger;
+    }
+
     /// Moves every page into `into` and leaves this set empty: the CLEAN operation.
     pub fn drain_into(&mut self, into: &mut Self) {
         into.union(self);
@@ -119,6 +137,19 @@ mod tests {
             }
             prop_assert_eq!(bitmap.count(), model.len() as u64);
             prop_assert_eq!(bitmap.iter().collect::<Vec<_>>(), model.into_iter().collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn words_add_and_growing_adds(bits in 1_u64..300, words in prop::collection::vec(any::<u64>(), 0..6), by in 0_u64..200) {
+            let mut bitmap = Bitmap::new(bits);
+            bitmap.set(Pfn(0));
+            bitmap.union_words(&words);
+            let named = |pfn: u64| words.get((pfn / 64) as usize).is_some_and(|word| word >> (pfn % 64) & 1 == 1);
+            let expected: Vec<_> = (0..bits).filter(|pfn| *pfn == 0 || named(*pfn)).collect();
+            prop_assert_eq!(bitmap.iter().map(|pfn| pfn.0).collect::<Vec<_>>(), expected.clone());
+            bitmap.grow(bits + by);
+            let grown: Vec<_> = expected.into_iter().chain(bits..bits + by).collect();
+            prop_assert_eq!(bitmap.iter().map(|pfn| pfn.0).collect::<Vec<_>>(), grown);
         }
 
         #[test]

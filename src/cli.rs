@@ -60,6 +60,16 @@ pub enum Command {
         /// The order
         arguments: Vec<String>,
     },
+    /// Save or restore a domain for libxl; set LIBXL_SAVE_HELPER to this program and use xl as ever
+    SaveHelper(SaveHelperArgs),
+}
+
+/// Arguments of `save-helper`, which libxl writes.
+#[derive(Args, Debug)]
+pub struct SaveHelperArgs {
+    /// --save-domain or --restore-domain, and what belongs to it
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "ARGUMENT")]
+    pub arguments: Vec<String>,
 }
 
 /// Which host a command is for.

@@ -13,9 +13,18 @@ use xen_colo::daemon::host::{self, Boot, BootConfig, HostConfig};
 use xen_colo::daemon::xen::XenBoot;
 use xen_colo::daemon::{arbiter, status};
 use xen_colo::demo;
+use xen_colo::image::helper;
 
 fn main() -> ExitCode {
+    // libxl starts what LIBXL_SAVE_HELPER names with arguments of its own, and knows no subcommands.
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    if arguments.first().is_some_and(|first| helper::JOBS.contains(&first.as_str())) {
+        return save_helper(&arguments);
+    }
     let cli = Cli::parse();
+    if let Command::SaveHelper(args) = cli.command {
+        return save_helper(&args.arguments);
+    }
     let filter = EnvFilter::try_from_env("XEN_COLO_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     #[cfg(feature = "xen")]
@@ -43,6 +52,8 @@ async fn run(command: Command) -> ExitCode {
         Command::Checkpoint(host) => order(&host, Request::Checkpoint).await,
         Command::Failover(host) => order(&host, Request::Failover).await,
         Command::Stop(host) => order(&host, Request::Stop).await,
+        // main has run it: it has no runtime.
+        Command::SaveHelper(_) => ExitCode::SUCCESS,
         #[cfg(feature = "xen")]
         Command::Keeper { .. } | Command::Libxl { .. } => unreachable!("they need no runtime"),
     }
@@ -65,6 +76,40 @@ fn libxl(arguments: &[String]) -> ExitCode {
         }
         Err(error) => fail(cli::EXIT_FAILED, &error),
     }
+}
+
+/// Without Xen there is nobody to save.
+#[cfg(not(feature = "xen"))]
+fn save_helper(_: &[String]) -> ExitCode {
+    fail(cli::EXIT_ENVIRONMENT, &"this xl-colo was built without Xen (feature `xen`)")
+}
+
+/// The helper itself has no runtime: a thread beside it waits for SIGTERM, by which libxl cancels a save.
+#[cfg(feature = "xen")]
+fn save_helper(arguments: &[String]) -> ExitCode {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use tokio::signal::unix::{SignalKind, signal};
+
+    let cancel = Arc::new(AtomicBool::new(false));
+    // A restore has nothing to put in order, and ends as any process does.
+    if arguments.first().is_some_and(|first| first == helper::JOBS[0]) {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return fail(cli::EXIT_ENVIRONMENT, &error),
+        };
+        let entered = runtime.enter();
+        let mut terminate = match signal(SignalKind::terminate()) {
+            Ok(terminate) => terminate,
+            Err(error) => return fail(cli::EXIT_ENVIRONMENT, &error),
+        };
+        drop(entered);
+        let cancel = Arc::clone(&cancel);
+        std::thread::spawn(move || {
+            runtime.block_on(terminate.recv());
+            cancel.store(true, Ordering::Relaxed);
+        });
+    }
+    ExitCode::from(xen_colo::save_helper::xen::run(arguments, &cancel))
 }
 
 fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {

@@ -11,6 +11,7 @@ mod device_model;
 mod full_disk;
 mod garbage;
 mod hang;
+mod image;
 mod nbd_interop;
 mod partition;
 mod sim;

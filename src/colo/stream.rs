@@ -17,13 +17,13 @@
 
 use super::message::{InvalidMessage, Message};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn, is_zero};
-use crate::record::{HEADER_BYTES, peek_header};
+use crate::record::{self, COUNT_BYTES, Header, PFN_MASK};
 use bytes::{Buf, BufMut, BytesMut};
 
 /// Xen's PAGE_DATA.
-pub const RECORD_PAGE_DATA: u32 = 0x01;
+pub const RECORD_PAGE_DATA: u32 = record::PAGE_DATA;
 /// Xen's CHECKPOINT: everything before it is one consistent state.
-pub const RECORD_CHECKPOINT: u32 = 0x0E;
+pub const RECORD_CHECKPOINT: u32 = record::CHECKPOINT;
 /// Ours: numbers of pages that hold only zeroes. Mandatory (bit 31 clear): skipping it would corrupt the guest.
 pub const RECORD_ZERO_PAGES: u32 = 0x4000_0001;
 
@@ -31,9 +31,6 @@ pub const RECORD_ZERO_PAGES: u32 = 0x4000_0001;
 pub const ZERO_PAGES_PER_RECORD: usize = 16 * BATCH_PAGES;
 /// Largest device state accepted, in bytes.
 pub const DEVICE_STATE_MAX_BYTES: u64 = 64 << 20;
-
-const COUNT_BYTES: usize = 8;
-const PFN_MASK: u64 = (1 << 52) - 1;
 
 /// How the peer broke the stream.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -134,23 +131,23 @@ impl Decoder {
 
     fn record(&mut self, input: &mut BytesMut) -> Result<Option<Item>, StreamError> {
         loop {
-            let Some((record, len_bytes)) = peek_header(input) else { return Ok(None) };
+            let Some(header) = Header::peek(input) else { return Ok(None) };
+            let Header { record, len_bytes } = header;
             let limit = match record {
                 RECORD_PAGE_DATA => COUNT_BYTES + BATCH_PAGES * (8 + PAGE_SIZE),
                 RECORD_ZERO_PAGES => COUNT_BYTES + ZERO_PAGES_PER_RECORD * 8,
                 RECORD_CHECKPOINT => 0,
                 // Bit 31 marks a record that a reader may skip; bounded, since it is buffered whole.
-                optional if optional & (1 << 31) != 0 => 1 << 20,
+                _ if header.is_optional() => 1 << 20,
                 unknown => return Err(StreamError::UnknownRecord(unknown)),
             };
             if len_bytes > limit {
                 return Err(StreamError::BadRecord { record, len_bytes, why: "longer than its type may be" });
             }
-            let padded = len_bytes.next_multiple_of(8);
-            if input.len() < HEADER_BYTES + padded {
+            if input.len() < Header::BYTES + header.padded_bytes() {
                 return Ok(None);
             }
-            let body = &input[HEADER_BYTES..HEADER_BYTES + len_bytes];
+            let body = &input[Header::BYTES..Header::BYTES + len_bytes];
             let item = match record {
                 RECORD_PAGE_DATA => Some(self.page_data(body)?),
                 RECORD_ZERO_PAGES => Some(self.zero_pages(body)?),
@@ -160,7 +157,7 @@ impl Decoder {
                 }
                 _ => None,
             };
-            input.advance(HEADER_BYTES + padded);
+            input.advance(Header::BYTES + header.padded_bytes());
             if item.is_some() {
                 return Ok(item);
             }
@@ -188,16 +185,12 @@ impl Decoder {
     /// Reads `count u32, reserved u32, count × u64` and returns what follows.
     fn pfn_list<'a>(&self, record: u32, body: &'a [u8]) -> Result<(Vec<Pfn>, &'a [u8]), StreamError> {
         let bad = |why| StreamError::BadRecord { record, len_bytes: body.len(), why };
-        let (head, rest) = body.split_first_chunk::<COUNT_BYTES>().ok_or(bad("no count"))?;
-        let count = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
-        if count == 0 {
+        let (list, rest) = record::take_entries::<{ record::ENTRY_BYTES }>(body).map_err(bad)?;
+        if list.is_empty() {
             return Err(bad("a count of zero"));
         }
-        let list_bytes =
-            count.checked_mul(8).filter(|bytes| *bytes <= rest.len()).ok_or(bad("shorter than its count"))?;
-        let (list, rest) = rest.split_at(list_bytes);
-        let mut pfns = Vec::with_capacity(count);
-        for entry in list.as_chunks::<8>().0 {
+        let mut pfns = Vec::with_capacity(list.len());
+        for entry in list {
             let entry = u64::from_le_bytes(*entry);
             // Page types other than 0 (ordinary RAM) belong to PV guests, which this stream does not carry.
             if entry & !PFN_MASK != 0 {
@@ -232,18 +225,16 @@ pub fn encode_pages(pfns: &[Pfn], contents: &[u8], out: &mut BytesMut) -> usize 
         page_data(&full, out);
     }
     for pfns in zero.chunks(ZERO_PAGES_PER_RECORD) {
-        out.put_u32_le(RECORD_ZERO_PAGES);
-        out.put_u32_le((COUNT_BYTES + pfns.len() * 8) as u32);
+        Header { record: RECORD_ZERO_PAGES, len_bytes: COUNT_BYTES + pfns.len() * 8 }.put(out);
         put_pfns(pfns.iter().copied(), pfns.len(), out);
     }
     zero.len()
 }
 
 fn page_data(pages: &[(Pfn, &[u8])], out: &mut BytesMut) {
-    let body = COUNT_BYTES + pages.len() * (8 + PAGE_SIZE);
-    out.reserve(HEADER_BYTES + body);
-    out.put_u32_le(RECORD_PAGE_DATA);
-    out.put_u32_le(body as u32);
+    let header = Header { record: RECORD_PAGE_DATA, len_bytes: COUNT_BYTES + pages.len() * (8 + PAGE_SIZE) };
+    out.reserve(Header::BYTES + header.len_bytes);
+    header.put(out);
     put_pfns(pages.iter().map(|(pfn, _)| *pfn), pages.len(), out);
     for (_, page) in pages {
         out.put_slice(page);
@@ -251,8 +242,7 @@ fn page_data(pages: &[(Pfn, &[u8])], out: &mut BytesMut) {
 }
 
 fn put_pfns(pfns: impl Iterator<Item = Pfn>, count: usize, out: &mut BytesMut) {
-    out.put_u32_le(count as u32);
-    out.put_u32_le(0);
+    record::put_count(count, out);
     for pfn in pfns {
         out.put_u64_le(pfn.0);
     }
@@ -260,8 +250,7 @@ fn put_pfns(pfns: impl Iterator<Item = Pfn>, count: usize, out: &mut BytesMut) {
 
 /// Appends the record that closes a run of page records.
 pub fn encode_pages_end(out: &mut BytesMut) {
-    out.put_u32_le(RECORD_CHECKPOINT);
-    out.put_u32_le(0);
+    record::put(RECORD_CHECKPOINT, &[], out);
 }
 
 /// Appends VMSTATE_SIZE and the device state.

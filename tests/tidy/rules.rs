@@ -25,6 +25,11 @@ fn layers() {
         ("src/daemon/a.rs", "use crate::demo::GUEST_MAC;"),
         ("src/daemon/pair/a.rs", "use crate::cli::Cli;"),
         ("src/cli.rs", "use crate::demo;"),
+        ("src/image/a.rs", "use crate::save_helper::Failure;"),
+        ("src/save_helper/a.rs", "use crate::daemon::links;"),
+        ("src/save_helper/a.rs", "use crate::hypervisor::Domain;"),
+        ("src/save_helper.rs", "use super::colo::Loss;"),
+        ("src/daemon/a.rs", "use crate::save_helper::stock;"),
     ] {
         assert_eq!(caught(path, text), ["layers"], "{path}: {text}");
     }
@@ -33,6 +38,7 @@ fn layers() {
         ("src/colo/a.rs", "// use crate::daemon::links;\nfn f() { g(\"crate::daemon::x\"); }"),
         ("src/daemon/pair/a.rs", "use crate::{colo, compare, hypervisor}; use super::super::links;"),
         ("src/demo/a.rs", "use crate::cli::Cli; use crate::daemon::status;"),
+        ("src/save_helper/a.rs", "use crate::image::Decoder; use crate::{bitmap, page, record}; use xen::Interface;"),
         ("src/main.rs", "#![forbid(unsafe_code)]\nuse xen_colo::cli;"),
         ("tests/a.rs", "use xen_colo::{colo, compare};"),
     ] {
@@ -77,7 +83,7 @@ fn pure() {
         "use std::time::{Duration, Instant};",
         "use std::time::*;",
     ] {
-        for folder in ["colo", "compare", "nbd", "qmp"] {
+        for folder in ["colo", "compare", "nbd", "qmp", "image"] {
             assert_eq!(caught(&format!("src/{folder}/a.rs"), text), ["pure"], "{text}");
         }
         assert_eq!(caught("src/daemon/a.rs", text), NONE, "{text}");

@@ -162,7 +162,7 @@ impl Mapping {
     }
 
     /// Appends frame `i` to `into`. False, and nothing appended, if it is a hole.
-    pub(crate) fn append(&self, i: usize, into: &mut Vec<u8>) -> bool {
+    pub fn append(&self, i: usize, into: &mut Vec<u8>) -> bool {
         let Some(page) = self.page(i) else { return false };
         into.reserve(PAGE_BYTES);
         // SAFETY: as in `copy_out`; the room was reserved, and every byte of the new length has been written.

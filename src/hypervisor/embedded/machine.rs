@@ -256,7 +256,7 @@ impl Machine {
     pub fn save_devices(&self, now: Instant) -> Vec<u8> {
         let state = super::devices::save(&self.registers, &self.ring, self.ram.nr_pages(), now);
         let mut run = Vec::with_capacity(state.len() + 16);
-        record::append(record::EMBEDDED_DEVICES, &state, &mut run);
+        record::put(record::EMBEDDED_DEVICES, &state, &mut run);
         run
     }
 

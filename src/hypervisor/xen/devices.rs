@@ -52,8 +52,8 @@ impl Devices {
         tsc.extend(self.tsc.nsec.to_le_bytes());
         tsc.extend(self.tsc.incarnation.to_le_bytes());
         tsc.extend([0; 4]);
-        record::append(record::X86_TSC_INFO, &tsc, &mut run);
-        record::append(record::HVM_CONTEXT, &self.context, &mut run);
+        record::put(record::X86_TSC_INFO, &tsc, &mut run);
+        record::put(record::HVM_CONTEXT, &self.context, &mut run);
         let mut params = Vec::with_capacity(8 + self.params.len() * 16);
         params.extend((self.params.len() as u32).to_le_bytes());
         params.extend([0; 4]);
@@ -61,9 +61,9 @@ impl Devices {
             params.extend(u64::from(*index).to_le_bytes());
             params.extend(value.to_le_bytes());
         }
-        record::append(record::HVM_PARAMS, &params, &mut run);
+        record::put(record::HVM_PARAMS, &params, &mut run);
         if let Some(emulator) = &self.emulator {
-            record::append(record::EMULATOR_CONTEXT, emulator, &mut run);
+            record::put(record::EMULATOR_CONTEXT, emulator, &mut run);
         }
         run
     }

@@ -77,7 +77,7 @@ migrate stock ours
 
 # A full disk: the save fails, and the guest is none the worse.
 host a 'mkdir -p /tmp/small && mount -t tmpfs -o size=20m small /tmp/small'
-holds "a save to a full disk fails" under ours '! xl save plain /tmp/small/img >/tmp/xl.log 2>&1'
+holds "a save to a full disk fails" under ours 'bash -c "! xl save plain /tmp/small/img" >/tmp/xl.log 2>&1'
 holds "and says why" host a 'grep -q "No space left on device" /tmp/xl.log'
 host a 'umount /tmp/small'
 lives "after a failed save"

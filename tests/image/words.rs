@@ -151,3 +151,31 @@ fn the_outer_records_are_libxls_bytes() {
     ];
     assert_eq!(out, expected.concat());
 }
+
+/// The program itself, as libxl starts it, on a machine without Xen: it says so to libxl, or that it was built without.
+#[test]
+fn the_program_answers_libxls_command_line() {
+    if Path::new("/dev/xen/privcmd").exists() {
+        eprintln!("SKIP: there is a Xen here, and this test wants none");
+        return;
+    }
+    let line = ["--save-domain", "1", "-1", "5", "0", "0", "0"];
+    for arguments in [&line[..], &[&["save-helper"][..], &line].concat()] {
+        let program =
+            Command::new(env!("CARGO_BIN_EXE_xl-colo")).args(arguments).stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8_lossy(&program.stderr);
+        let (mut input, mut heard) = (BytesMut::from(&program.stdout[..]), Vec::new());
+        while let Some(message) = Message::decode(&mut input).unwrap() {
+            heard.push(message);
+        }
+        assert!(input.is_empty(), "standard output is libxl's");
+        if cfg!(feature = "xen") {
+            assert!(matches!(heard.last(), Some(Message::Complete { retval: -1, .. })), "{heard:?}");
+            assert!(matches!(&heard[0], Message::Log { level: 8, .. }), "{heard:?}");
+            assert_eq!(program.status.code(), Some(1), "nobody took the result: {said}");
+        } else {
+            assert_eq!((program.status.code(), heard.len()), (Some(4), 0), "{said}");
+            assert!(said.contains("without Xen"), "{said}");
+        }
+    }
+}

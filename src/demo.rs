@@ -64,6 +64,8 @@ trait World {
     async fn end(&mut self);
     /// Time between two looks at a host's status.
     const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+    /// How long to leave the survivor alone after the kill.
+    const QUIET: Duration = Duration::ZERO;
 }
 
 /// Runs the demo.
@@ -89,7 +91,7 @@ async fn tell<W: World>(args: &DemoArgs, start: impl Future<Output = Result<W, P
             outcome = story => outcome,
             () = interrupted() => Ok(if args.serve.is_some() { 0 } else { EXIT_FAILED }),
         };
-        if !matches!(outcome, Ok(0)) {
+        if !matches!(outcome, Ok(0)) || std::env::var_os("XEN_COLO_KEEP_LOGS").is_some() {
             pair.failed().await;
         }
         pair.end().await;
@@ -178,6 +180,8 @@ async fn kill_one<W: World>(args: &DemoArgs, pair: &mut W) -> Result<u8, PairErr
     let reaped_after = killed_at.elapsed();
     live.mark_kill();
 
+    // What the survivor's machine does for us now, it does not do for the guest.
+    tokio::time::sleep(W::QUIET).await;
     let deadline = Instant::now() + TAKEOVER_DEADLINE;
     let mut alone = pair.status(survivor).await?;
     while alone.protection != Protection::TakenOver && Instant::now() < deadline {

@@ -148,7 +148,8 @@ impl Nested {
 }
 
 impl World for Nested {
-    const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+    const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+    const QUIET: Duration = Duration::from_secs(6);
 
     fn address(&self) -> SocketAddr {
         self.edge.local_addr

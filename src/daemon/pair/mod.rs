@@ -11,6 +11,7 @@
 
 pub mod primary;
 pub mod secondary;
+mod survivor;
 
 #[cfg(test)]
 mod tests;

@@ -276,7 +276,8 @@ impl PrimarySide {
     /// A frame for the guest came from the network.
     pub fn handle_network_frame(&mut self, now: Instant, frame: Bytes) {
         let taken = self.domain.receive_frame(&frame);
-        if taken && self.mode == Mode::Colo && self.machine.is_replicating() {
+        // In Remus mode too: what the last state does not know is replayed to the guest that takes over.
+        if taken && self.machine.is_replicating() {
             self.effects.push_back(Effect::ToSecondary { epoch: self.machine.epoch(), frame });
         }
         self.pump(now);

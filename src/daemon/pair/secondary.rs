@@ -10,6 +10,7 @@
 //! a lost peer is heard while a large one loads. Client frames carry the epoch in which the *primary's* guest got
 //! them: those of an epoch that ended are in the loaded state already, those of the next wait until it is loaded.
 
+use super::survivor::{ANNOUNCE_FIRST, ANNOUNCE_ROUNDS, ANNOUNCE_STEP, Replay, Said, announcement};
 use super::{Clock, lock};
 use crate::bitmap::Bitmap;
 use crate::clock::Instant;
@@ -40,11 +41,6 @@ const DISK_APPLY_DELAY: Duration = Duration::from_millis(250);
 /// How long a side whose replica takes no more writes lets the primary ask the arbiter first. The primary has most
 /// likely hung up for just that, and is well.
 const GIVE_WAY: Duration = Duration::from_millis(500);
-/// How often a takeover is announced after the first time, and when: QEMU's rounds (`net/announce.c`, 50 ms and then
-/// steps of 100 ms). A late frame of the old primary, or a switch that was busy, must not have the last word.
-const ANNOUNCE_ROUNDS: u32 = 5;
-const ANNOUNCE_FIRST: Duration = Duration::from_millis(50);
-const ANNOUNCE_STEP: Duration = Duration::from_millis(100);
 /// Bytes of sealed epochs written to the base disk in one slice of [`SecondarySide::work`].
 const DISK_APPLY_SLICE_BYTES: u64 = 1 << 20;
 
@@ -122,6 +118,10 @@ pub struct SecondarySide {
     announce: Option<(u32, Instant)>,
     inbound: VecDeque<(u64, Bytes)>,
     inbound_bytes: usize,
+    /// What a guest that took over has not taken yet.
+    replay: Replay,
+    /// What this guest has said in this epoch.
+    said: Said,
     running: bool,
     generation: u64,
     error: Option<String>,
@@ -160,6 +160,8 @@ impl SecondarySide {
             announce: None,
             inbound: VecDeque::new(),
             inbound_bytes: 0,
+            replay: Replay::default(),
+            said: Said::default(),
             running: false,
             error: None,
             effects: VecDeque::new(),
@@ -216,16 +218,16 @@ impl SecondarySide {
     /// When to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        [self.machine.poll_timeout(), self.rewriter.poll_timeout(), self.disk_due, self.announce.map(|(_, due)| due)]
-            .into_iter()
-            .flatten()
-            .min()
+        let announce = self.announce.map(|(_, due)| due);
+        let own = [self.disk_due, announce, self.replay.poll_timeout()];
+        [self.machine.poll_timeout(), self.rewriter.poll_timeout()].into_iter().chain(own).flatten().min()
     }
 
     /// Time has passed.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.rewriter.handle_timeout(now);
         self.rewritten();
+        self.replay.handle_timeout(now, &mut *self.domain);
         if let Some((left, _)) = self.announce.filter(|(_, due)| *due <= now) {
             self.effects.push_back(Effect::ToNetwork(announcement(self.mac).into()));
             self.announce = (left > 1).then(|| (left - 1, now + ANNOUNCE_STEP));
@@ -318,7 +320,9 @@ impl SecondarySide {
             State::Exited(_) => {}
             _ => {
                 self.rewriter.from_guest(now, &mut frame);
-                self.effects.push_back(Effect::ToPrimary { epoch, frame: frame.into() });
+                let frame = Bytes::from(frame);
+                self.said.keep(frame.clone());
+                self.effects.push_back(Effect::ToPrimary { epoch, frame });
             }
         }
         self.rewritten();
@@ -504,6 +508,7 @@ impl SecondarySide {
         self.stats.last_load = (self.clock)() - load.begun;
         self.inbound.retain(|(epoch, _)| *epoch >= self.machine.epoch());
         self.inbound_bytes = self.inbound.iter().map(|(_, frame)| frame.len()).sum();
+        self.said = Said::default();
         Ok(Some(()))
     }
 
@@ -523,7 +528,7 @@ impl SecondarySide {
     fn deliver(&mut self, now: Instant, frame: Bytes) {
         let mut frame = frame.to_vec();
         if self.rewriter.from_network(now, &mut frame) == Forward::Now {
-            self.domain.receive_frame(&frame);
+            self.replay.give(now, frame, &mut *self.domain);
         }
         self.rewritten();
     }
@@ -549,8 +554,14 @@ impl SecondarySide {
         }
         self.effects.push_back(Effect::ToNetwork(announcement(self.mac).into()));
         self.announce = Some((ANNOUNCE_ROUNDS, now + ANNOUNCE_FIRST));
+        // Said twice harms nobody: TCP knows it, and any network may do it.
+        self.effects.extend(std::mem::take(&mut self.said).into_frames().map(Effect::ToNetwork));
+        self.replay.begin(now);
         self.run(now);
-        self.inbound.clear();
+        // Clients said it, and no state that is left knows it.
+        for (_, frame) in std::mem::take(&mut self.inbound) {
+            self.deliver(now, frame);
+        }
         self.inbound_bytes = 0;
         self.end();
     }
@@ -559,18 +570,4 @@ impl SecondarySide {
         let State::Exited(exit) = self.machine.state() else { return };
         self.effects.push_back(Effect::Ended { exit, generation: self.generation });
     }
-}
-
-/// A RARP "my address is" broadcast, which makes switches send the guest's frames here. It names only the MAC, as
-/// QEMU's self-announce does (qemu `net/announce.c`); the guest itself follows with a gratuitous ARP.
-fn announcement(mac: [u8; 6]) -> Vec<u8> {
-    let mut frame = vec![0xff; 6];
-    frame.extend(mac);
-    frame.extend([0x80, 0x35, 0, 1, 0x08, 0x00, 6, 4, 0, 3]);
-    frame.extend(mac);
-    frame.extend([0; 4]);
-    frame.extend(mac);
-    frame.extend([0; 4]);
-    frame.resize(60, 0);
-    frame
 }

@@ -11,11 +11,14 @@ use ::xen::libxl::Context;
 use ::xen::{DomId, Error, Store};
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 /// The command of this program that serves an order.
 pub const COMMAND: &str = "libxl";
 /// Bytes of a configuration that are read; libxl's own are about 5,000.
 const CONFIG_MAX_BYTES: u64 = 1 << 20;
+/// A guest that has just taken over needs the processor to connect its devices again: its name can wait.
+const RENAME_DELAY: Duration = Duration::from_secs(5);
 /// What a domain is called until it takes over: xl's own ending.
 const INCOMING: &str = "--incoming";
 
@@ -32,7 +35,10 @@ pub fn serve(arguments: &[String], input: &mut dyn Read) -> Result<String, Strin
             libxl()?.create_paused(&json, false).map(|domid| domid.0.to_string()).map_err(said)
         }
         ["destroy", domid] => libxl()?.destroy(parse(domid)?).map(|()| String::new()).map_err(said),
-        ["rename", domid, old, new] => libxl()?.rename(parse(domid)?, old, new).map(|()| String::new()).map_err(said),
+        ["rename", domid, old, new] => {
+            std::thread::sleep(RENAME_DELAY);
+            libxl()?.rename(parse(domid)?, old, new).map(|()| String::new()).map_err(said)
+        }
         _ => Err(format!("{arguments:?} is no order to libxl")),
     }
 }

@@ -1,0 +1,117 @@
+//! What a side does that has just become the survivor, for clients that have waited long enough.
+//!
+//! ```text
+//!   take over ─▶ announce the MAC ─▶ say again what this guest said ─▶ replay what clients said since the last state
+//!                 1 + 5 times          (lock-step only)                  until the guest takes it
+//! ```
+//!
+//! Without the last two, a client would have to find out by its own timer, which it has doubled all the while it took
+//! to miss the primary. Everything here may reach its receiver twice: TCP knows that, and any network may do it. The
+//! trap: a guest with PV drivers takes no frame before it has connected its devices again.
+
+use crate::clock::Instant;
+use crate::hypervisor::Domain;
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// How often a takeover is announced after the first time, and when: QEMU's rounds (`net/announce.c`, 50 ms and then
+/// steps of 100 ms). A late frame of the old primary, or a switch that was busy, must not have the last word.
+pub(super) const ANNOUNCE_ROUNDS: u32 = 5;
+pub(super) const ANNOUNCE_FIRST: Duration = Duration::from_millis(50);
+pub(super) const ANNOUNCE_STEP: Duration = Duration::from_millis(100);
+/// How long after a takeover frames wait for a guest that does not take them yet. Client stacks have sent them again
+/// by then.
+const REPLAY_TIME: Duration = Duration::from_secs(10);
+/// How often it is tried.
+const REPLAY_STEP: Duration = Duration::from_millis(10);
+/// Bytes that wait for it.
+const REPLAY_MAX_BYTES: usize = 16 << 20;
+/// Bytes of this guest's latest frames that are kept.
+const SAID_MAX_BYTES: usize = 1 << 20;
+
+/// Frames for a guest that has just taken over.
+#[derive(Debug, Default)]
+pub(super) struct Replay {
+    frames: VecDeque<Vec<u8>>,
+    bytes: usize,
+    due: Option<Instant>,
+    until: Option<Instant>,
+}
+
+impl Replay {
+    /// The guest has taken over: from now on, and for a while, it may not take frames yet.
+    pub(super) fn begin(&mut self, now: Instant) {
+        self.until = Some(now + REPLAY_TIME);
+    }
+
+    /// When to call [`Self::handle_timeout`].
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// Gives a frame to the guest, behind those that wait. At other times a guest that takes none loses it.
+    pub(super) fn give(&mut self, now: Instant, frame: Vec<u8>, domain: &mut dyn Domain) {
+        let waits = self.until.is_some_and(|until| now < until);
+        if (self.frames.is_empty() && domain.receive_frame(&frame)) || !waits {
+            return;
+        }
+        if self.bytes + frame.len() <= REPLAY_MAX_BYTES {
+            self.bytes += frame.len();
+            self.frames.push_back(frame);
+            self.due.get_or_insert(now + REPLAY_STEP);
+        }
+    }
+
+    /// Tries again, if it is time.
+    pub(super) fn handle_timeout(&mut self, now: Instant, domain: &mut dyn Domain) {
+        if self.due.is_none_or(|due| now < due) {
+            return;
+        }
+        while let Some(frame) = self.frames.pop_front_if(|frame| domain.receive_frame(frame)) {
+            self.bytes -= frame.len();
+        }
+        if self.until.is_none_or(|until| until <= now) {
+            (self.frames, self.bytes) = (VecDeque::new(), 0);
+        }
+        self.due = (!self.frames.is_empty()).then(|| now + REPLAY_STEP);
+    }
+}
+
+/// The latest frames of a guest in lock-step: the primary may have died before it let them go.
+#[derive(Debug, Default)]
+pub(super) struct Said {
+    frames: VecDeque<Bytes>,
+    bytes: usize,
+}
+
+impl Said {
+    /// Keeps a frame, and forgets the oldest ones for it.
+    pub(super) fn keep(&mut self, frame: Bytes) {
+        self.bytes += frame.len();
+        self.frames.push_back(frame);
+        while self.bytes > SAID_MAX_BYTES {
+            let Some(oldest) = self.frames.pop_front() else { return };
+            self.bytes -= oldest.len();
+        }
+    }
+
+    /// The frames, oldest first.
+    pub(super) fn into_frames(self) -> impl Iterator<Item = Bytes> {
+        self.frames.into_iter()
+    }
+}
+
+/// A RARP "my address is" broadcast, which makes switches send the guest's frames here. It names only the MAC, as
+/// QEMU's self-announce does (qemu `net/announce.c`); the guest itself follows with a gratuitous ARP.
+pub(super) fn announcement(mac: [u8; 6]) -> Vec<u8> {
+    let mut frame = vec![0xff; 6];
+    frame.extend(mac);
+    frame.extend([0x80, 0x35, 0, 1, 0x08, 0x00, 6, 4, 0, 3]);
+    frame.extend(mac);
+    frame.extend([0; 4]);
+    frame.extend(mac);
+    frame.extend([0; 4]);
+    frame.resize(60, 0);
+    frame
+}

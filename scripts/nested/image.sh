@@ -4,7 +4,7 @@
 #   xen.elf      the hypervisor; QEMU's -kernel takes the uncompressed multiboot ELF
 #   vmlinux      the kernel of dom0, as ELF: under emulation its XZ image costs 3 s more
 #   dom0.cpio    dom0's whole system: xl, the device model, what the tests use, kernels for guests
-#   guest.cpio   the guests' whole system, with the service of guest/tool.rs (goes to the share)
+#   guest.cpio.gz  the guests' whole system, with the service of guest/tool.rs (goes to the share)
 #
 # Only what changed is built again. Nothing of the project is in dom0.cpio: dom0 takes xl-colo, the hotplug scripts
 # and the guests from the share when it boots.
@@ -200,14 +200,17 @@ build_guest() {
 	command -v rustc >/dev/null || skip "no rustc to compile the guest's service"
 	say "packing the guest"
 	# Static: the guest has no libraries at all.
-	rustc --edition 2024 -O -C target-feature=+crt-static -C panic=abort -D warnings \
+	rustc --edition 2024 -O -C target-feature=+crt-static -C panic=abort -C strip=symbols -D warnings \
 		-o "$BUILD/guest-tool" "$NESTED/guest/tool.rs"
 	skeleton "$into"
 	install -m755 "$BUILD/guest-tool" "$into/usr/bin/guest-tool"
 	install -m755 "$NESTED/guest/init" "$into/init"
 	copy_modules "$into" "${GUEST_MODULES[@]}"
 	mkdir -p "$SHARE"
-	pack "$into" "$SHARE/guest.cpio"
+	pack "$into" "$BUILD/guest.cpio"
+	# Small: an HVM guest's boot ROM reads it byte by byte, each of them through the device model.
+	gzip -9nc "$BUILD/guest.cpio" >"$SHARE/guest.cpio.gz.new"
+	mv "$SHARE/guest.cpio.gz.new" "$SHARE/guest.cpio.gz"
 	echo "$wanted" >"$BUILD/guest.stamp"
 }
 

@@ -369,7 +369,8 @@ async fn claim(config: &HostConfig, guest: &str) -> Result<u64, String> {
 
 /// Says hello and reads the welcome.
 async fn introduce(mut link: Link, word: Hello) -> Result<(Link, Welcome), String> {
-    let deadline = if word.channel == Channel::Colo { ROOM_DEADLINE } else { HELLO_DEADLINE };
+    let makes_room = word.channel == Channel::Colo && word.geometry.xen.is_some();
+    let deadline = if makes_room { ROOM_DEADLINE } else { HELLO_DEADLINE };
     let mut out = BytesMut::new();
     hello::encode(&word, &mut out);
     let exchange = async {

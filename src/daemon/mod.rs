@@ -20,14 +20,16 @@ pub mod guest;
 pub mod host;
 pub mod links;
 pub mod nbd;
+#[cfg(not(feature = "xen"))]
+mod no_xen;
 pub mod pair;
 pub mod status;
 pub mod switch;
 #[cfg(feature = "xen")]
 pub mod xen;
+
 #[cfg(not(feature = "xen"))]
-#[path = "no_xen.rs"]
-pub mod xen;
+pub use no_xen as xen;
 
 use crate::clock::Instant;
 use std::sync::LazyLock;

@@ -118,12 +118,14 @@ impl Devices {
 mod tests {
     use super::*;
 
-    /// HEADER and END: the smallest context there is.
+    /// HEADER, one CPU and END: the smallest context there is.
     fn context() -> Vec<u8> {
         let mut context = vec![1, 0, 0, 0, 24, 0, 0, 0];
         context.extend(0x5438_1286_u32.to_le_bytes());
         context.extend([1, 0, 0, 0]);
         context.extend([0; 16]);
+        context.extend([2, 0, 0, 0, 8, 4, 0, 0]);
+        context.extend([0; 1032]);
         context.extend([0; 8]);
         context
     }
@@ -131,7 +133,7 @@ mod tests {
     fn devices() -> Devices {
         let tsc = TscInfo { mode: 1, khz: 2_000_000, nsec: 1 << 40, incarnation: 3 };
         let params = vec![(1, 0xfeffc), (12, 0xfeffe)];
-        Devices { tsc, context: context(), params, emulator: Some(b"QEVM".to_vec()) }
+        Devices { tsc, context: context(), params, emulator: Some(b"QEVMQEVM".to_vec()) }
     }
 
     #[test]

@@ -7,16 +7,24 @@ set -euo pipefail
 readonly TOOLS=(cc:gcc curl:curl qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils
 	qemu-system-x86_64:qemu-system-x86 nbdkit:nbdkit nbdinfo:libnbd-bin nbdcopy:libnbd-bin shellcheck:shellcheck)
 
+# What package xen is built against: each file, and its package. The libraries and headers of the Xen that is
+# installed, and what bindgen reads them with.
+readonly FILES=(/usr/include/xenctrl.h:libxen-dev /usr/lib/llvm-*/lib/libclang.so*:libclang-dev)
+
 missing_packages() {
-	local tool
+	local tool file
+	for file in "${FILES[@]}"; do
+		# The pattern is one on purpose: llvm's version is in the path.
+		compgen -G "${file%%:*}" >/dev/null || printf '%s\n' "${file#*:}"
+	done
 	for tool in "${TOOLS[@]}"; do
 		command -v "${tool%%:*}" >/dev/null || printf '%s\n' "${tool#*:}"
-	done | sort -u
+	done
 }
 
 main() {
 	local packages
-	mapfile -t packages < <(missing_packages)
+	mapfile -t packages < <(missing_packages | sort -u)
 	if [[ ${#packages[@]} -eq 0 ]]; then
 		return 0
 	fi

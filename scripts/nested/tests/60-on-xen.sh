@@ -3,7 +3,7 @@
 # shellcheck source-path=SCRIPTDIR source=../check.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../check.sh"
 
-[[ -e $ROOT/xen/tests/on_xen.rs ]] || skip "there is no xen/tests/on_xen.rs"
+[[ -e $ROOT/xen/tests/on_xen/main.rs ]] || die "there is no xen/tests/on_xen"
 binary=$(cd "$ROOT" && cargo test -p xen --test on_xen --no-run --message-format=json |
 	sed -nE '/"name":"on_xen"/s/.*"executable":"([^"]+)".*/\1/p' | tail -n 1)
 [[ -x $binary ]] || die "cargo built no test binary"

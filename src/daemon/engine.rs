@@ -412,7 +412,12 @@ impl Engine {
                 secondary_machine::State::Exited(Exit::Stopped | Exit::NoState | Exit::Failed)
             ),
         };
-        self.parts.vacant.store(vacant && self.links.is_none(), Ordering::SeqCst);
+        let vacant = vacant && self.links.is_none();
+        if vacant && let Role::Secondary(role) = &mut self.role {
+            // The next guest's devices are served in the same places.
+            role.guest.attachments.clear();
+        }
+        self.parts.vacant.store(vacant, Ordering::SeqCst);
     }
 
     fn take_guest_frames(&mut self, now: Instant) {

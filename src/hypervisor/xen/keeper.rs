@@ -9,7 +9,7 @@
 //! write-protected. It runs on without its proxy, so nothing it says leaves the host: the secondary has its place.
 //! The trap: a signal to the process group must not reach the keeper, so it has a group of its own.
 
-use ::xen::{DomId, Error, Interface, LogDirty, Store};
+use ::xen::{DomId, Error, Interface, LogDirty, Store, SuspendChannel};
 use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -84,12 +84,15 @@ pub fn keep(domid: u16, words: &mut impl Read) -> Result<(), Error> {
     if let Some(model) = &mut model {
         let _ = model.cont();
     }
-    if info.shutdown.is_some() {
+    if info.paused {
+        return xen.unpause(domid);
+    }
+    // A guest that was asked to suspend does so in its own time, after whoever asked is gone.
+    let mut suspension = SuspendChannel::new(&xen, domid)?;
+    let is_suspended = || Ok(xen.domain_info(domid)?.is_some_and(|info| info.is_suspended()));
+    if is_suspended()? || (suspension.wait(super::SUSPEND_DEADLINE)? && is_suspended()?) {
         xen.resume_cooperative(domid)?;
         return Store::open()?.resume_domain(domid);
     }
-    if info.paused {
-        xen.unpause(domid)?;
-    }
-    Ok(())
+    Store::open()?.clear_suspend(domid).map(drop)
 }

@@ -89,7 +89,7 @@ pub fn keep(domid: u16, words: &mut impl Read) -> Result<(), Error> {
     }
     // A guest that was asked to suspend does so in its own time, after whoever asked is gone.
     let mut suspension = SuspendChannel::new(&xen, domid)?;
-    let is_suspended = || Ok(xen.domain_info(domid)?.is_some_and(|info| info.is_suspended()));
+    let is_suspended = || xen.domain_info(domid).map(|info| info.is_some_and(|info| info.is_suspended()));
     if is_suspended()? || (suspension.wait(super::SUSPEND_DEADLINE)? && is_suspended()?) {
         xen.resume_cooperative(domid)?;
         return Store::open()?.resume_domain(domid);

@@ -21,7 +21,7 @@ pub mod host;
 pub mod links;
 pub mod nbd;
 #[cfg(not(feature = "xen"))]
-mod no_xen;
+pub mod no_xen;
 pub mod pair;
 pub mod status;
 pub mod switch;

@@ -8,7 +8,7 @@
 //! A failure is told to libxl in words and as an errno, and the process ends with 0: that libxl has heard it is what
 //! counts. It ends otherwise only when libxl cannot be told.
 //!
-//! The trap: the descriptor of the stream is a number in argv. [`inherited`] duplicates it, which leaves libxl's own
+//! The trap: the descriptor of the stream is a number in argv. `inherited` duplicates it, which leaves libxl's own
 //! open in this process: a reader at the other end sees its end when the process ends, and no sooner.
 
 use super::guest::{CpuPolicy, GuestError, Source, Target};

@@ -9,7 +9,6 @@
 
 pub mod cache;
 pub mod embedded;
-#[cfg(feature = "xen")]
 pub mod vmstate;
 #[cfg(feature = "xen")]
 pub mod xen;

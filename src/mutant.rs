@@ -18,17 +18,20 @@ pub enum Mutant {
     NoRelaunch,
     /// Writes of an old generation are accepted.
     AcceptOldGeneration,
+    /// A page's delta is taken from what was sent first, not last.
+    StaleDelta,
 }
 
 impl Mutant {
     /// Every mutant.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::ReleaseBeforeReceived,
         Self::NoFence,
         Self::KeepActiveAtCheckpoint,
         Self::ApplyBeforeWhole,
         Self::NoRelaunch,
         Self::AcceptOldGeneration,
+        Self::StaleDelta,
     ];
 }
 

@@ -22,10 +22,12 @@ use super::links::{self, Outgoing, Side, outbox};
 use super::nbd::{self, ServeError};
 use super::xen::{self, Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
+use crate::colo::delta::SentPages;
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
 use crate::colo::hello::{self, Channel, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome};
 use crate::colo::{primary, secondary};
 use crate::hypervisor::embedded::MachineConfig;
+use crate::page::PAGE_SIZE;
 use crate::replica::epochs::{PrimaryView, ReplicaConfig};
 use bytes::{Bytes, BytesMut};
 use std::io;
@@ -46,6 +48,12 @@ const GREETINGS_MAX: usize = 32;
 const SWITCH_RETRY: Duration = Duration::from_millis(50);
 /// The feature a secondary names when its disk is new and all zero.
 const BLANK_DISK: &str = "blank-disk";
+/// The feature of a host that can take page deltas.
+const PAGE_DELTAS: &str = "page-deltas";
+/// Memory in MiB for what was sent of a guest's pages, by default.
+const DELTA_MIB_DEFAULT: u64 = 64;
+/// Pages in a MiB.
+const PAGES_PER_MIB: u64 = (1 << 20) / PAGE_SIZE as u64;
 
 /// What runs here from the start.
 #[derive(Clone, Debug)]
@@ -320,7 +328,7 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
         generation,
         from: config.name.clone(),
         mode: protect.mode,
-        features: vec![],
+        features: vec![PAGE_DELTAS.into()],
         geometry: geometry.clone(),
         heartbeat_interval_ms: interval_ms,
         heartbeat_misses: misses,
@@ -336,7 +344,10 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
         return Err("the links did not come up".into());
     };
     let heartbeat = Heartbeat::new(engine_clock(), Duration::from_millis(interval_ms), misses, generation);
-    let side = Side::Primary { nbd, export: DISK_NAME.into() };
+    let can = |feature| welcome.features.iter().any(|welcomed| welcomed == feature);
+    let delta_pages = protect.delta_mib.unwrap_or(DELTA_MIB_DEFAULT).saturating_mul(PAGES_PER_MIB);
+    let sent_pages = can(PAGE_DELTAS).then(|| SentPages::new(usize::try_from(delta_pages).unwrap_or(usize::MAX)));
+    let side = Side::Primary { nbd, export: DISK_NAME.into(), sent_pages };
     let links = links::start(stream, packets, heartbeat_link, heartbeat, side);
     let claim = Claim { guest: guest.to_owned(), expected: generation, holder: config.name.clone() };
     let mut machine = primary::Config::new(protect.mode, claim);
@@ -345,7 +356,7 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
     if let Some(delay_ms) = protect.checkpoint_delay_ms {
         machine.checkpoint_delay = Duration::from_millis(delay_ms);
     }
-    let target_is_blank = welcome.features.iter().any(|feature| feature == BLANK_DISK);
+    let target_is_blank = can(BLANK_DISK);
     let (begun, answer) = oneshot::channel();
     let input = HostInput::Protect { links, config: machine, peer: welcome.from, target_is_blank, begun };
     let gone = || "the host is shutting down".to_owned();
@@ -459,12 +470,15 @@ async fn greet_all(listener: Listener, shared: Arc<Shared>) {
                         answer(&mut link, &why, &shared.config.name).await;
                     }
                     Ok(made) => {
-                        let blank = made.as_ref().is_some_and(|(_, is_blank)| *is_blank);
+                        let mut features: Vec<String> = vec![PAGE_DELTAS.into()];
+                        if made.as_ref().is_some_and(|(_, is_blank)| *is_blank) {
+                            features.push(BLANK_DISK.into());
+                        }
                         let welcome = Welcome {
                             protocol: PROTOCOL_VERSION,
                             from: shared.config.name.clone(),
                             refused: None,
-                            features: if blank { vec![BLANK_DISK.into()] } else { vec![] },
+                            features,
                         };
                         let mut out = BytesMut::new();
                         hello::encode(&welcome, &mut out);

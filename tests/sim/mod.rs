@@ -235,6 +235,11 @@ fn finds_accept_old_generation() {
 }
 
 #[test]
+fn finds_stale_delta() {
+    find(Mutant::StaleDelta);
+}
+
+#[test]
 fn every_mutant_has_a_test() {
-    assert_eq!(Mutant::ALL.len(), 6);
+    assert_eq!(Mutant::ALL.len(), 7);
 }

@@ -241,6 +241,10 @@ impl SecondarySide {
         match (self.machine.state(), item) {
             (_, Item::Message(message)) => self.machine.handle_message(now, message),
             (State::Joining, Item::Pages(batch)) => self.join_pages(now, &batch),
+            (State::Joining, Item::Deltas(deltas)) => {
+                let batch = deltas.apply(|pfn| self.cache.page(pfn));
+                self.join_pages(now, &batch);
+            }
             (State::Joining, Item::ZeroPages(pfns)) => {
                 // Most of a fresh guest is zero, and so is a fresh cache.
                 let mut batch = PageBatch::default();
@@ -248,6 +252,12 @@ impl SecondarySide {
                     batch.push(pfn, &[0; PAGE_SIZE]);
                 }
                 self.join_pages(now, &batch);
+            }
+            (State::Receiving, Item::Deltas(deltas)) => {
+                let batch = deltas.apply(|pfn| self.cache.page(pfn));
+                self.stats.pages += batch.len() as u64;
+                self.stage(now, batch.len());
+                self.staged.batches.push(batch);
             }
             (State::Receiving, Item::Pages(batch)) => {
                 self.stats.pages += batch.len() as u64;

@@ -36,3 +36,4 @@ pub mod page;
 pub mod record;
 pub mod replica;
 pub mod save_helper;
+pub mod scan;

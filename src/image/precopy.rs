@@ -6,7 +6,8 @@
 //!
 //! libxc goes on while 50 or more pages are left and five rounds are not over (xen
 //! `tools/libs/guest/xg_sr_save.c`). Here a round must also promise to leave less than it found: pages that the guest
-//! writes as fast as they are sent are sent again for nothing, and the pause stays as long.
+//! writes as fast as they are sent are sent again for nothing, and the pause stays as long. A guest that is only saved
+//! gets one round: whoever waits for the image waits for every further one.
 
 /// What is left when the guest may as well be stopped.
 const ENOUGH_PAGES: u64 = 50;
@@ -14,17 +15,30 @@ const ENOUGH_PAGES: u64 = 50;
 const ROUNDS_MAX: u32 = 5;
 
 /// Decides when the guest is stopped.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Precopy {
     rounds: u32,
+    rounds_max: u32,
+}
+
+impl Default for Precopy {
+    fn default() -> Self {
+        Self { rounds: 0, rounds_max: ROUNDS_MAX }
+    }
 }
 
 impl Precopy {
+    /// For a guest that is sent once and then stopped.
+    #[must_use]
+    pub fn once() -> Self {
+        Self { rounds: 0, rounds_max: 1 }
+    }
+
     /// Whether to send another round, after one of `sent` pages that left `dirty` pages written again.
     pub fn goes_on(&mut self, sent: u64, dirty: u64) -> bool {
         self.rounds += 1;
         let shrinks = dirty.saturating_mul(4) < sent.saturating_mul(3);
-        self.rounds < ROUNDS_MAX && dirty >= ENOUGH_PAGES && shrinks
+        self.rounds < self.rounds_max && dirty >= ENOUGH_PAGES && shrinks
     }
 
     /// Rounds so far.
@@ -57,6 +71,7 @@ mod tests {
         assert_eq!(rounds(500), ROUNDS_MAX);
         assert_eq!(rounds(749), ROUNDS_MAX);
         assert_eq!(rounds(1000), 1, "a guest that writes as fast as it is copied is not chased");
+        assert!(!Precopy::once().goes_on(1 << 20, 1 << 10), "one round, whatever is left");
         assert!(!Precopy::default().goes_on(u64::MAX, u64::MAX), "no overflow");
     }
 }

@@ -27,6 +27,8 @@ pub trait Source {
     fn xen_version(&self) -> (u32, u32);
     /// One more than its largest page number. Grows when the guest maps something further up.
     fn nr_gpfns(&self) -> Result<u64, GuestError>;
+    /// Pages it has, whatever their numbers.
+    fn total_pages(&self) -> Result<u64, GuestError>;
     /// Whether it has shut down to be suspended.
     fn is_suspended(&self) -> Result<bool, GuestError>;
     /// Its CPU policy.
@@ -36,8 +38,10 @@ pub trait Source {
     /// Appends the contents of each page. One that cannot be read is zeroes, and its place in `gfns` is appended to
     /// `holes`.
     fn read(&mut self, gfns: &[u64], into: &mut Vec<u8>, holes: &mut Vec<usize>) -> Result<(), GuestError>;
-    /// Switches the log of pages written. Off when it is off is fine.
+    /// Switches the log of pages written on, or off. Off when it is off is fine; on when somebody else left it on too.
     fn log_dirty(&mut self, on: bool) -> Result<(), GuestError>;
+    /// Switches the log on if that can be done and nobody has it on; false if not.
+    fn log_dirty_if_free(&mut self) -> Result<bool, GuestError>;
     /// Adds the pages written since the last call, a bit each, and forgets them.
     fn take_dirty(&mut self, into: &mut [u64]) -> Result<(), GuestError>;
     /// Its time stamp counter.

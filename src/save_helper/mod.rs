@@ -10,14 +10,17 @@
 //! [`save`](mod@save) and [`restore`](mod@restore) are the engine, over [`guest::Source`] and [`guest::Target`]; the
 //! adapter to Xen is `xen` and needs the feature of that name. The bytes are [`image`](crate::image)'s.
 //!
-//! Against libxl's helper: reading the guest and writing the stream overlap; a Remus guest runs on as soon as its
-//! pages are copied and not when they are written; pages that do not exist are not mentioned; a round of the live
-//! copy that would gain nothing is left out. The stream is the same format, and either end may be libxl's own.
+//! Against libxl's helper: reading the guest and writing the stream overlap; a guest that is saved runs while it is
+//! copied, and a Remus guest runs on as soon as its pages are copied and not when they are written; pages that do not
+//! exist are not asked for, nor mentioned; an image file has holes for zeroes; a round of the live copy that would gain
+//! nothing is left out. The stream is the same format, and either end may be libxl's own.
 
 pub mod calls;
 pub mod guest;
 pub mod restore;
 pub mod save;
+#[cfg(feature = "xen")]
+pub mod sparse;
 pub mod stock;
 mod streamer;
 #[cfg(feature = "xen")]

@@ -2,15 +2,17 @@
 //!
 //! ```text
 //! headers, policies, STATIC_DATA_END
-//!   plain            suspend ─ every page ─┐
-//!   plain, live      log on ─ rounds ─ suspend ─ pages written since ─ state ─ END
+//!   plain            log on ─ every page ─┐
+//!   plain, live      log on ─ rounds ─────┴ suspend ─ pages written since ─ state ─ END
 //!   Remus            log on ─ rounds ─┬ suspend ─ pages written since ─ state ─ CHECKPOINT ┐
 //!                                     └ libxl's part ◀─ all written ◀─ libxl resumes ◀─────┘
 //! ```
 //!
-//! Order and callbacks are libxc's (xen `tools/libs/guest/xg_sr_save.c`), but for one thing that the receiver cannot
-//! see: a Remus guest is resumed when its pages are copied, while the stream is still being written. libxl lets the
-//! checkpoint's output go only after its own part, which waits until everything is written.
+//! Order and callbacks are libxc's (xen `tools/libs/guest/xg_sr_save.c`), but for what the receiver cannot see. A guest
+//! that is saved runs while its memory is copied, as one that is migrated does, if it can and nobody else has its log:
+//! `xl save` of a guest that is being replicated must not take the replication's log away. And a Remus guest is
+//! resumed when its pages are copied, while the stream is still being written. libxl lets the checkpoint's output go
+//! only after its own part, which waits until everything is written.
 //!
 //! The trap: whatever goes wrong, the log must be switched off, or the guest stays slow and cannot be saved again.
 
@@ -23,6 +25,7 @@ use crate::image::pages::encode_page_head;
 use crate::image::precopy::Precopy;
 use crate::image::{DomainHeader, DomainType, ImageHeader, PageEntry, PageType, Record};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, Pfn};
+use crate::scan::Scan;
 use bytes::BytesMut;
 use std::io::{Read, Write};
 use std::sync::atomic::AtomicBool;
@@ -60,6 +63,7 @@ pub fn save<S: Source, R: Read, W: Write>(
         out: Writer::new(stream, budget, cancel),
         dirty: Bitmap::new(nr_gpfns),
         later: Bitmap::new(nr_gpfns),
+        is_logging: false,
         guest,
         calls,
     };
@@ -77,6 +81,7 @@ struct Saver<'a, S, R, W> {
     dirty: Bitmap,
     /// What could not be read in this round and must be sent in the next.
     later: Bitmap,
+    is_logging: bool,
 }
 
 impl<S: Source, R: Read, W: Write> Saver<'_, S, R, W> {
@@ -91,23 +96,25 @@ impl<S: Source, R: Read, W: Write> Saver<'_, S, R, W> {
         Record::StaticDataEnd.encode(&mut head);
         self.out.push(head, Vec::new())?;
 
-        self.dirty.set_all();
         if self.job.stream == StreamType::Remus {
             return self.checkpoints();
         }
         if self.job.live {
-            self.rounds()?;
-            self.suspend()?;
+            self.rounds(Precopy::default())?;
+        } else if self.guest.log_dirty_if_free()? {
+            self.is_logging = true;
+            self.rounds(Precopy::once())?;
+        }
+        self.suspend()?;
+        if self.is_logging {
             self.take_dirty()?;
             self.send(Round::Again)?;
         } else {
-            self.suspend()?;
-            self.send(Round::Whole)?;
+            self.send_whole()?;
         }
         if self.job.debug {
             self.record(&Record::Verify)?;
-            self.dirty.set_all();
-            self.send(Round::Whole)?;
+            self.send_whole()?;
         }
         self.state()?;
         self.record(&Record::End)?;
@@ -118,7 +125,7 @@ impl<S: Source, R: Read, W: Write> Saver<'_, S, R, W> {
 
     /// Remus: one checkpoint after another, until libxl wants no more.
     fn checkpoints(&mut self) -> Result<Saved, Failure> {
-        self.rounds()?;
+        self.rounds(Precopy::default())?;
         loop {
             self.suspend()?;
             self.take_dirty()?;
@@ -136,7 +143,7 @@ impl<S: Source, R: Read, W: Write> Saver<'_, S, R, W> {
     }
 
     /// Sends pages while the guest runs, until stopping it is worth its price.
-    fn rounds(&mut self) -> Result<(), Failure> {
+    fn rounds(&mut self, mut policy: Precopy) -> Result<(), Failure> {
         let qemu = Message::SwitchQemuLogdirty { domid: self.job.domid.into(), enable: true };
         if self.calls.expects(&qemu) {
             // The device model's own writes are not in Xen's log.
@@ -146,10 +153,12 @@ impl<S: Source, R: Read, W: Write> Saver<'_, S, R, W> {
                 reply => return Err(Failure::Declined { what, reply }),
             }
         }
-        self.guest.log_dirty(true)?;
-        let (mut policy, mut round) = (Precopy::default(), Round::Whole);
+        if !self.is_logging {
+            self.guest.log_dirty(true)?;
+            self.is_logging = true;
+        }
+        let mut sent = self.send_whole()?;
         loop {
-            let sent = self.send(round)?;
             self.take_dirty()?;
             let dirty = self.dirty.count();
             let text = format!("round {}: {sent} pages sent, {dirty} written meanwhile", policy.rounds() + 1);
@@ -157,8 +166,23 @@ impl<S: Source, R: Read, W: Write> Saver<'_, S, R, W> {
             if !policy.goes_on(sent, dirty) {
                 return Ok(());
             }
-            round = Round::Again;
+            sent = self.send(Round::Again)?;
         }
+    }
+
+    /// Sends every page there is.
+    fn send_whole(&mut self) -> Result<u64, Failure> {
+        let mut scan = Scan::new(self.guest.nr_gpfns()?.min(self.dirty.bits()), self.guest.total_pages()?);
+        let mut types = Vec::with_capacity(BATCH_PAGES);
+        while let Some(batch) = scan.next_batch() {
+            let gfns: Vec<u64> = batch.collect();
+            types.clear();
+            self.guest.page_types(&gfns, &mut types)?;
+            let there: Vec<_> = gfns.iter().zip(&types).filter(|(_, kind)| **kind != PageType::XTAB).collect();
+            scan.found(there.len() as u64);
+            there.into_iter().for_each(|(gfn, _)| self.dirty.set(Pfn(*gfn)));
+        }
+        self.send(Round::Whole)
     }
 
     fn suspend(&mut self) -> Result<(), Failure> {
@@ -256,7 +280,7 @@ impl<S: Source, R: Read, W: Write> Saver<'_, S, R, W> {
     }
 
     fn stop_logging(&mut self) {
-        if !self.job.live && self.job.stream == StreamType::Plain {
+        if !std::mem::take(&mut self.is_logging) {
             return;
         }
         if let Err(error) = self.guest.log_dirty(false) {

@@ -12,6 +12,7 @@
 //! open in this process: a reader at the other end sees its end when the process ends, and no sooner.
 
 use super::guest::{CpuPolicy, GuestError, Source, Target};
+use super::sparse::Sparse;
 use super::{Calls, Failure, restore, save, stock};
 use crate::image::helper::{Job, Level, Message};
 use crate::image::{self, HvmParam, PageType, TscInfo};
@@ -65,7 +66,7 @@ fn start(
     let mut guest = Guest { xen, memory, domain, log: None };
     match job {
         Job::Save(job) => {
-            let stream = inherited(job.stream_fd, "write")?;
+            let stream = Sparse::new(inherited(job.stream_fd, "write")?);
             save::save(job, &mut guest, calls, stream, cancel)?;
         }
         Job::Restore(job) => {
@@ -122,6 +123,10 @@ impl Source for Guest {
         self.xen.nr_gpfns(self.domain).map_err(refused)
     }
 
+    fn total_pages(&self) -> Result<u64, GuestError> {
+        Ok(self.xen.domain_info(self.domain).map_err(refused)?.map_or(0, |info| info.total_pages))
+    }
+
     fn is_suspended(&self) -> Result<bool, GuestError> {
         Ok(self.xen.domain_info(self.domain).map_err(refused)?.is_some_and(|info| info.is_suspended()))
     }
@@ -162,6 +167,11 @@ impl Source for Guest {
             self.log = Some(LogDirty::enable(&self.xen, self.domain).map_err(refused)?);
         }
         Ok(())
+    }
+
+    fn log_dirty_if_free(&mut self) -> Result<bool, GuestError> {
+        self.log = LogDirty::enable_if_free(&self.xen, self.domain).map_err(refused)?;
+        Ok(self.log.is_some())
     }
 
     fn take_dirty(&mut self, into: &mut [u64]) -> Result<(), GuestError> {

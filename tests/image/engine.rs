@@ -100,8 +100,9 @@ fn entries(bytes: &[u8]) -> Vec<PageEntry> {
 fn a_saved_domain_comes_back_whole() {
     let mut domain = Domain::new(3000);
     let (tape, libxl) = saved(&mut domain, StreamType::Plain, false, 0);
-    assert_eq!(libxl.heard(), [Message::Suspend]);
-    assert_eq!(domain.log_switched, [false; 0], "nothing to log in a domain that stands still");
+    let qemu = |enable| Message::SwitchQemuLogdirty { domid: 5, enable };
+    assert_eq!(libxl.heard(), [qemu(true), Message::Suspend, qemu(false)]);
+    assert_eq!(domain.log_switched, [true, false]);
     let sent = entries(&tape.all());
     assert_eq!(sent.len(), domain.memory.len(), "each page once, and none that does not exist");
 
@@ -124,6 +125,29 @@ fn a_saved_domain_comes_back_whole() {
     ];
     assert_eq!(copy.done, expected);
     assert_eq!(tape.at(), tape.all().len());
+}
+
+#[test]
+fn a_domain_whose_log_is_somebody_elses_is_stopped_and_saved() {
+    let mut domain = Domain { log_taken: true, ..Domain::new(3000) };
+    let (tape, libxl) = saved(&mut domain, StreamType::Plain, false, 0);
+    assert_eq!(libxl.heard(), [Message::Suspend]);
+    assert_eq!(domain.log_switched, [false; 0], "the log of a protection goes on");
+    let (copy, rings, _) = restored(&tape, StreamType::Plain);
+    rings.unwrap();
+    assert_eq!(copy.memory, domain.restored());
+}
+
+#[test]
+fn a_domain_that_is_only_saved_runs_while_it_is_copied() {
+    let mut domain = Domain::new(3000);
+    // One look after the one round, one when it stands still.
+    domain.program = [(0..900).map(|pfn| (pfn, Some(1))).collect(), vec![(7, Some(2))], vec![(8, Some(3))]].into();
+    let (tape, _) = saved(&mut domain, StreamType::Plain, false, 0);
+    assert_eq!(domain.program.len(), 1, "one round, however much is left");
+    let (copy, rings, _) = restored(&tape, StreamType::Plain);
+    rings.unwrap();
+    assert_eq!(copy.memory, domain.restored());
 }
 
 #[test]

@@ -142,6 +142,8 @@ pub struct Domain {
     pub nr_gpfns: u64,
     pub suspended: Arc<Mutex<bool>>,
     pub log_on: bool,
+    /// Somebody else has the log on.
+    pub log_taken: bool,
     pub log_switched: Vec<bool>,
     pub dirty: BTreeSet<u64>,
     /// One entry a look at the log: what was written before it; `None` gives the page back.
@@ -202,6 +204,10 @@ impl Source for Domain {
         Ok(self.nr_gpfns)
     }
 
+    fn total_pages(&self) -> Result<u64, GuestError> {
+        Ok(self.memory.len() as u64)
+    }
+
     fn is_suspended(&self) -> Result<bool, GuestError> {
         Ok(*self.suspended.lock().unwrap())
     }
@@ -234,6 +240,13 @@ impl Source for Domain {
         self.log_on = on;
         self.log_switched.push(on);
         Ok(())
+    }
+
+    fn log_dirty_if_free(&mut self) -> Result<bool, GuestError> {
+        if !self.log_taken {
+            self.log_dirty(true)?;
+        }
+        Ok(!self.log_taken)
     }
 
     fn take_dirty(&mut self, into: &mut [u64]) -> Result<(), GuestError> {

@@ -49,6 +49,18 @@ impl LogDirty {
         Ok(Self { interface: x.clone(), domain: d, nr_gpfns, buffer })
     }
 
+    /// Switches the log on, unless somebody has it on or it cannot be: nobody loses a log by this, and nobody learns
+    /// why there is none.
+    ///
+    /// # Errors
+    /// The hypervisor's, asked for the domain's size.
+    pub fn enable_if_free(x: &Interface, d: DomId) -> Result<Option<Self>, Error> {
+        let nr_gpfns = x.nr_gpfns(d)?;
+        let buffer = HypercallBuffer::new(x, bitmap_bytes(nr_gpfns)?)?;
+        let is_on = switch(x, d, xc::XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY).is_ok();
+        Ok(is_on.then(|| Self { interface: x.clone(), domain: d, nr_gpfns, buffer }))
+    }
+
     /// Frames that the log covers: what `into` has to have bits for.
     pub fn nr_gpfns(&self) -> u64 {
         self.nr_gpfns

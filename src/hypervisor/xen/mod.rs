@@ -26,6 +26,7 @@ use self::devices::Devices;
 use super::{Domain, DomainError};
 use crate::bitmap::Bitmap;
 use crate::page::{BATCH_PAGES, PAGE_SIZE, Pfn};
+use crate::scan::Scan;
 use ::xen::hvm::{self, MsrSet};
 use ::xen::qmp::{Client, DeviceModel, Image, monitor_path};
 use ::xen::refuse;
@@ -273,14 +274,20 @@ impl Domain for XenDomain {
     }
 
     fn present(&mut self, into: &mut Bitmap) -> Result<(), DomainError> {
-        let end = self.nr_pages.min(self.parts.xen.nr_gpfns(self.parts.domid).map_err(xen_error)?);
-        let mut next = 0;
-        while next < end {
-            let gfns: Vec<u64> = (next..end.min(next + BATCH_PAGES as u64)).collect();
-            for (gfn, _) in gfns.iter().zip(self.is_memory(&gfns)?).filter(|(_, is_memory)| *is_memory) {
-                into.set(Pfn(*gfn));
+        let Parts { xen, domid, .. } = &self.parts;
+        let end = self.nr_pages.min(xen.nr_gpfns(*domid).map_err(xen_error)?);
+        let total_pages = xen.domain_info(*domid).map_err(xen_error)?.ok_or(DomainError::Gone)?.total_pages;
+        let mut scan = Scan::new(end, total_pages);
+        while let Some(batch) = scan.next_batch() {
+            let gfns: Vec<u64> = batch.collect();
+            let mut types = Vec::with_capacity(gfns.len());
+            xen.page_types(*domid, &gfns, &mut types).map_err(xen_error)?;
+            let present = gfns.iter().zip(types).filter(|(_, kind)| kind.is_present()).map(|(gfn, _)| *gfn);
+            let present: Vec<u64> = present.collect();
+            scan.found(present.len() as u64);
+            for gfn in present.into_iter().filter(|gfn| !hvm::is_special_gfn(*gfn)) {
+                into.set(Pfn(gfn));
             }
-            next += gfns.len() as u64;
         }
         Ok(())
     }

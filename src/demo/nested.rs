@@ -93,6 +93,8 @@ impl Nested {
 
     async fn boot(&mut self, arbiter_port: &str) -> Result<(), PairError> {
         super::say("booting two Xen hosts");
+        // Hosts that something else left up are plugged into another network.
+        self.script(&["down"]).await?;
         self.script(&["up", "a", "b"]).await?;
         let status = self.script(&["status"]).await?;
         let pids = status.lines().filter_map(|line| line.rsplit(' ').next()?.parse().ok());

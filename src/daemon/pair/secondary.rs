@@ -118,6 +118,8 @@ pub struct SecondarySide {
     announce: Option<(u32, Instant)>,
     inbound: VecDeque<(u64, Bytes)>,
     inbound_bytes: usize,
+    /// When the guest took over, until it has said something.
+    took_over_at: Option<Instant>,
     /// What a guest that took over has not taken yet.
     replay: Replay,
     /// What this guest has said in this epoch.
@@ -160,6 +162,7 @@ impl SecondarySide {
             announce: None,
             inbound: VecDeque::new(),
             inbound_bytes: 0,
+            took_over_at: None,
             replay: Replay::default(),
             said: Said::default(),
             running: false,
@@ -324,6 +327,9 @@ impl SecondarySide {
         let mut frame = frame.to_vec();
         match self.machine.state() {
             State::Exited(Exit::Alone) => {
+                if let Some(at) = self.took_over_at.take() {
+                    tracing::info!(after_ms = (now - at).as_millis(), "the guest's first frame since the takeover");
+                }
                 self.rewriter.from_guest(now, &mut frame);
                 self.effects.push_back(Effect::ToNetwork(frame.into()));
             }
@@ -567,7 +573,9 @@ impl SecondarySide {
         // Said twice harms nobody: TCP knows it, and any network may do it.
         self.effects.extend(std::mem::take(&mut self.said).into_frames().map(Effect::ToNetwork));
         self.replay.begin(now);
+        self.took_over_at = Some(now);
         self.run(now);
+        tracing::info!(after_ms = ((self.clock)() - now).as_millis(), "the guest runs here");
         // Clients said it, and no state that is left knows it.
         for (_, frame) in std::mem::take(&mut self.inbound) {
             self.deliver(now, frame);

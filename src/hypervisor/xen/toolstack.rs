@@ -99,9 +99,9 @@ pub fn create_incoming(name: &str, config: &serde_json::Value) -> Result<DomId, 
     made.parse().map(DomId).map_err(|_| format!("libxl's process answered {made:?} and not a domain id"))
 }
 
-/// Gives the domain that took over its name, in the background.
-pub fn rename_incoming(domid: DomId, name: &str) -> Result<Child, String> {
-    start(&["rename", &domid.0.to_string(), &format!("{name}{INCOMING}"), name], Stdio::inherit)
+/// Gives the domain that took over its name.
+pub fn rename_incoming(domid: DomId, name: &str) -> Result<(), String> {
+    order(&["rename", &domid.0.to_string(), &format!("{name}{INCOMING}"), name], "").map(drop)
 }
 
 /// Ends a domain.

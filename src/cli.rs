@@ -36,6 +36,8 @@ pub enum Command {
     Host(HostArgs),
     /// Replicate the guest of a host to a peer
     Protect(ProtectArgs),
+    /// End a protection without a failover: the guest goes on here, and the peer drops what it has of it
+    Unprotect(HostRef),
     /// Say how a host and its guest are
     Status(StatusArgs),
     /// Take a checkpoint now

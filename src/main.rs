@@ -49,6 +49,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Arbiter(args) => serve_arbiter(args).await,
         Command::Protect(args) => protect(args).await,
         Command::Status(args) => show_status(args).await,
+        Command::Unprotect(host) => order(&host, Request::Unprotect).await,
         Command::Checkpoint(host) => order(&host, Request::Checkpoint).await,
         Command::Failover(host) => order(&host, Request::Failover).await,
         Command::Stop(host) => order(&host, Request::Stop).await,

@@ -18,17 +18,23 @@ pub enum Mutant {
     NoRelaunch,
     /// Writes of an old generation are accepted.
     AcceptOldGeneration,
+    /// A secondary that has given the guest up claims it when the primary hangs up.
+    ClaimAfterDismissal,
+    /// A primary that dismisses its secondary does not wait until that has given the guest up.
+    GoOnUnconfirmed,
 }
 
 impl Mutant {
     /// Every mutant.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::ReleaseBeforeReceived,
         Self::NoFence,
         Self::KeepActiveAtCheckpoint,
         Self::ApplyBeforeWhole,
         Self::NoRelaunch,
         Self::AcceptOldGeneration,
+        Self::ClaimAfterDismissal,
+        Self::GoOnUnconfirmed,
     ];
 }
 

@@ -14,7 +14,7 @@
 use super::address::{Address, Link, Listener};
 use super::arbiter::Arbiter;
 use super::control::{self, Answer as Reply, Protect};
-use super::engine::{Engine, EngineParts, HostInput, NetworkFrame};
+use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, Vacancy};
 use super::engine_clock;
 use super::frames::{FrameReader, FrameWriter};
 use super::guest::{DISK_NAME, Guest, GuestError};
@@ -31,15 +31,18 @@ use bytes::{Bytes, BytesMut};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// How long a hello or a welcome may take.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// How long the first welcome may take: the peer makes a domain with all its devices before it.
 const ROOM_DEADLINE: Duration = Duration::from_secs(60);
+/// How long who knocks waits for a guest that is being taken apart: less than it waits for a welcome.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(4);
+/// The same for a Xen guest, with all its devices.
+const LEAVE_DEADLINE_XEN: Duration = Duration::from_secs(30);
 /// Connections that may be greeted at once.
 const GREETINGS_MAX: usize = 32;
 /// Time between two attempts to reach the switch.
@@ -139,7 +142,7 @@ pub enum HostError {
 
 struct Shared {
     config: HostConfig,
-    vacant: Arc<AtomicBool>,
+    vacancy: watch::Receiver<Vacancy>,
     host: mpsc::Sender<HostInput>,
     wire: Wire,
 }
@@ -166,7 +169,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let (protect_sender, mut protects) = mpsc::channel::<(Protect, oneshot::Sender<Reply>)>(1);
     let (host_sender, host_receiver) = mpsc::channel(1);
     let (network_out, network_outgoing) = outbox();
-    let vacant = Arc::new(AtomicBool::new(guest.is_none()));
+    let (vacancy_sender, vacancy) = watch::channel(if guest.is_none() { Vacancy::Vacant } else { Vacancy::Taken });
     let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone()));
     let engine = Engine::new(EngineParts {
         name: config.name.clone(),
@@ -177,7 +180,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         host: host_receiver,
         network_in,
         network_out,
-        vacant: vacant.clone(),
+        vacancy: vacancy_sender,
         runtime: tokio::runtime::Handle::current(),
     });
     let (engine_ended, engine_end) = oneshot::channel();
@@ -199,7 +202,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     } else {
         tokio::spawn(wire.clone().carry(network_outgoing));
     }
-    let shared = Arc::new(Shared { config, vacant, host: host_sender, wire });
+    let shared = Arc::new(Shared { config, vacancy, host: host_sender, wire });
     // Before anybody is told that it runs, and may order its end.
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
     ready(&listener.local_address().unwrap_or_else(|_| shared.config.listen.clone()));
@@ -499,7 +502,10 @@ async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<
         let known = session == Some(word.session);
         return if known { Ok(None) } else { Err("this link belongs to no session".into()) };
     }
-    if !shared.vacant.load(Ordering::SeqCst) {
+    let leaves_within = if word.geometry.xen.is_some() { LEAVE_DEADLINE_XEN } else { LEAVE_DEADLINE };
+    let mut vacancy = shared.vacancy.clone();
+    let left = vacancy.wait_for(|vacancy| *vacancy != Vacancy::Leaving);
+    if !matches!(tokio::time::timeout(leaves_within, left).await, Ok(Ok(vacancy)) if *vacancy == Vacancy::Vacant) {
         return Err(format!("host {} has a guest already", config.name));
     }
     let beside = config.disk.parent().filter(|dir| !dir.as_os_str().is_empty()).map(ToOwned::to_owned);

@@ -1,6 +1,6 @@
 //! What an operator may ask of an engine, and the answers.
 
-use super::{Engine, Role, report};
+use super::{Engine, Role, Vacancy, report};
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Claim, Register, Verdict};
 use crate::colo::{Cause, Loss};
@@ -48,6 +48,7 @@ impl Engine {
                 }
                 _ => Reply::error("no guest is being protected from this host"),
             },
+            Request::Unprotect => return self.unprotect(now, reply),
             Request::Failover => return self.failover(now, reply),
             Request::Stop => {
                 self.stopping = true;
@@ -58,6 +59,10 @@ impl Engine {
     }
 
     fn failover(&mut self, now: Instant, reply: oneshot::Sender<Reply>) {
+        if self.vacancy() == Vacancy::Leaving {
+            let _ = reply.send(Reply::error("the primary has ended the protection: the guest goes on there"));
+            return;
+        }
         if self.held_claim().is_none() && self.links.is_some() {
             match &mut self.role {
                 Role::Primary(role) => role.side.handle_loss(now, Loss::Requested),
@@ -132,7 +137,7 @@ impl Engine {
             status.bytes_sent += links.sent_bytes.load(Ordering::Relaxed);
         }
         match &mut self.role {
-            Role::Empty => status.state = "empty".into(),
+            Role::Empty => (status.state, status.why) = ("empty".into(), self.left.clone()),
             Role::Running(guest) => {
                 status.guest = Some(guest.name.clone());
                 (status.protection, status.state) = (Protection::Unprotected, "running".into());

@@ -58,6 +58,8 @@ pub enum Effect {
     },
     /// A frame to the network: only after a takeover.
     ToNetwork(Bytes),
+    /// The word that this side has given the guest up for good.
+    GivenUp,
     /// An arbitration; answer with [`SecondarySide::handle_answer`].
     Ask(Ask),
     /// Replication ended: close every link.
@@ -210,6 +212,12 @@ impl SecondarySide {
         self.machine.state() == State::Exited(Exit::Alone)
     }
 
+    /// Whether this side stands ready, or is getting ready, for a primary that is there.
+    #[must_use]
+    pub fn stands_by(&self) -> bool {
+        !matches!(self.machine.state(), State::Dismissed | State::Arbitrating | State::Held | State::Exited(_))
+    }
+
     /// The next thing to send or do.
     pub fn poll_effect(&mut self) -> Option<Effect> {
         self.effects.pop_front()
@@ -266,7 +274,7 @@ impl SecondarySide {
                 self.staged.devices = blob;
                 self.machine.handle_whole(now);
             }
-            (State::Arbitrating | State::Held | State::Exited(_), _) => {}
+            (State::Dismissed | State::Arbitrating | State::Held | State::Exited(_), _) => {}
             (state, _) => {
                 let violation = format!("part of a checkpoint in state {state:?}");
                 self.machine.handle_loss(now, Loss::Violation(violation));
@@ -283,7 +291,7 @@ impl SecondarySide {
 
     /// The primary's guest got a frame from a client, in `epoch`.
     pub fn handle_mirrored_frame(&mut self, now: Instant, epoch: u64, frame: Bytes) {
-        if epoch < self.machine.epoch() || matches!(self.machine.state(), State::Exited(_)) {
+        if epoch < self.machine.epoch() || matches!(self.machine.state(), State::Dismissed | State::Exited(_)) {
             return;
         }
         if self.running && epoch == self.machine.epoch() {
@@ -317,7 +325,7 @@ impl SecondarySide {
                 self.rewriter.from_guest(now, &mut frame);
                 self.effects.push_back(Effect::ToNetwork(frame.into()));
             }
-            State::Exited(_) => {}
+            State::Dismissed | State::Exited(_) => {}
             _ => {
                 self.rewriter.from_guest(now, &mut frame);
                 let frame = Bytes::from(frame);
@@ -326,6 +334,12 @@ impl SecondarySide {
             }
         }
         self.rewritten();
+    }
+
+    /// The primary ends the protection.
+    pub fn handle_dismissal(&mut self, now: Instant) {
+        self.machine.handle_dismissal(now);
+        self.pump(now);
     }
 
     /// The peer is lost, or a failover is wanted.
@@ -447,10 +461,12 @@ impl SecondarySide {
                 Action::DropStaged => self.staged = Staged::default(),
                 Action::Ask(ask) => self.effects.push_back(Effect::Ask(ask)),
                 Action::TakeOver { generation } => self.take_over(now, generation),
+                Action::GiveUp => {
+                    self.stop();
+                    self.effects.push_back(Effect::GivenUp);
+                }
                 Action::StopGuest => {
-                    self.running = false;
-                    let _ = self.domain.stop();
-                    self.load = None;
+                    self.stop();
                     if let Err(error) = lock(&self.replica).stop() {
                         self.error.get_or_insert(error.to_string());
                     }
@@ -458,6 +474,12 @@ impl SecondarySide {
                 }
             }
         }
+    }
+
+    fn stop(&mut self) {
+        self.running = false;
+        let _ = self.domain.stop();
+        self.load = None;
     }
 
     /// Checks that the staged state can be found whole, and makes the disk's pending epoch the checkpoint.

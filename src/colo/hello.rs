@@ -33,6 +33,8 @@ pub enum Channel {
     Heartbeat,
     /// Disk writes, in the NBD protocol.
     Nbd,
+    /// Nothing: the connector only looks whether somebody is there. The rest of its hello means nothing.
+    Greeting,
 }
 
 /// How the pair replicates.
@@ -139,7 +141,7 @@ pub struct Welcome {
     pub from: String,
     /// Why the connection is refused; `None` when it is accepted.
     pub refused: Option<String>,
-    /// Which of the connector's features will be used.
+    /// What the acceptor can do or has; unknown names are ignored.
     #[serde(default)]
     pub features: Vec<String>,
 }

@@ -49,6 +49,8 @@ const GREETINGS_MAX: usize = 32;
 const SWITCH_RETRY: Duration = Duration::from_millis(50);
 /// The feature a secondary names when its disk is new and all zero.
 const BLANK_DISK: &str = "blank-disk";
+/// The feature a host names when it can take a guest.
+pub(super) const VACANT: &str = "vacant";
 
 /// What runs here from the start.
 #[derive(Clone, Debug)]
@@ -371,7 +373,7 @@ async fn claim(config: &HostConfig, guest: &str) -> Result<u64, String> {
 }
 
 /// Says hello and reads the welcome.
-async fn introduce(mut link: Link, word: Hello) -> Result<(Link, Welcome), String> {
+pub(super) async fn introduce(mut link: Link, word: Hello) -> Result<(Link, Welcome), String> {
     let makes_room = word.channel == Channel::Colo && word.geometry.xen.is_some();
     let deadline = if makes_room { ROOM_DEADLINE } else { HELLO_DEADLINE };
     let mut out = BytesMut::new();
@@ -463,11 +465,13 @@ async fn greet_all(listener: Listener, shared: Arc<Shared>) {
                     }
                     Ok(made) => {
                         let blank = made.as_ref().is_some_and(|(_, is_blank)| *is_blank);
+                        let vacant = *shared.vacancy.borrow() == Vacancy::Vacant;
+                        let features = [(blank, BLANK_DISK), (vacant, VACANT)].into_iter().filter(|(has, _)| *has);
                         let welcome = Welcome {
                             protocol: PROTOCOL_VERSION,
                             from: shared.config.name.clone(),
                             refused: None,
-                            features: if blank { vec![BLANK_DISK.into()] } else { vec![] },
+                            features: features.map(|(_, name)| name.to_owned()).collect(),
                         };
                         let mut out = BytesMut::new();
                         hello::encode(&welcome, &mut out);
@@ -494,6 +498,9 @@ async fn answer(link: &mut Link, why: &str, from: &str) {
 /// the primary and not only to its own log.
 async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<Option<(Guest, bool)>, String> {
     word.check().map_err(|error| error.to_string())?;
+    if word.channel == Channel::Greeting {
+        return Ok(None);
+    }
     let config = &shared.config;
     if word.from == config.name {
         return Err(format!("both hosts are called {}; an arbiter could not tell them apart", word.from));
@@ -535,7 +542,7 @@ async fn take(shared: &Shared, session: &mut Option<Session>, link: Link, word: 
                 let _ = shared.host.send(input).await;
             }
         }
-        (Channel::Colo, None) => {}
+        (Channel::Colo, None) | (Channel::Greeting, _) => {}
     }
 }
 

@@ -3,10 +3,12 @@
 use super::{Engine, Role, Vacancy, report};
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Claim, Register, Verdict};
+use crate::colo::hello::Mode;
 use crate::colo::{Cause, Loss};
 use crate::daemon::control::{Answer as Reply, Request};
 use crate::daemon::engine_clock;
 use crate::daemon::status::{Protection, Status};
+use crate::hypervisor::{Domain, DomainError};
 use std::sync::atomic::Ordering;
 use tokio::sync::oneshot;
 
@@ -33,6 +35,8 @@ impl Engine {
                 };
                 if let Some(refusal) = refusal {
                     Reply::error(refusal)
+                } else if let Err(error) = self.preflight(protect.mode) {
+                    Reply::error(format!("the guest cannot be protected: {error}"))
                 } else {
                     // The host makes the links and answers, which takes a while.
                     if let Err(error) = self.parts.protect.try_send((protect, reply)) {
@@ -56,6 +60,21 @@ impl Engine {
             }
         };
         let _ = reply.send(answer);
+    }
+
+    /// What can be known before a peer makes room for the guest, and a generation is spent.
+    fn preflight(&mut self, mode: Mode) -> Result<(), DomainError> {
+        let ask = |domain: &mut dyn Domain| {
+            if mode == Mode::Colo {
+                domain.lockstep()?;
+            }
+            domain.protectable()
+        };
+        match &mut self.role {
+            Role::Running(guest) => ask(guest.domain_mut()?),
+            Role::Primary(role) => ask(role.side.domain()),
+            Role::Empty | Role::Secondary(_) => Ok(()),
+        }
     }
 
     fn failover(&mut self, now: Instant, reply: oneshot::Sender<Reply>) {

@@ -164,6 +164,9 @@ pub struct ProtectArgs {
     /// Missed heartbeats after which the peer is lost
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1000))]
     pub heartbeat_misses: Option<u32>,
+    /// Memory in MiB that remembers sent pages, so that only what changed in them is sent again; 0: pages go whole
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(0..=1 << 20))]
+    pub delta_mib: Option<u64>,
     /// Return when the guest is protected, not when the copy has begun
     #[arg(long)]
     pub wait: bool,

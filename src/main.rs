@@ -182,6 +182,7 @@ async fn protect(args: ProtectArgs) -> ExitCode {
         checkpoint_delay_ms: args.checkpoint_delay_ms,
         heartbeat_interval_ms: args.heartbeat_ms,
         heartbeat_misses: args.heartbeat_misses,
+        delta_mib: args.delta_mib,
     });
     let code = order(&args.host, request).await;
     if !args.wait || code != ExitCode::SUCCESS {

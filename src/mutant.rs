@@ -22,11 +22,13 @@ pub enum Mutant {
     ClaimAfterDismissal,
     /// A primary that dismisses its secondary does not wait until that has given the guest up.
     GoOnUnconfirmed,
+    /// A page's delta is taken from what was sent first, not last.
+    StaleDelta,
 }
 
 impl Mutant {
     /// Every mutant.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::ReleaseBeforeReceived,
         Self::NoFence,
         Self::KeepActiveAtCheckpoint,
@@ -35,6 +37,7 @@ impl Mutant {
         Self::AcceptOldGeneration,
         Self::ClaimAfterDismissal,
         Self::GoOnUnconfirmed,
+        Self::StaleDelta,
     ];
 }
 

@@ -20,6 +20,7 @@
 //! ```
 
 pub mod arbiter;
+pub mod delta;
 pub mod failover;
 pub mod heartbeat;
 pub mod hello;

@@ -9,12 +9,14 @@
 //!
 //! Messages are QEMU's ([`super::message`]); the records between them are Xen's own migration records
 //! (xen `docs/specs/libxc-migration-stream.pandoc`): type and length as le32, body, zeroes up to a multiple of
-//! eight. `PAGE_DATA` (0x01) and `CHECKPOINT` (0x0E) are Xen's; zero pages travel as a record of our own,
-//! with room beside it for deltas and compression. The device state is a run of records too.
+//! eight. `PAGE_DATA` (0x01) and `CHECKPOINT` (0x0E) are Xen's; zero pages travel by number in a
+//! record of our own, and pages that changed little in another ([`super::delta`]), if the peer said that it knows them.
+//! The device state is a run of records too.
 //!
 //! The trap: every count in here comes from the peer. A record's length is checked against what its type may
 //! hold before it is buffered, a pfn against the guest's size before it is believed.
 
+use super::delta::{DELTA_MAX_BYTES, DeltaBatch, SentPages};
 use super::message::{InvalidMessage, Message};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn, is_zero};
 use crate::record::{self, COUNT_BYTES, Header, PFN_MASK};
@@ -26,6 +28,9 @@ pub const RECORD_PAGE_DATA: u32 = record::PAGE_DATA;
 pub const RECORD_CHECKPOINT: u32 = record::CHECKPOINT;
 /// Ours: numbers of pages that hold only zeroes. Mandatory (bit 31 clear): skipping it would corrupt the guest.
 pub const RECORD_ZERO_PAGES: u32 = 0x4000_0001;
+
+/// Ours: what makes pages of the last checkpoint into those of this one. Mandatory.
+pub const RECORD_PAGE_DELTAS: u32 = 0x4000_0004;
 
 /// Most zero pages one record names.
 pub const ZERO_PAGES_PER_RECORD: usize = 16 * BATCH_PAGES;
@@ -73,6 +78,8 @@ pub enum Item {
     Pages(PageBatch),
     /// Pages that are all zero.
     ZeroPages(Vec<Pfn>),
+    /// Pages of the last state, changed.
+    Deltas(DeltaBatch),
     /// The page records of this state are complete.
     PagesEnd,
     /// The device state: the last part of a checkpoint. After it the checkpoint is whole.
@@ -136,6 +143,7 @@ impl Decoder {
             let limit = match record {
                 RECORD_PAGE_DATA => COUNT_BYTES + BATCH_PAGES * (8 + PAGE_SIZE),
                 RECORD_ZERO_PAGES => COUNT_BYTES + ZERO_PAGES_PER_RECORD * 8,
+                RECORD_PAGE_DELTAS => COUNT_BYTES + BATCH_PAGES * (8 + DELTA_MAX_BYTES),
                 RECORD_CHECKPOINT => 0,
                 // Bit 31 marks a record that a reader may skip; bounded, since it is buffered whole.
                 _ if header.is_optional() => 1 << 20,
@@ -151,6 +159,7 @@ impl Decoder {
             let item = match record {
                 RECORD_PAGE_DATA => Some(self.page_data(body)?),
                 RECORD_ZERO_PAGES => Some(self.zero_pages(body)?),
+                RECORD_PAGE_DELTAS => Some(self.page_deltas(body)?),
                 RECORD_CHECKPOINT => {
                     self.mode = Mode::Messages;
                     Some(Item::PagesEnd)
@@ -182,6 +191,13 @@ impl Decoder {
         Ok(Item::ZeroPages(pfns))
     }
 
+    fn page_deltas(&self, body: &[u8]) -> Result<Item, StreamError> {
+        let (pfns, deltas) = self.pfn_list(RECORD_PAGE_DELTAS, body)?;
+        let batch = DeltaBatch::parse(pfns, deltas);
+        let bad = |why| StreamError::BadRecord { record: RECORD_PAGE_DELTAS, len_bytes: body.len(), why };
+        batch.map(Item::Deltas).map_err(bad)
+    }
+
     /// Reads `count u32, reserved u32, count × u64` and returns what follows.
     fn pfn_list<'a>(&self, record: u32, body: &'a [u8]) -> Result<(Vec<Pfn>, &'a [u8]), StreamError> {
         let bad = |why| StreamError::BadRecord { record, len_bytes: body.len(), why };
@@ -205,30 +221,50 @@ impl Decoder {
     }
 }
 
-/// Appends pages as records: contents in PAGE_DATA of at most 1024, zero pages by number only. `contents` holds
-/// one page for each of `pfns`. Returns how many pages were zero.
-pub fn encode_pages(pfns: &[Pfn], contents: &[u8], out: &mut BytesMut) -> usize {
-    let mut zero = Vec::new();
+/// Appends pages as records of at most 1024: zero pages by number only, those that changed little since they were
+/// `sent` as deltas, the rest whole. `contents` holds one page for each of `pfns`. Returns how many pages were zero.
+pub fn encode_pages(pfns: &[Pfn], contents: &[u8], mut sent: Option<&mut SentPages>, out: &mut BytesMut) -> usize {
+    let (mut zero, mut changed, mut deltas) = (Vec::new(), Vec::new(), Vec::new());
     let mut full: Vec<(Pfn, &[u8])> = Vec::with_capacity(BATCH_PAGES.min(pfns.len()));
     for (pfn, page) in pfns.iter().copied().zip(contents.chunks_exact(PAGE_SIZE)) {
         if is_zero(page) {
+            sent.iter_mut().for_each(|sent| sent.zeroed(pfn));
             zero.push(pfn);
-            continue;
+        } else if sent.as_mut().is_some_and(|sent| sent.delta(pfn, page, &mut deltas)) {
+            changed.push(pfn);
+        } else {
+            full.push((pfn, page));
         }
-        full.push((pfn, page));
         if full.len() == BATCH_PAGES {
             page_data(&full, out);
             full.clear();
         }
+        if changed.len() == BATCH_PAGES {
+            page_deltas(&changed, &deltas, out);
+            changed.clear();
+            deltas.clear();
+        }
     }
     if !full.is_empty() {
         page_data(&full, out);
+    }
+    if !changed.is_empty() {
+        page_deltas(&changed, &deltas, out);
     }
     for pfns in zero.chunks(ZERO_PAGES_PER_RECORD) {
         Header { record: RECORD_ZERO_PAGES, len_bytes: COUNT_BYTES + pfns.len() * 8 }.put(out);
         put_pfns(pfns.iter().copied(), pfns.len(), out);
     }
     zero.len()
+}
+
+fn page_deltas(pfns: &[Pfn], deltas: &[u8], out: &mut BytesMut) {
+    let header = Header { record: RECORD_PAGE_DELTAS, len_bytes: COUNT_BYTES + pfns.len() * 8 + deltas.len() };
+    out.reserve(Header::BYTES + header.padded_bytes());
+    header.put(out);
+    put_pfns(pfns.iter().copied(), pfns.len(), out);
+    out.put_slice(deltas);
+    out.put_bytes(0, header.padded_bytes() - header.len_bytes);
 }
 
 fn page_data(pages: &[(Pfn, &[u8])], out: &mut BytesMut) {
@@ -273,7 +309,7 @@ mod tests {
     }
 
     fn put(batch: &PageBatch, out: &mut BytesMut) -> usize {
-        encode_pages(&batch.pfns, &batch.bytes, out)
+        encode_pages(&batch.pfns, &batch.bytes, None, out)
     }
 
     #[test]
@@ -317,6 +353,26 @@ mod tests {
             assert_eq!(seen, expected);
             assert!(input.is_empty());
         }
+    }
+
+    #[test]
+    fn a_page_that_is_sent_again_is_sent_as_what_changed() {
+        let (mut sent, mut out) = (SentPages::new(8), BytesMut::new());
+        let mut again = batch(&[(1, 1), (2, 2), (3, 3)]);
+        encode_pages(&again.pfns, &again.bytes, Some(&mut sent), &mut out);
+        let whole = out.len();
+        again.bytes[5] = 99;
+        again.bytes[PAGE_SIZE..2 * PAGE_SIZE].fill(0);
+        encode_pages(&again.pfns, &again.bytes, Some(&mut sent), &mut out);
+        assert_eq!(out.len() - whole, 8 + 8 + 2 * 8 + (2 + 4 + 8) + 2 + 8 + 8 + 8, "two deltas, one zero page");
+        let mut decoder = Decoder::new(16);
+        let Ok(Some(Item::Pages(first))) = decoder.decode(&mut out) else { panic!("no pages") };
+        let Ok(Some(Item::Deltas(deltas))) = decoder.decode(&mut out) else { panic!("no deltas") };
+        let made = deltas.apply(|pfn| first.iter().find(|(have, _)| *have == pfn).unwrap().1);
+        assert_eq!(made.pfns, [Pfn(1), Pfn(3)]);
+        assert_eq!(made.bytes[..PAGE_SIZE], again.bytes[..PAGE_SIZE]);
+        assert_eq!(decoder.decode(&mut out), Ok(Some(Item::ZeroPages(vec![Pfn(2)]))));
+        assert!(out.is_empty());
     }
 
     #[test]

@@ -49,6 +49,9 @@ pub struct Protect {
     pub heartbeat_interval_ms: Option<u64>,
     /// Missed beats that mean a lost peer.
     pub heartbeat_misses: Option<u32>,
+    /// Memory in MiB that remembers sent pages, so that only what changed in them is sent again; 0 for none.
+    #[serde(default)]
+    pub delta_mib: Option<u64>,
 }
 
 /// What a host is asked.

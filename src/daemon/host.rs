@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   control socket ─▶ engine ─ protect ─▶ knock() ── hello × 4 ──▶ peer's listener
-//!   peer listener  ─▶ greet() ── four links of one session ──▶ engine: Join
+//!   peer listener  ─▶ greet   ── four links of one session ──▶ engine: Join
 //!   switch port    ◀─▶ engine
 //! ```
 //!
@@ -11,7 +11,10 @@
 //! every hello has a deadline and a bound, and a session that never completes is forgotten; and the claim comes
 //! *before* the first link, so that whatever a former primary still sends carries an older generation.
 
-use super::address::{Address, Link, Listener};
+mod greet;
+
+use self::greet::greet_all;
+use super::address::{Address, Link};
 use super::arbiter::Arbiter;
 use super::control::{self, Answer as Reply, Protect};
 use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, Vacancy};
@@ -19,14 +22,14 @@ use super::engine_clock;
 use super::frames::{FrameReader, FrameWriter};
 use super::guest::{DISK_NAME, Guest, GuestError};
 use super::links::{self, Outgoing, Side, outbox};
-use super::nbd::{self, ServeError};
 use super::xen::{self, Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
+use crate::colo::delta::SentPages;
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
 use crate::colo::hello::{self, Channel, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome};
-use crate::colo::{primary, secondary};
+use crate::colo::primary;
 use crate::hypervisor::embedded::MachineConfig;
-use crate::replica::epochs::{PrimaryView, ReplicaConfig};
+use crate::page::PAGE_SIZE;
 use bytes::{Bytes, BytesMut};
 use std::io;
 use std::path::PathBuf;
@@ -39,18 +42,18 @@ use tokio::sync::{mpsc, oneshot, watch};
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// How long the first welcome may take: the peer makes a domain with all its devices before it.
 const ROOM_DEADLINE: Duration = Duration::from_secs(60);
-/// How long who knocks waits for a guest that is being taken apart: less than it waits for a welcome.
-const LEAVE_DEADLINE: Duration = Duration::from_secs(4);
-/// The same for a Xen guest, with all its devices.
-const LEAVE_DEADLINE_XEN: Duration = Duration::from_secs(30);
-/// Connections that may be greeted at once.
-const GREETINGS_MAX: usize = 32;
 /// Time between two attempts to reach the switch.
 const SWITCH_RETRY: Duration = Duration::from_millis(50);
 /// The feature a secondary names when its disk is new and all zero.
 const BLANK_DISK: &str = "blank-disk";
 /// The feature a host names when it can take a guest.
 pub(super) const VACANT: &str = "vacant";
+/// The feature of a host that can take page deltas.
+const PAGE_DELTAS: &str = "page-deltas";
+/// Memory in MiB for what was sent of a guest's pages, by default.
+const DELTA_MIB_DEFAULT: u64 = 64;
+/// Pages in a MiB.
+const PAGES_PER_MIB: u64 = (1 << 20) / PAGE_SIZE as u64;
 
 /// What runs here from the start.
 #[derive(Clone, Debug)]
@@ -325,7 +328,7 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
         generation,
         from: config.name.clone(),
         mode: protect.mode,
-        features: vec![],
+        features: vec![PAGE_DELTAS.into()],
         geometry: geometry.clone(),
         heartbeat_interval_ms: interval_ms,
         heartbeat_misses: misses,
@@ -341,7 +344,10 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
         return Err("the links did not come up".into());
     };
     let heartbeat = Heartbeat::new(engine_clock(), Duration::from_millis(interval_ms), misses, generation);
-    let side = Side::Primary { nbd, export: DISK_NAME.into() };
+    let can = |feature| welcome.features.iter().any(|welcomed| welcomed == feature);
+    let delta_pages = protect.delta_mib.unwrap_or(DELTA_MIB_DEFAULT).saturating_mul(PAGES_PER_MIB);
+    let sent_pages = can(PAGE_DELTAS).then(|| SentPages::new(usize::try_from(delta_pages).unwrap_or(usize::MAX)));
+    let side = Side::Primary { nbd, export: DISK_NAME.into(), sent_pages };
     let links = links::start(stream, packets, heartbeat_link, heartbeat, side);
     let claim = Claim { guest: guest.to_owned(), expected: generation, holder: config.name.clone() };
     let mut machine = primary::Config::new(protect.mode, claim);
@@ -350,7 +356,7 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
     if let Some(delay_ms) = protect.checkpoint_delay_ms {
         machine.checkpoint_delay = Duration::from_millis(delay_ms);
     }
-    let target_is_blank = welcome.features.iter().any(|feature| feature == BLANK_DISK);
+    let target_is_blank = can(BLANK_DISK);
     let (begun, answer) = oneshot::channel();
     let input = HostInput::Protect { links, config: machine, peer: welcome.from, target_is_blank, begun };
     let gone = || "the host is shutting down".to_owned();
@@ -416,164 +422,6 @@ async fn read_word<T: serde::de::DeserializeOwned>(link: &mut Link) -> Result<T,
         Some(word) => Ok(word),
         None => Err(HelloError::TooLong(len_bytes).into()),
     }
-}
-
-/// A session whose links are coming up.
-struct Session {
-    hello: Hello,
-    stream: Link,
-    guest: Box<Guest>,
-    packets: Option<Link>,
-    heartbeat: Option<Link>,
-}
-
-async fn greet_all(listener: Listener, shared: Arc<Shared>) {
-    let (greeted, mut words) = mpsc::channel::<(Link, Hello)>(4);
-    let greetings = Arc::new(tokio::sync::Semaphore::new(GREETINGS_MAX));
-    tokio::spawn(async move {
-        while let Ok(mut link) = listener.accept().await {
-            let Ok(permit) = greetings.clone().acquire_owned().await else { return };
-            let greeted = greeted.clone();
-            tokio::spawn(async move {
-                let _permit = permit;
-                match tokio::time::timeout(HELLO_DEADLINE, read_word::<Hello>(&mut link)).await {
-                    Ok(Ok(word)) => _ = greeted.send((link, word)).await,
-                    Ok(Err(error)) => {
-                        tracing::warn!(%error, "a stranger on the peer port");
-                        answer(&mut link, &error.to_string(), "").await;
-                    }
-                    Err(_) => tracing::warn!("a connection on the peer port said no hello"),
-                }
-            });
-        }
-    });
-    let mut session: Option<Session> = None;
-    loop {
-        let next = tokio::time::timeout(HELLO_DEADLINE, words.recv()).await;
-        match next {
-            Ok(None) => return,
-            Err(_) => {
-                if let Some(session) = session.take() {
-                    tracing::warn!(peer = %session.hello.from, "a session did not complete");
-                }
-            }
-            Ok(Some((mut link, word))) => {
-                match welcome(&shared, session.as_ref().map(|session| session.hello.session), &word).await {
-                    Err(why) => {
-                        tracing::warn!(peer = %word.from, reason = %why, "refused");
-                        answer(&mut link, &why, &shared.config.name).await;
-                    }
-                    Ok(made) => {
-                        let blank = made.as_ref().is_some_and(|(_, is_blank)| *is_blank);
-                        let vacant = *shared.vacancy.borrow() == Vacancy::Vacant;
-                        let features = [(blank, BLANK_DISK), (vacant, VACANT)].into_iter().filter(|(has, _)| *has);
-                        let welcome = Welcome {
-                            protocol: PROTOCOL_VERSION,
-                            from: shared.config.name.clone(),
-                            refused: None,
-                            features: features.map(|(_, name)| name.to_owned()).collect(),
-                        };
-                        let mut out = BytesMut::new();
-                        hello::encode(&welcome, &mut out);
-                        if link.write_all(&out).await.is_ok() {
-                            let guest = made.map(|(guest, _)| Box::new(guest));
-                            take(&shared, &mut session, link, word, guest).await;
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-async fn answer(link: &mut Link, why: &str, from: &str) {
-    let refused = Some(why.to_owned());
-    let welcome = Welcome { protocol: PROTOCOL_VERSION, from: from.to_owned(), refused, features: vec![] };
-    let mut out = BytesMut::new();
-    hello::encode(&welcome, &mut out);
-    let _ = link.write_all(&out).await;
-}
-
-/// Decides on a hello. For a COLO hello it makes the room the guest needs, so that a host without it says so to
-/// the primary and not only to its own log.
-async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<Option<(Guest, bool)>, String> {
-    word.check().map_err(|error| error.to_string())?;
-    if word.channel == Channel::Greeting {
-        return Ok(None);
-    }
-    let config = &shared.config;
-    if word.from == config.name {
-        return Err(format!("both hosts are called {}; an arbiter could not tell them apart", word.from));
-    }
-    if word.channel != Channel::Colo {
-        let known = session == Some(word.session);
-        return if known { Ok(None) } else { Err("this link belongs to no session".into()) };
-    }
-    let leaves_within = if word.geometry.xen.is_some() { LEAVE_DEADLINE_XEN } else { LEAVE_DEADLINE };
-    let mut vacancy = shared.vacancy.clone();
-    let left = vacancy.wait_for(|vacancy| *vacancy != Vacancy::Leaving);
-    if !matches!(tokio::time::timeout(leaves_within, left).await, Ok(Ok(vacancy)) if *vacancy == Vacancy::Vacant) {
-        return Err(format!("host {} has a guest already", config.name));
-    }
-    let beside = config.disk.parent().filter(|dir| !dir.as_os_str().is_empty()).map(ToOwned::to_owned);
-    let spill_dir = config.spill_dir.clone().or(beside).unwrap_or_else(|| ".".into());
-    let epochs = ReplicaConfig {
-        memory_budget_bytes: config.epoch_memory_bytes,
-        spill_dir: Some(spill_dir),
-        ..ReplicaConfig::default()
-    };
-    let made = match &word.geometry.xen {
-        Some(_) => xen::stand_by(&word.guest, &word.geometry, word.mode, &config.disk, epochs, &shared.wire).await,
-        None => Guest::stand_by(&word.guest, &word.geometry, &config.disk, epochs, config.entropy_seed),
-    };
-    made.map(Some).map_err(|error| format!("host {}: {error}", config.name))
-}
-
-/// Keeps a welcomed link with its session, and starts the engine's part when all four are there.
-async fn take(shared: &Shared, session: &mut Option<Session>, link: Link, word: Hello, guest: Option<Box<Guest>>) {
-    match (word.channel, guest) {
-        (Channel::Colo, Some(guest)) => {
-            *session = Some(Session { hello: word, stream: link, guest, packets: None, heartbeat: None });
-        }
-        (Channel::Packets, _) => _ = session.as_mut().map(|session| session.packets = Some(link)),
-        (Channel::Heartbeat, _) => _ = session.as_mut().map(|session| session.heartbeat = Some(link)),
-        (Channel::Nbd, _) => {
-            if let Some(input) = session.take().and_then(|session| join(shared, session, link)) {
-                let _ = shared.host.send(input).await;
-            }
-        }
-        (Channel::Colo, None) | (Channel::Greeting, _) => {}
-    }
-}
-
-fn join(shared: &Shared, session: Session, nbd_link: Link) -> Option<HostInput> {
-    let Session { hello: word, stream, guest, packets: Some(packets), heartbeat: Some(beats) } = session else {
-        tracing::warn!(peer = %session.hello.from, "the disk link came before the others");
-        return None;
-    };
-    let generation = word.generation;
-    let replica = guest.replica.clone()?;
-    // Before the first write can arrive: the primary begins as soon as its last link is welcomed.
-    if let Err(error) = links::lock(&replica).start_sync(generation) {
-        tracing::error!(%error, "the replica cannot begin");
-        return None;
-    }
-    let view = Box::new(PrimaryView { replica, generation });
-    let server = Box::pin(async move {
-        nbd::serve_connection(nbd_link, DISK_NAME.into(), view).await.map_err(|error| match error {
-            ServeError::Io(error) => error,
-            ServeError::Protocol(error) => io::Error::new(io::ErrorKind::InvalidData, error),
-            error @ ServeError::Deadline => io::Error::new(io::ErrorKind::TimedOut, error),
-        })
-    });
-    let interval = Duration::from_millis(word.heartbeat_interval_ms);
-    let heartbeat = Heartbeat::new(engine_clock(), interval, word.heartbeat_misses, generation);
-    let side = Side::Secondary { nr_pages: word.geometry.nr_pages, nbd: server };
-    let links = links::start(stream, packets, beats, heartbeat, side);
-    let claim = Claim { guest: word.guest.clone(), expected: generation, holder: shared.config.name.clone() };
-    let mut config = secondary::Config::new(word.mode, claim);
-    config.policy = shared.config.policy.clone();
-    Some(HostInput::Join { links, config, peer: word.from, guest })
 }
 
 /// The mode names a command line accepts.

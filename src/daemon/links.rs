@@ -16,6 +16,7 @@ use super::engine_clock;
 use super::frames::FRAME_BYTES_MAX;
 pub use super::pair::lock;
 use crate::colo::Loss;
+use crate::colo::delta::SentPages;
 use crate::colo::heartbeat::{BEAT_BYTES, Beat, Heartbeat, Word};
 use crate::colo::message::Message;
 use crate::colo::stream::{self, Item};
@@ -182,6 +183,8 @@ pub enum Side {
         nbd: Link,
         /// The export.
         export: String,
+        /// What is remembered of the pages sent, if the peer can take deltas.
+        sent_pages: Option<SentPages>,
     },
     /// The secondary reads a stream for a guest of this size, and serves its disk.
     Secondary {
@@ -236,15 +239,18 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
 
     let (stream_read, stream_write) = tokio::io::split(stream);
     let (packets_read, packets_write) = tokio::io::split(packets);
-    spawn("checkpoint stream", Box::pin(write_stream(stream_write, stream_outgoing, recycle, sent_bytes.clone())));
     spawn("packet link", Box::pin(read_packets(packets_read, packets_sender)));
     spawn("packet link", Box::pin(write_packets(packets_write, packets_outgoing)));
     match side {
-        Side::Primary { nbd, export } => {
+        Side::Primary { nbd, export, sent_pages } => {
+            let writing = write_stream(stream_write, stream_outgoing, sent_pages, recycle, sent_bytes.clone());
+            spawn("checkpoint stream", Box::pin(writing));
             spawn("checkpoint stream", Box::pin(read_messages(stream_read, stream_sender)));
             spawn("disk link", Box::pin(forward_disk(nbd, export, disk_outgoing, disk_sender, sent_bytes.clone())));
         }
         Side::Secondary { nr_pages, nbd } => {
+            let writing = write_stream(stream_write, stream_outgoing, None, recycle, sent_bytes.clone());
+            spawn("checkpoint stream", Box::pin(writing));
             let received = received_bytes.clone();
             spawn("checkpoint stream", Box::pin(read_items(stream_read, nr_pages, stream_sender, received)));
             spawn("disk link", nbd);
@@ -311,6 +317,7 @@ async fn read_items(
 async fn write_stream(
     mut write: WriteHalf<Link>,
     mut outgoing: Outgoing<StreamOut>,
+    mut sent_pages: Option<SentPages>,
     recycle: mpsc::Sender<PageBatch>,
     sent: Arc<AtomicU64>,
 ) -> io::Result<()> {
@@ -326,7 +333,7 @@ async fn write_stream(
                 // Piece by piece: the peer unpacks one while this side packs the next.
                 let page_bytes = crate::page::PAGE_SIZE * ENCODE_PAGES;
                 for (pfns, contents) in batch.pfns.chunks(ENCODE_PAGES).zip(batch.bytes.chunks(page_bytes)) {
-                    stream::encode_pages(pfns, contents, &mut buffer);
+                    stream::encode_pages(pfns, contents, sent_pages.as_mut(), &mut buffer);
                     flush(&mut write, &mut buffer, &sent).await?;
                 }
                 let _ = recycle.try_send(batch);

@@ -190,6 +190,7 @@ impl World for Pair {
             checkpoint_delay_ms: None,
             heartbeat_interval_ms: None,
             heartbeat_misses: None,
+            delta_mib: None,
         };
         self.ask("a", &Request::Protect(protect)).await.map(drop)
     }

@@ -189,7 +189,7 @@ impl Pair {
         let server = Box::pin(async move {
             nbd::serve_connection(nbd_b, DISK_NAME.into(), view).await.map_err(std::io::Error::other)
         });
-        let side_a = Side::Primary { nbd: nbd_a, export: DISK_NAME.into() };
+        let side_a = Side::Primary { nbd: nbd_a, export: DISK_NAME.into(), sent_pages: None };
         let side_b = Side::Secondary { nr_pages: guest.geometry.nr_pages, nbd: server };
         let links_a = links::start(stream_a, packets_a, beats_a, beats(), side_a);
         let links_b = links::start(stream_b, packets_b, beats_b, beats(), side_b);

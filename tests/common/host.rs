@@ -51,6 +51,7 @@ pub fn protect(peer: &Address, mode: Mode) -> Protect {
         checkpoint_delay_ms: None,
         heartbeat_interval_ms: Some(100),
         heartbeat_misses: Some(10),
+        delta_mib: None,
     }
 }
 

@@ -95,7 +95,7 @@ pub fn first_state() -> (BytesMut, BytesMut) {
     let mut contents = Vec::new();
     guest.read_pages(&pfns, &mut contents).unwrap();
     let (mut pages, mut devices) = (BytesMut::new(), BytesMut::new());
-    stream::encode_pages(&pfns, &contents, &mut pages);
+    stream::encode_pages(&pfns, &contents, None, &mut pages);
     stream::encode_pages_end(&mut devices);
     let blob = guest.save_devices().unwrap();
     stream::encode_device_state(&blob, &mut devices);

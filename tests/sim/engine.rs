@@ -153,7 +153,7 @@ impl World {
             }
             Effect::Pages(batch) => {
                 let mut bytes = BytesMut::new();
-                stream::encode_pages(&batch.pfns, &batch.bytes, &mut bytes);
+                stream::encode_pages(&batch.pfns, &batch.bytes, Some(&mut self.sent_pages), &mut bytes);
                 self.stream(bytes);
                 let Role::Primary(side) = &mut self.hosts[A].role else { return };
                 side.recycle(batch);

@@ -501,7 +501,7 @@ impl World {
             let step = match &item {
                 Item::Message(Message::CheckpointRequest) => Some(Step::RequestGot),
                 Item::Message(_) => Some(Step::SendGot),
-                Item::Pages(_) | Item::ZeroPages(_) if !first => Some(Step::PagesGot),
+                Item::Pages(_) | Item::ZeroPages(_) | Item::Deltas(_) if !first => Some(Step::PagesGot),
                 Item::DeviceState(_) => Some(Step::WholeGot),
                 _ => None,
             };

@@ -252,6 +252,11 @@ fn finds_go_on_unconfirmed() {
 }
 
 #[test]
+fn finds_stale_delta() {
+    find(Mutant::StaleDelta);
+}
+
+#[test]
 fn every_mutant_has_a_test() {
-    assert_eq!(Mutant::ALL.len(), 8);
+    assert_eq!(Mutant::ALL.len(), 9);
 }

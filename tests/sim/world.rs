@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex};
 use xen_colo::clock::Instant;
 use xen_colo::colo::Loss;
 use xen_colo::colo::arbiter::{Answer, Claim, Register, Verdict};
+use xen_colo::colo::delta::SentPages;
 use xen_colo::daemon::pair::lock;
 
 /// The generation in force when the pair is made.
@@ -126,6 +127,9 @@ pub(super) struct Report {
     pub(super) events: u64,
 }
 
+/// Room for sent pages: for fewer than a guest writes, so that some go whole again.
+const SENT_PAGES_MAX: usize = 24;
+
 /// A run.
 pub(super) struct World {
     pub(super) plan: Plan,
@@ -141,6 +145,8 @@ pub(super) struct World {
     pub(super) report: Report,
     pub(super) captured: Arc<Mutex<Captured>>,
     pub(super) violation: Option<String>,
+    /// What the primary remembers of the pages it sent.
+    pub(super) sent_pages: SentPages,
     /// Whether to tell what happens.
     pub(super) trace: bool,
     /// When the fault struck.
@@ -190,6 +196,7 @@ impl World {
             report: Report::default(),
             captured,
             violation: None,
+            sent_pages: SentPages::new(SENT_PAGES_MAX),
             trace,
             fault_us: None,
             fault_due: false,

@@ -4,6 +4,7 @@
 //! guest-tool serve DISK PORT DIVERGE-PERCENT   the key-value service (serve.rs, kv.rs)
 //! guest-tool registers                         sums in all sixteen AVX (or SSE) registers, held live; an error ends it
 //! guest-tool tick                              each second the monotonic and the real time
+//! guest-tool load PAGES                        writes that many pages of 8 MiB each second, as a database would
 //! ```
 //!
 //! All of them speak on the console in lines that begin with `GUEST-`. Compiled by `image.sh` with plain rustc, static.
@@ -50,6 +51,36 @@ fn tick() -> ! {
         sleep(Duration::from_secs(1));
     }
     unreachable!("2^64 seconds are over")
+}
+
+const PAGE_BYTES: usize = 4096;
+const LOAD_PAGES: usize = 2048;
+/// Times in a second that the load does its share.
+const LOAD_HZ: usize = 50;
+/// One page in so many is filled anew; of the others a row of 64 bytes changes.
+const LOAD_WHOLE: usize = 16;
+
+/// Writes memory: rows here and there, and now and then a page of what cannot be foretold.
+fn load(pages_a_second: usize) -> ! {
+    let mut memory = vec![0_u8; LOAD_PAGES * PAGE_BYTES];
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        // xorshift64
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random
+    };
+    loop {
+        for n in 0..pages_a_second / LOAD_HZ {
+            let page = next() as usize % LOAD_PAGES * PAGE_BYTES;
+            let (from, bytes) = if n % LOAD_WHOLE == 0 { (page, PAGE_BYTES) } else { (page + next() as usize % 64 * 64, 64) };
+            for word in memory[from..from + bytes].chunks_exact_mut(8) {
+                word.copy_from_slice(&next().to_ne_bytes());
+            }
+        }
+        sleep(Duration::from_millis(1000 / LOAD_HZ as u64));
+    }
 }
 
 /// One round: registers 0 to 7 get registers 8 to 15 added `loops` times, and nothing is in memory meanwhile.
@@ -157,6 +188,10 @@ fn main() -> ExitCode {
     match words[..] {
         ["tick"] => tick(),
         ["registers"] => registers(),
+        ["load", pages] => match pages.parse() {
+            Ok(pages) => load(pages),
+            Err(_) => ExitCode::from(2),
+        },
         ["serve", disk, port, diverge] => match (port.parse(), diverge.parse()) {
             (Ok(port), Ok(diverge)) => {
                 let Err(why) = serve::run(disk, port, diverge) else { return ExitCode::SUCCESS };
@@ -166,7 +201,7 @@ fn main() -> ExitCode {
             _ => ExitCode::from(2),
         },
         _ => {
-            eprintln!("guest-tool serve DISK PORT DIVERGE-PERCENT | registers | tick");
+            eprintln!("guest-tool serve DISK PORT DIVERGE-PERCENT | registers | tick | load PAGES");
             ExitCode::from(2)
         }
     }

@@ -11,7 +11,7 @@ readonly SUSPENDS=${SUSPENDS:-200}
 # start_host NAME REST: xl-colo, until it listens.
 start_host() {
 	RUN_SECONDS=240 host "$1" "mkdir -p /run/disks; rm -f /run/$1.out
-		XEN_COLO_LOG=info setsid xl-colo host --name $1 --policy alone --disk /run/disks/$1.img $2 \
+		XEN_COLO_LOG=${LOG:-info} setsid xl-colo host --name $1 --policy alone --disk /run/disks/$1.img $2 \
 			</dev/null >/run/$1.out 2>/run/$1.log &
 		echo \$! >/run/$1.pid
 		for i in \$(seq 2000); do grep -qs listens /run/$1.out && exit 0; kill -0 \$! 2>/dev/null || break; sleep 0.1; done

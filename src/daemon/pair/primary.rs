@@ -11,7 +11,7 @@
 //! where they are emitted, the mirror's writes where they are made. All three change inside the capture, while
 //! the guest stands still; that is the only moment at which they can change together.
 
-use super::{Clock, Samples, lock};
+use super::{Clock, Samples, cause_of, lock};
 use crate::bitmap::Bitmap;
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask};
@@ -525,18 +525,31 @@ impl PrimarySide {
         self.make_room()?;
         let begun = (self.clock)();
         self.domain.suspend()?;
+        let suspended = (self.clock)();
         let epoch = self.machine.epoch();
         self.epoch.store(epoch, Ordering::SeqCst);
         let ended = lock(&self.mirror.0).mark();
         assert_eq!(ended + 1, self.disk_epoch_base + epoch, "packets and disk are marked together");
         self.domain.take_dirty(&mut self.dirty)?;
+        let listed = (self.clock)();
         self.capture.pfns.extend(self.dirty.iter());
         self.domain.read_pages(&self.capture.pfns, &mut self.capture.bytes)?;
+        let copied = (self.clock)();
         let devices = self.domain.save_devices()?;
+        let saved = (self.clock)();
         self.suspended_at = Some(begun);
         if resume {
             self.resume()?;
         }
+        tracing::debug!(
+            pages = self.capture.len(),
+            suspend_us = (suspended - begun).as_micros(),
+            dirty_us = (listed - suspended).as_micros(),
+            copy_us = (copied - listed).as_micros(),
+            devices_us = (saved - copied).as_micros(),
+            resume_us = ((self.clock)() - saved).as_micros(),
+            "captured"
+        );
         self.dirty.clear_all();
         self.output_due = None;
         self.stats.pages += self.capture.len() as u64;
@@ -579,16 +592,5 @@ impl PrimarySide {
     fn end(&mut self, exit: Exit) {
         self.output_due = None;
         self.effects.push_back(Effect::Ended { exit, generation: self.generation });
-    }
-}
-
-fn cause_of(cause: compare::Cause) -> Cause {
-    match cause {
-        compare::Cause::PayloadDiffers => Cause::PayloadDiffers,
-        compare::Cause::Aged => Cause::Aged,
-        compare::Cause::OneSided => Cause::OneSided,
-        compare::Cause::Reused => Cause::Reused,
-        compare::Cause::BoundReached => Cause::PacketBound,
-        compare::Cause::Unparsable(_) => Cause::Unparsable,
     }
 }

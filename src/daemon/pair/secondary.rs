@@ -10,6 +10,7 @@
 //! a lost peer is heard while a large one loads. Client frames carry the epoch in which the *primary's* guest got
 //! them: those of an epoch that ended are in the loaded state already, those of the next wait until it is loaded.
 
+use super::staged::{Load, Staged};
 use super::survivor::{ANNOUNCE_FIRST, ANNOUNCE_ROUNDS, ANNOUNCE_STEP, Replay, Said, announcement};
 use super::{Clock, lock};
 use crate::bitmap::Bitmap;
@@ -82,23 +83,6 @@ pub struct Stats {
     pub inbound_dropped: u64,
     /// Time spent loading the last state.
     pub last_load: Duration,
-}
-
-/// A checkpoint that is not whole.
-#[derive(Default)]
-struct Staged {
-    batches: Vec<PageBatch>,
-    zero: Vec<Pfn>,
-    pages: u64,
-    devices: Vec<u8>,
-}
-
-/// A load under way: the pages still to be put into the guest.
-struct Load {
-    begun: Instant,
-    pages: Vec<Pfn>,
-    done: usize,
-    devices: Vec<u8>,
 }
 
 /// The secondary's side of a protected guest.
@@ -249,6 +233,10 @@ impl SecondarySide {
         match (self.machine.state(), item) {
             (_, Item::Message(message)) => self.machine.handle_message(now, message),
             (State::Joining, Item::Pages(batch)) => self.join_pages(now, &batch),
+            (State::Joining, Item::Deltas(deltas)) => {
+                let batch = deltas.apply(|pfn| self.cache.page(pfn));
+                self.join_pages(now, &batch);
+            }
             (State::Joining, Item::ZeroPages(pfns)) => {
                 // Most of a fresh guest is zero, and so is a fresh cache.
                 let mut batch = PageBatch::default();
@@ -256,6 +244,12 @@ impl SecondarySide {
                     batch.push(pfn, &[0; PAGE_SIZE]);
                 }
                 self.join_pages(now, &batch);
+            }
+            (State::Receiving, Item::Deltas(deltas)) => {
+                let batch = deltas.apply(|pfn| self.cache.page(pfn));
+                self.stats.pages += batch.len() as u64;
+                self.stage(now, batch.len());
+                self.staged.batches.push(batch);
             }
             (State::Receiving, Item::Pages(batch)) => {
                 self.stats.pages += batch.len() as u64;

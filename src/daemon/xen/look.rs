@@ -52,7 +52,10 @@ pub fn guest_facts(name: &str) -> Result<Vec<Obstacle>, String> {
     let refusals = refuse::judge(&facts).into_iter();
     let mut found: Vec<_> =
         refusals.map(|refusal| Obstacle { reason: refusal.reason, remedy: refusal.remedy.into() }).collect();
-    found.extend(obstacles(name, &tokio::task::block_in_place(|| toolstack::config(domid))?));
+    match tokio::task::block_in_place(|| toolstack::config(domid)) {
+        Ok(config) => found.extend(obstacles(name, &config)),
+        Err(reason) => found.push(Obstacle { reason, remedy: "see what xl list -l says of it".into() }),
+    }
     Ok(found)
 }
 

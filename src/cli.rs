@@ -36,8 +36,13 @@ pub enum Command {
     Host(HostArgs),
     /// Replicate the guest of a host to a peer
     Protect(ProtectArgs),
+    /// End a protection without a failover: the guest goes on here, and the peer drops what it has of it
+    Unprotect(HostRef),
     /// Say how a host and its guest are
     Status(StatusArgs),
+    /// Say whether this host is able to protect guests, and what it lacks; whether a peer answers, and what is in the
+    /// way of protecting a guest
+    Check(CheckArgs),
     /// Take a checkpoint now
     Checkpoint(HostRef),
     /// Go on alone on this host, or decide for a guest that is held here
@@ -197,6 +202,19 @@ pub struct StatusArgs {
     /// Print again every second until interrupted
     #[arg(long)]
     pub watch: bool,
+}
+
+/// Arguments of `check`.
+#[derive(Args, Debug)]
+pub struct CheckArgs {
+    /// A peer to be reached
+    pub peer: Option<Address>,
+    /// A Xen domain of this host to be protected
+    #[arg(long, value_name = "NAME")]
+    pub guest: Option<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `arbiter`.

@@ -7,11 +7,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
-use xen_colo::cli::{self, ArbiterArgs, Cli, Command, HostArgs, HostRef, ProtectArgs, StatusArgs};
+use xen_colo::cli::{self, ArbiterArgs, CheckArgs, Cli, Command, HostArgs, HostRef, ProtectArgs, StatusArgs};
 use xen_colo::daemon::control::{self, Protect, Request};
 use xen_colo::daemon::host::{self, Boot, BootConfig, HostConfig};
 use xen_colo::daemon::xen::XenBoot;
-use xen_colo::daemon::{arbiter, status};
+use xen_colo::daemon::{arbiter, check, status};
 use xen_colo::demo;
 use xen_colo::image::helper;
 
@@ -49,6 +49,8 @@ async fn run(command: Command) -> ExitCode {
         Command::Arbiter(args) => serve_arbiter(args).await,
         Command::Protect(args) => protect(args).await,
         Command::Status(args) => show_status(args).await,
+        Command::Check(args) => check_host(args).await,
+        Command::Unprotect(host) => order(&host, Request::Unprotect).await,
         Command::Checkpoint(host) => order(&host, Request::Checkpoint).await,
         Command::Failover(host) => order(&host, Request::Failover).await,
         Command::Stop(host) => order(&host, Request::Stop).await,
@@ -200,6 +202,18 @@ async fn protect(args: ProtectArgs) -> ExitCode {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// Says what it found on standard output; the exit code is 0 only if nothing is missing.
+async fn check_host(args: CheckArgs) -> ExitCode {
+    let lines = check::judge(&check::gather(args.peer.as_ref(), args.guest.as_deref()).await);
+    let able = lines.iter().all(|line| line.ok);
+    if args.json {
+        println!("{}", serde_json::json!({"able": able, "lines": lines}));
+    } else {
+        lines.iter().for_each(|line| println!("{line}"));
+    }
+    if able { ExitCode::SUCCESS } else { ExitCode::from(cli::EXIT_FAILED) }
 }
 
 async fn show_status(args: StatusArgs) -> ExitCode {

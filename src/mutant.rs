@@ -18,19 +18,25 @@ pub enum Mutant {
     NoRelaunch,
     /// Writes of an old generation are accepted.
     AcceptOldGeneration,
+    /// A secondary that has given the guest up claims it when the primary hangs up.
+    ClaimAfterDismissal,
+    /// A primary that dismisses its secondary does not wait until that has given the guest up.
+    GoOnUnconfirmed,
     /// A page's delta is taken from what was sent first, not last.
     StaleDelta,
 }
 
 impl Mutant {
     /// Every mutant.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::ReleaseBeforeReceived,
         Self::NoFence,
         Self::KeepActiveAtCheckpoint,
         Self::ApplyBeforeWhole,
         Self::NoRelaunch,
         Self::AcceptOldGeneration,
+        Self::ClaimAfterDismissal,
+        Self::GoOnUnconfirmed,
         Self::StaleDelta,
     ];
 }

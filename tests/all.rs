@@ -16,4 +16,5 @@ mod nbd_interop;
 mod partition;
 mod sim;
 mod tidy;
+mod unprotect;
 mod vanish;

@@ -280,6 +280,37 @@ async fn a_watched_status_goes_on() {
     until("the watch ends", async || watch.try_wait().unwrap().map(drop).ok_or("it runs")).await;
 }
 
+/// A line a thing, with what to do; what other tests run on is no Xen host, or only half of one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_says_what_is_missing_and_reaches_a_peer() {
+    let _turn = turn().await;
+    let dir = tempfile::tempdir().unwrap();
+    let b = Host::start("b", dir.path(), standby("b", dir.path()));
+    let peer = b.address.to_string();
+    let output = xl_colo(&["check", &peer, "--guest", "web"]).await;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!((output.status.code(), &output.stderr[..]), (Some(1), &b""[..]), "{text}");
+    assert!(text.contains(&format!("ok   peer               host b at {peer} speaks protocol ")), "{text}");
+    assert!(text.contains(" and has no guest\n"), "{text}");
+    for line in text.lines() {
+        assert!(line.starts_with("ok   ") || line.starts_with("not  ") && line.contains("; do: "), "{line}");
+    }
+    assert!(text.lines().any(|line| line.starts_with("not  guest web  ")), "{text}");
+    for item in ["build", "control domain", "releases", "log-dirty", "xenstore", "device nodes", "device model"] {
+        assert!(text.contains(&format!("  {item} ")), "{item}: {text}");
+    }
+    assert_eq!(b.status().await.protection, Protection::Empty, "the peer is as it was");
+
+    let output = xl_colo(&["check", "--json", "127.0.0.1:1"]).await;
+    assert_eq!(output.status.code(), Some(1));
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["able"], false);
+    let lines = json["lines"].as_array().unwrap();
+    let line = lines.iter().find(|line| line["item"] == "peer").unwrap();
+    assert!(line["ok"] == false && line["saw"].as_str().unwrap().contains("refused"), "{line}");
+    assert!(line["remedy"].as_str().unwrap().contains("xl-colo host"), "{line}");
+}
+
 /// A host stopped with SIGSTOP answers nothing; who asks it must not hang for ever with it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_hangs_is_reported_and_not_waited_for() {

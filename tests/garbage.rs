@@ -104,9 +104,13 @@ async fn a_peer_of_another_version_is_told_so_in_a_sentence() {
     let dir = tempfile::tempdir().unwrap();
     let b = standby(&dir);
     let mut link = b.address.connect().await.unwrap();
-    let welcome = introduce(&mut link, &serde_json::json!({"protocol": 2, "shape": "unknown to version 1"})).await;
+    let welcome = introduce(&mut link, &serde_json::json!({"protocol": 99, "shape": "unknown"})).await;
     let why = welcome.refused.unwrap();
-    assert!(why.contains("protocol version 2, this host 1; install the same xl-colo on both hosts"), "{why}");
+    let ours = hello::PROTOCOL_VERSION;
+    assert!(
+        why.contains(&format!("protocol version 99, this host {ours}; install the same xl-colo on both hosts")),
+        "{why}"
+    );
     is_hung_up(&mut link).await;
 }
 

@@ -468,7 +468,7 @@ async fn beats(mut link: xen_colo::daemon::address::Link) {
         if beat.sequence > heard {
             heard = beat.sequence;
             let mut out = BytesMut::new();
-            Beat { sequence: heard, echo: heard, generation: beat.generation }.encode(&mut out);
+            Beat { sequence: heard, echo: heard, ..beat }.encode(&mut out);
             if link.write_all(&out).await.is_err() {
                 return;
             }

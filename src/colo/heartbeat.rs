@@ -2,11 +2,19 @@
 //!
 //! Both sides send a beat every `interval` on a connection of their own, so that a large checkpoint on the
 //! stream cannot delay one, and answer a new one at once. A beat carries its own number, the highest number heard
-//! from the peer (the echo) and the sender's generation:
+//! from the peer (the echo), the sender's generation and its word:
 //!
 //! ```text
-//!   be64 sequence | be64 echo | be64 generation
+//!   be64 sequence | be64 echo | be64 generation | be64 word
+//!
+//!   word   0 none      the pair is one
+//!          1 dismissal P → S: the guest is to be protected no longer; the secondary gives it up
+//!          2 given up  S → P: it is given up for good, and will never be claimed from here
 //! ```
+//!
+//! The words that end a protection without a failover travel here and not on the stream, whose seven messages are
+//! QEMU's and which may be behind gigabytes of a first copy. A word is said with every beat from then on: it is
+//! never taken back.
 //!
 //! Two deadlines follow, and either one passing means the peer is lost:
 //!
@@ -24,13 +32,36 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 /// Bytes of a beat on the wire.
-pub const BEAT_BYTES: usize = 24;
+pub const BEAT_BYTES: usize = 32;
 
 /// Time between beats by default, in milliseconds.
 pub const INTERVAL_DEFAULT_MS: u64 = 100;
 
 /// Missed beats after which the peer is lost, by default.
 pub const MISSES_DEFAULT: u32 = 3;
+
+/// What a side says with its beats.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub enum Word {
+    /// Nothing: the pair is one.
+    #[default]
+    None,
+    /// The primary ends the protection.
+    Dismissal,
+    /// The secondary has given the guest up for good.
+    GivenUp,
+}
+
+impl Word {
+    /// What nobody knows is nothing said.
+    fn of(number: u64) -> Self {
+        match number {
+            1 => Self::Dismissal,
+            2 => Self::GivenUp,
+            _ => Self::None,
+        }
+    }
+}
 
 /// One beat.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,6 +72,8 @@ pub struct Beat {
     pub echo: u64,
     /// The sender's generation.
     pub generation: u64,
+    /// What the sender says.
+    pub word: Word,
 }
 
 impl Beat {
@@ -49,13 +82,14 @@ impl Beat {
         out.put_u64(self.sequence);
         out.put_u64(self.echo);
         out.put_u64(self.generation);
+        out.put_u64(self.word as u64);
     }
 
     /// Reads a beat.
     #[must_use]
     pub fn decode(bytes: &[u8; BEAT_BYTES]) -> Self {
         let word = |at: usize| bytes[at..at + 8].iter().fold(0_u64, |acc, byte| acc << 8 | u64::from(*byte));
-        Self { sequence: word(0), echo: word(8), generation: word(16) }
+        Self { sequence: word(0), echo: word(8), generation: word(16), word: Word::of(word(24)) }
     }
 }
 
@@ -83,6 +117,10 @@ pub struct Heartbeat {
     heard_at: Instant,
     confirmed_sent_at: Instant,
     next_beat_at: Instant,
+    word: Word,
+    heard: Word,
+    /// What was heard, until it is asked for.
+    fresh: Option<Word>,
 }
 
 impl Heartbeat {
@@ -99,7 +137,21 @@ impl Heartbeat {
             heard_at: now,
             confirmed_sent_at: now,
             next_beat_at: now,
+            word: Word::None,
+            heard: Word::None,
+            fresh: None,
         }
+    }
+
+    /// Says a word with every beat from now on, the next of which is due at once.
+    pub fn say(&mut self, word: Word) {
+        self.word = word;
+        self.next_beat_at = Instant::ZERO;
+    }
+
+    /// The peer's word, once, when it has said one.
+    pub fn poll_word(&mut self) -> Option<Word> {
+        self.fresh.take()
     }
 
     /// Takes a beat from the peer, and returns the answer a new one is owed. The answer repeats our last number,
@@ -109,6 +161,9 @@ impl Heartbeat {
             return None;
         }
         self.heard_at = self.heard_at.max(now);
+        if beat.word > self.heard {
+            (self.heard, self.fresh) = (beat.word, Some(beat.word));
+        }
         let new = beat.sequence > self.echo;
         self.echo = self.echo.max(beat.sequence);
         while let Some((sequence, sent_at)) = self.sent.front().copied().filter(|(sequence, _)| *sequence <= beat.echo)
@@ -117,7 +172,7 @@ impl Heartbeat {
             self.confirmed_sent_at = self.confirmed_sent_at.max(sent_at);
             self.sent.pop_front();
         }
-        new.then_some(Beat { sequence: self.sequence, echo: self.echo, generation: self.generation })
+        new.then(|| self.beat())
     }
 
     /// The beat to send now, if one is due.
@@ -131,7 +186,11 @@ impl Heartbeat {
         while self.sent.len() > 64 {
             self.sent.pop_front();
         }
-        Some(Beat { sequence: self.sequence, echo: self.echo, generation: self.generation })
+        Some(self.beat())
+    }
+
+    fn beat(&self) -> Beat {
+        Beat { sequence: self.sequence, echo: self.echo, generation: self.generation, word: self.word }
     }
 
     /// When to call [`Self::poll_transmit`] and [`Self::lost`] again.
@@ -268,16 +327,35 @@ mod tests {
     fn beats_of_another_generation_are_not_the_peers() {
         let (mut a, _) = pair();
         a.poll_transmit(at(0));
-        a.handle_beat(at(200), Beat { sequence: 1, echo: 1, generation: 2 });
+        a.handle_beat(at(200), Beat { sequence: 1, echo: 1, generation: 2, word: Word::Dismissal });
         assert!(a.lost(at(300)).is_some());
+        assert_eq!(a.poll_word(), None, "nor are their words");
     }
 
     #[test]
-    fn a_beat_is_24_bytes() {
-        let beat = Beat { sequence: 1, echo: 0x0203, generation: u64::MAX };
+    fn a_word_is_said_at_once_and_heard_once() {
+        let (mut a, mut b) = pair();
+        exchange(&mut a, &mut b, 0, true, true);
+        a.say(Word::Dismissal);
+        assert_eq!(a.poll_timeout(), Instant::ZERO, "it does not wait for the next beat");
+        exchange(&mut a, &mut b, 1, true, true);
+        assert_eq!((b.poll_word(), a.poll_word()), (Some(Word::Dismissal), None));
+        b.say(Word::GivenUp);
+        exchange(&mut a, &mut b, 2, true, true);
+        assert_eq!((a.poll_word(), b.poll_word()), (Some(Word::GivenUp), None), "the dismissal is still said");
+        exchange(&mut a, &mut b, 200, true, true);
+        assert_eq!((a.poll_word(), b.poll_word()), (None, None));
+    }
+
+    #[test]
+    fn a_beat_is_32_bytes() {
+        let beat = Beat { sequence: 1, echo: 0x0203, generation: u64::MAX, word: Word::GivenUp };
         let mut out = BytesMut::new();
         beat.encode(&mut out);
-        assert_eq!(&out[..], [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 2, 3, 255, 255, 255, 255, 255, 255, 255, 255]);
+        assert_eq!(out[..16], [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 2, 3]);
+        assert_eq!(out[16..], [255, 255, 255, 255, 255, 255, 255, 255, 0, 0, 0, 0, 0, 0, 0, 2]);
         assert_eq!(Beat::decode(out[..].try_into().unwrap()), beat);
+        out[31] = 9;
+        assert_eq!(Beat::decode(out[..].try_into().unwrap()).word, Word::None, "an unknown word");
     }
 }

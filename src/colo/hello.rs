@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The version of everything that follows a hello.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 /// Largest hello or welcome accepted, in bytes.
 pub const HELLO_MAX_BYTES: usize = 64 * 1024;
 /// Largest guest a peer may announce, in pages (16 TiB).
@@ -33,6 +33,8 @@ pub enum Channel {
     Heartbeat,
     /// Disk writes, in the NBD protocol.
     Nbd,
+    /// Nothing: the connector only looks whether somebody is there. The rest of its hello means nothing.
+    Greeting,
 }
 
 /// How the pair replicates.
@@ -139,7 +141,7 @@ pub struct Welcome {
     pub from: String,
     /// Why the connection is refused; `None` when it is accepted.
     pub refused: Option<String>,
-    /// Which of the connector's features will be used.
+    /// What the acceptor can do or has; unknown names are ignored.
     #[serde(default)]
     pub features: Vec<String>,
 }
@@ -266,9 +268,9 @@ pub(crate) mod tests {
         let mut http = BytesMut::from(&b"GET / HTTP/1.1\r\n"[..]);
         assert!(matches!(decode::<Hello>(&mut http), Err(HelloError::TooLong(0x4745_5420))));
         let mut later = BytesMut::new();
-        encode(&serde_json::json!({"protocol": 2, "new_field": true}), &mut later);
+        encode(&serde_json::json!({"protocol": 99, "new_field": true}), &mut later);
         let refused = decode::<Hello>(&mut later).unwrap_err();
-        assert!(refused.to_string().contains("version 2"), "{refused}");
+        assert!(refused.to_string().contains("version 99"), "{refused}");
         let mut junk = BytesMut::from(&[0, 0, 0, 3, b'{', b'}', b'}'][..]);
         assert!(matches!(decode::<Hello>(&mut junk), Err(HelloError::Malformed(_))));
     }

@@ -90,7 +90,7 @@ impl std::fmt::Display for Cause {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Exit {
-    /// The primary's guest runs on; it was never protected.
+    /// The primary's guest runs on in the generation it had: it was never protected, or the secondary has given it up.
     Unprotected,
     /// The guest runs here, alone, in a generation that was won.
     Alone,
@@ -100,6 +100,8 @@ pub enum Exit {
     NoState,
     /// The secondary's copy is unusable; the primary has the guest.
     Failed,
+    /// The secondary was dismissed: nothing of the guest is left here.
+    Dismissed,
 }
 
 /// Why the peer counts as lost.
@@ -126,6 +128,15 @@ pub enum Loss {
     /// This side cannot go on replicating.
     #[error("replication failed on this host: {0}")]
     Local(String),
+    /// The operator ended the protection: the peer is not lost, but let go.
+    #[error("the protection was ended (xl-colo unprotect)")]
+    Dismissed,
+    /// The peer is alive and does not say that it has given the guest up.
+    #[error("the peer did not confirm the end of the protection within {waited:?}")]
+    Unconfirmed {
+        /// How long.
+        waited: Duration,
+    },
 }
 
 /// What a peer may not say.

@@ -41,7 +41,7 @@ impl Parting {
         match &self.loss {
             None => ExitReason::None,
             Some(_) if !exited => ExitReason::Processing,
-            Some(Loss::Requested) => ExitReason::Request,
+            Some(Loss::Requested | Loss::Dismissed) => ExitReason::Request,
             Some(_) => ExitReason::Error,
         }
     }

@@ -12,6 +12,9 @@
 //! WaitReceived | CHECKPOINT_READY (first only) | Release the epoch, AllowDisk for the next        | Running
 //! WaitLoaded   | VMSTATE_LOADED                | ResumeGuest (classic order only)                 | Running
 //! Copying      | peer lost · failover          | GoOn unprotected: the peer cannot have the state | Exited
+//! these six    | unprotect                     | Dismiss; no checkpoint begins or goes on         | Dismissing
+//! Dismissing   | given up                      | GoOn in the generation it has                    | Exited
+//! Dismissing   | no word within the deadline: the peer is lost
 //! any other    | peer lost · failover          | PauseGuest, arbitrate                            | Arbitrating
 //! Arbitrating  | Go                            | GoOn alone, releasing what is held               | Exited
 //! Arbitrating  | Stop                          | StopGuest                                        | Exited
@@ -20,9 +23,10 @@
 //! WaitReply, WaitReceived, WaitLoaded, Sending | no progress within the deadline: the peer hangs, and is lost
 //! ```
 //!
-//! Two traps. Output of epoch N leaves on VMSTATE_RECEIVED and not one message earlier (QEMU before 5.1 released
+//! Three traps. Output of epoch N leaves on VMSTATE_RECEIVED and not one message earlier (QEMU before 5.1 released
 //! it before any state had moved). And a disk write of epoch N+1 must not reach the secondary before it sealed
-//! epoch N: it waits for the same message. qemu `migration/colo.c` colo_do_checkpoint_transaction.
+//! epoch N: it waits for the same message. qemu `migration/colo.c` colo_do_checkpoint_transaction. And a primary that
+//! dismisses its secondary keeps to both until that has given up: hung up on one word earlier, it would claim.
 
 use super::arbiter::{Answer, Ask, Claim, Decision, Policy};
 use super::failover::{ExitReason, FailoverStatus};
@@ -91,6 +95,8 @@ pub enum State {
     WaitReceived,
     /// The secondary owns it and loads it.
     WaitLoaded,
+    /// The secondary is told to give the guest up, which runs on here; its output waits as before.
+    Dismissing,
     /// The peer is lost; the arbiter is being asked.
     Arbitrating,
     /// Nobody could decide; the guest is paused.
@@ -126,6 +132,8 @@ pub enum Action {
     },
     /// Let the guest run.
     ResumeGuest,
+    /// Tell the secondary to give the guest up, and its word of it to [`Primary::handle_given_up`].
+    Dismiss,
     /// Stop the guest for a decision.
     PauseGuest,
     /// Ask for the next generation, and bring the answer to [`Primary::handle_answer`].
@@ -153,6 +161,7 @@ pub struct Primary {
     last_start: Option<Instant>,
     idle_since: Instant,
     progress_at: Instant,
+    dismissed_at: Instant,
     actions: VecDeque<Action>,
 }
 
@@ -172,6 +181,7 @@ impl Primary {
             last_start: None,
             idle_since: now,
             progress_at: now,
+            dismissed_at: now,
             actions: VecDeque::new(),
         }
     }
@@ -231,7 +241,7 @@ impl Primary {
     /// Whether the epoch's output is buffered or compared: from the first capture on.
     #[must_use]
     pub fn is_replicating(&self) -> bool {
-        !matches!(self.state, State::Copying | State::Exited(_))
+        self.epoch > 0 && !matches!(self.state, State::Exited(_))
     }
 
     /// The next thing to do.
@@ -251,6 +261,7 @@ impl Primary {
             State::WaitReply | State::Sending | State::WaitReceived | State::WaitLoaded => {
                 Some(self.progress_at + self.config.peer_deadline)
             }
+            State::Dismissing => Some(self.dismissed_at + self.config.peer_deadline),
             State::Arbitrating | State::Held => self.parting.poll_timeout(),
             State::Copying | State::Exited(_) => None,
         }
@@ -263,6 +274,12 @@ impl Primary {
             State::WaitReply | State::Sending | State::WaitReceived | State::WaitLoaded => {
                 if now >= self.progress_at + self.config.peer_deadline {
                     self.handle_loss(now, Loss::Hung { waited: now - self.progress_at });
+                }
+            }
+            State::Dismissing => {
+                let waited = now - self.dismissed_at;
+                if waited >= self.config.peer_deadline {
+                    self.handle_loss(now, Loss::Unconfirmed { waited });
                 }
             }
             State::Arbitrating | State::Held => self.arbitrate(now),
@@ -332,8 +349,8 @@ impl Primary {
                 self.run(now);
             }
             (State::WaitLoaded, Message::VmstateLoaded) => self.run(now),
-            // Words of a peer that is already given up say nothing.
-            (State::Arbitrating | State::Held | State::Exited(_), _) => {}
+            // Words of a peer that is already given up, or is to give up, say nothing.
+            (State::Dismissing | State::Arbitrating | State::Held | State::Exited(_), _) => {}
             (state, got) => {
                 let violation = Violation::Unexpected { state: format!("{state:?}"), got };
                 self.handle_loss(now, Loss::Violation(violation.to_string()));
@@ -341,11 +358,39 @@ impl Primary {
         }
     }
 
+    /// The guest is to be protected no longer. False when it is not protected, or nobody knows who has it.
+    pub fn dismiss(&mut self, now: Instant) -> bool {
+        if matches!(self.state, State::Dismissing | State::Arbitrating | State::Held | State::Exited(_)) {
+            return false;
+        }
+        self.dismissed_at = now;
+        self.state = State::Dismissing;
+        self.actions.push_back(Action::Dismiss);
+        if mutant::active(Mutant::GoOnUnconfirmed) {
+            self.handle_given_up(now);
+        }
+        true
+    }
+
+    /// The secondary has given the guest up for good. However old the word is, it is true: a claim of it can no longer
+    /// come, and the generation in force here stays in force.
+    pub fn handle_given_up(&mut self, now: Instant) {
+        match self.state {
+            State::Dismissing => {
+                self.parting.lose(Loss::Dismissed);
+                self.state = State::Exited(Exit::Unprotected);
+                self.actions.push_back(Action::GoOn { generation: self.config.claim.expected });
+            }
+            State::Arbitrating | State::Held | State::Exited(_) => {}
+            state => self.handle_loss(now, Loss::Violation(format!("gave up, undismissed, in state {state:?}"))),
+        }
+    }
+
     /// The peer is lost, or a failover is wanted ([`Loss::Requested`]).
     pub fn handle_loss(&mut self, now: Instant, loss: Loss) {
         match self.state {
             State::Exited(_) | State::Arbitrating | State::Held => {}
-            State::Copying => {
+            State::Copying | State::Dismissing if self.epoch == 0 => {
                 // The secondary has no whole state, so it cannot run, whatever it believes.
                 self.parting.lose(loss);
                 self.finish(Exit::Unprotected);

@@ -433,6 +433,119 @@ fn the_delay_timer_and_the_minimum_interval_pace_checkpoints() {
 }
 
 #[test]
+fn a_primary_that_ends_the_protection_goes_on_only_when_the_secondary_has_given_up() {
+    for steps in 0..=10 {
+        let mut p = primary_after(steps, |_| {});
+        drain_primary(&mut p);
+        assert!(p.dismiss(at(100)), "after {steps} steps");
+        assert_eq!(drain_primary(&mut p), [primary::Action::Dismiss], "the guest is not stopped for it");
+        assert_eq!((p.state(), p.is_protected()), (primary::State::Dismissing, false));
+        assert!(!p.dismiss(at(101)), "once");
+        // Whatever the peer says of the checkpoint under way, none goes on and none begins.
+        for message in [Message::CheckpointReply, Message::VmstateReceived, Message::VmstateLoaded] {
+            p.handle_message(at(102), message);
+        }
+        p.request_checkpoint(at(103), Cause::Command);
+        p.handle_captured(at(103));
+        p.handle_disk_drained(at(103));
+        assert_eq!(drain_primary(&mut p), [], "after {steps} steps");
+        p.handle_given_up(at(104));
+        assert_eq!(drain_primary(&mut p), [primary::Action::GoOn { generation: 1 }], "the generation it has");
+        assert_eq!(p.state(), primary::State::Exited(Exit::Unprotected));
+        assert_eq!((p.failover(), p.exit_reason()), (FailoverStatus::None, ExitReason::Request));
+        p.handle_loss(at(105), gone());
+        assert_eq!((drain_primary(&mut p), p.loss()), (vec![], Some(&Loss::Dismissed)));
+    }
+}
+
+#[test]
+fn a_peer_lost_before_it_gave_up_is_arbitrated_as_ever() {
+    for steps in 1..=10 {
+        let mut p = primary_after(steps, |_| {});
+        p.dismiss(at(100));
+        drain_primary(&mut p);
+        p.handle_loss(at(101), gone());
+        assert!(matches!(drain_primary(&mut p)[..], [primary::Action::PauseGuest, primary::Action::Ask(_)]), "{steps}");
+        p.handle_given_up(at(102));
+        assert_eq!(drain_primary(&mut p), [], "the arbiter's word is waited for");
+        p.handle_answer(at(103), lost());
+        assert_eq!(drain_primary(&mut p), [primary::Action::StopGuest]);
+    }
+    // Of a first copy the peer has nothing it could claim with.
+    let mut p = new_primary(|_| {});
+    p.dismiss(at(100));
+    drain_primary(&mut p);
+    p.handle_loss(at(101), gone());
+    assert_eq!(drain_primary(&mut p), [primary::Action::GoOn { generation: 1 }]);
+}
+
+#[test]
+fn a_peer_that_does_not_give_up_in_time_is_lost() {
+    let mut p = primary_after(4, |_| {});
+    p.dismiss(at(100));
+    for ms in (100..10_100).step_by(100) {
+        p.handle_progress(at(ms));
+        p.handle_timeout(at(ms));
+        assert_eq!(p.state(), primary::State::Dismissing, "at {ms}");
+    }
+    assert_eq!(p.poll_timeout(), Some(at(10_100)));
+    p.handle_timeout(at(10_100));
+    assert_eq!(p.state(), primary::State::Arbitrating);
+    let why = p.loss().unwrap().to_string();
+    assert_eq!(why, "the peer did not confirm the end of the protection within 10s");
+}
+
+#[test]
+fn who_gives_up_undismissed_breaks_the_protocol() {
+    let mut p = primary_after(4, |_| {});
+    p.handle_given_up(at(100));
+    assert!(matches!(p.loss(), Some(Loss::Violation(_))), "{:?}", p.loss());
+    assert_eq!(p.state(), primary::State::Arbitrating);
+}
+
+#[test]
+fn a_dismissed_secondary_never_claims() {
+    for steps in 0..=8 {
+        let mut s = secondary_after(steps);
+        drain_secondary(&mut s);
+        s.handle_dismissal(at(100));
+        assert_eq!(drain_secondary(&mut s), [secondary::Action::DropStaged, secondary::Action::GiveUp], "{steps}");
+        assert_eq!(s.state(), secondary::State::Dismissed);
+        // What was under way, what is still on the wire, and an operator change nothing any more.
+        s.handle_dismissal(at(101));
+        s.handle_message(at(101), Message::CheckpointRequest);
+        s.handle_whole(at(101));
+        s.handle_sealed(at(101), Ok(()));
+        s.handle_applied(at(101), Ok(()));
+        s.handle_loss(at(101), Loss::Requested);
+        assert!(!s.operator_decides());
+        assert_eq!((drain_secondary(&mut s), s.state()), (vec![], secondary::State::Dismissed), "{steps}");
+        if steps % 2 == 0 {
+            s.handle_loss(at(102), gone());
+        } else {
+            s.handle_timeout(s.poll_timeout().expect("a primary that stays does not keep the place for ever"));
+        }
+        s.handle_answer(at(103), won());
+        assert_eq!(drain_secondary(&mut s), [secondary::Action::StopGuest], "after {steps} steps");
+        assert_eq!(s.state(), secondary::State::Exited(Exit::Dismissed));
+        assert_eq!((s.failover(), s.exit_reason()), (FailoverStatus::None, ExitReason::Request));
+    }
+}
+
+#[test]
+fn a_secondary_that_has_parted_does_not_hear_of_a_dismissal() {
+    let mut s = secondary_after(3);
+    s.handle_loss(at(100), Loss::Requested);
+    drain_secondary(&mut s);
+    s.handle_dismissal(at(101));
+    assert_eq!((drain_secondary(&mut s), s.state()), (vec![], secondary::State::Arbitrating));
+    let mut s = secondary_after(7);
+    s.handle_loss(at(100), Loss::Requested);
+    s.handle_dismissal(at(101));
+    assert_eq!(s.state(), secondary::State::Loading, "it will take over, and the primary is told nothing");
+}
+
+#[test]
 fn no_input_in_any_state_panics_and_no_state_waits_for_ever() {
     let messages = [
         Message::CheckpointReady,

@@ -18,6 +18,8 @@
 //! Arbitrating  | Go                         | TakeOver                                     | Exited(Alone)
 //! Arbitrating  | Stop                       | StopGuest                                    | Exited(Stopped)
 //! Arbitrating  | Hold                       | (the guest stays paused)                     | Held
+//! all but the parted      | dismissed    | DropStaged, GiveUp (and say so)              | Dismissed
+//! Dismissed    | peer lost · no end within the deadline | StopGuest                      | Exited(Dismissed)
 //! WaitVmstate, Receiving | no progress within the deadline: the peer hangs, and is lost
 //! ```
 //!
@@ -25,6 +27,9 @@
 //! goes on from its own last state. After it a takeover goes *forward*: the load is finished first, because the
 //! primary may already have released output that only the new state explains. The first state is owned when
 //! CHECKPOINT_READY says so, after it is loaded; a takeover inside that load goes forward as well.
+//!
+//! From Dismissed no arrow leads to Arbitrating. That is all that lets the primary go on without a new generation, so
+//! the word that this side has given up is sent from there, and once it is sent whatever happens to the link is its end.
 //! qemu `migration/colo.c` colo_incoming_process_checkpoint.
 
 use super::arbiter::{Answer, Ask, Claim, Decision, Policy};
@@ -80,6 +85,8 @@ pub enum State {
     Receiving,
     /// The checkpoint is owned and being loaded.
     Loading,
+    /// The guest is given up for good; the primary has been told, and is to hang up.
+    Dismissed,
     /// The primary is lost; the arbiter is being asked.
     Arbitrating,
     /// Nobody could decide; the guest is paused.
@@ -112,6 +119,8 @@ pub enum Action {
         /// The generation won.
         generation: u64,
     },
+    /// Stop the guest for good, and tell the primary that it is given up.
+    GiveUp,
     /// Destroy the guest.
     StopGuest,
 }
@@ -125,6 +134,7 @@ pub struct Secondary {
     epoch: u64,
     first: bool,
     progress_at: Instant,
+    dismissed_at: Instant,
     actions: VecDeque<Action>,
 }
 
@@ -139,6 +149,7 @@ impl Secondary {
             epoch: 0,
             first: true,
             progress_at: now,
+            dismissed_at: now,
             actions: VecDeque::new(),
         }
     }
@@ -189,6 +200,7 @@ impl Secondary {
     pub fn poll_timeout(&self) -> Option<Instant> {
         match self.state {
             State::WaitVmstate | State::Receiving => Some(self.progress_at + self.config.peer_deadline),
+            State::Dismissed => Some(self.dismissed_at + self.config.peer_deadline),
             State::Arbitrating | State::Held => self.parting.poll_timeout(),
             State::Joining | State::Running | State::Loading | State::Exited(_) => None,
         }
@@ -200,6 +212,7 @@ impl Secondary {
             State::WaitVmstate | State::Receiving if now >= self.progress_at + self.config.peer_deadline => {
                 self.handle_loss(now, Loss::Hung { waited: now - self.progress_at });
             }
+            State::Dismissed if now >= self.dismissed_at + self.config.peer_deadline => self.leave(),
             State::Arbitrating | State::Held => self.arbitrate(now),
             _ => {}
         }
@@ -222,7 +235,7 @@ impl Secondary {
                 self.state = State::WaitVmstate;
             }
             (State::WaitVmstate, Message::VmstateSend) => self.state = State::Receiving,
-            (State::Arbitrating | State::Held | State::Exited(_), _) => {}
+            (State::Dismissed | State::Arbitrating | State::Held | State::Exited(_), _) => {}
             (state, got) => {
                 let violation = Violation::Unexpected { state: format!("{state:?}"), got };
                 self.handle_loss(now, Loss::Violation(violation.to_string()));
@@ -238,7 +251,7 @@ impl Secondary {
                 self.state = State::Receiving;
                 self.actions.push_back(Action::Seal);
             }
-            State::Arbitrating | State::Held | State::Exited(_) => {}
+            State::Dismissed | State::Arbitrating | State::Held | State::Exited(_) => {}
             state => self.handle_loss(now, Loss::Violation(format!("device state in state {state:?}"))),
         }
     }
@@ -294,10 +307,27 @@ impl Secondary {
         self.parting.give_way(delay);
     }
 
+    /// The primary ends the protection. A side that has lost it, or is to take over, has parted already.
+    pub fn handle_dismissal(&mut self, now: Instant) {
+        match self.state {
+            State::Dismissed | State::Arbitrating | State::Held | State::Exited(_) => {}
+            State::Loading if self.parting.is_postponed() => {}
+            State::Joining | State::Running | State::WaitVmstate | State::Receiving | State::Loading => {
+                self.parting.lose(Loss::Dismissed);
+                self.dismissed_at = now;
+                self.state = State::Dismissed;
+                self.actions.push_back(Action::DropStaged);
+                self.actions.push_back(Action::GiveUp);
+            }
+        }
+    }
+
     /// The primary is lost, or a failover is wanted ([`Loss::Requested`]).
     pub fn handle_loss(&mut self, now: Instant, loss: Loss) {
         match self.state {
-            State::Arbitrating | State::Held | State::Exited(_) => {}
+            State::Dismissed if mutant::active(Mutant::ClaimAfterDismissal) => self.begin_failover(now),
+            State::Dismissed if loss != Loss::Requested => self.leave(),
+            State::Dismissed | State::Arbitrating | State::Held | State::Exited(_) => {}
             State::Joining => self.no_state(loss),
             State::Receiving if self.first => self.no_state(loss),
             State::Loading if mutant::active(Mutant::NoRelaunch) => {
@@ -330,6 +360,11 @@ impl Secondary {
         let held = decision.is_some();
         self.decide(decision);
         held
+    }
+
+    fn leave(&mut self) {
+        self.state = State::Exited(Exit::Dismissed);
+        self.actions.push_back(Action::StopGuest);
     }
 
     fn begin_failover(&mut self, now: Instant) {

@@ -26,6 +26,8 @@ const REQUEST_MAX_BYTES: u64 = 64 * 1024;
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 /// The same for `protect`, which is answered when four connections are up.
 const PROTECT_DEADLINE: Duration = Duration::from_secs(60);
+/// The same for `unprotect`, which is answered when the peer has given the guest up, or an arbitration is over.
+const UNPROTECT_DEADLINE: Duration = Duration::from_secs(30);
 /// Longest answer a client takes, in bytes.
 const ANSWER_MAX_BYTES: u64 = 4 << 20;
 
@@ -60,6 +62,8 @@ pub enum Request {
     Status,
     /// Replicate the guest to a peer.
     Protect(Protect),
+    /// End the protection without a failover: the guest goes on here, and the peer drops what it has of it.
+    Unprotect,
     /// Take a checkpoint now.
     Checkpoint,
     /// Go on alone, here; on a held guest, decide that it goes on here.
@@ -204,7 +208,11 @@ pub async fn ask(path: &Path, request: &Request) -> Result<Value, ControlError> 
         link.write_all(&line).await?;
         BufReader::new(link).take(ANSWER_MAX_BYTES).read_until(b'\n', &mut answer).await
     };
-    let deadline = if matches!(request, Request::Protect(_)) { PROTECT_DEADLINE } else { ANSWER_DEADLINE };
+    let deadline = match request {
+        Request::Protect(_) => PROTECT_DEADLINE,
+        Request::Unprotect => UNPROTECT_DEADLINE,
+        _ => ANSWER_DEADLINE,
+    };
     match tokio::time::timeout(deadline, exchange).await {
         Ok(read) => _ = read.map_err(|e| no_answer(&e))?,
         Err(_) => {

@@ -12,9 +12,11 @@
 //! the peer is lost first, and everything else comes after.
 
 mod effects;
+mod leaving;
 mod orders;
 mod report;
 
+pub use self::leaving::Vacancy;
 use super::arbiter::Arbiter;
 use super::control::{Answer as Reply, Asked, Protect};
 use super::guest::Guest;
@@ -24,15 +26,16 @@ use super::pair::secondary::SecondarySide;
 use super::{engine_clock, unix_us};
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Register, Verdict};
+use crate::colo::heartbeat::Word;
 use crate::colo::hello::Mode;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
 use crate::disk::DiskError;
 use bytes::Bytes;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Bytes that may wait for the stream or the disk link during the first copy.
 const COPY_BACKLOG_BYTES: usize = 16 << 20;
@@ -97,7 +100,7 @@ pub struct EngineParts {
     /// Frames to the network.
     pub network_out: Outbox<NetworkFrame>,
     /// Whether this host can take a guest: read by the host when a peer knocks.
-    pub vacant: Arc<AtomicBool>,
+    pub vacancy: watch::Sender<Vacancy>,
     /// Where tasks run.
     pub runtime: Handle,
 }
@@ -123,6 +126,7 @@ struct SecondaryRole {
 enum Input {
     Control(Asked),
     Host(Box<HostInput>),
+    Word(Word),
     Lost(Loss),
     Stream(StreamIn),
     Disk(u64, Result<(), DiskError>),
@@ -146,6 +150,10 @@ pub struct Engine {
     answers: mpsc::Receiver<Answer>,
     answers_sender: mpsc::Sender<Answer>,
     holder: Option<Register>,
+    /// Who waits for the end of the protection.
+    unprotecting: Option<oneshot::Sender<Reply>>,
+    /// Why a guest that was here is here no longer.
+    left: Option<String>,
     lost_at_unix_us: Option<u64>,
     decided_at_unix_us: Option<u64>,
     dropped_network: u64,
@@ -169,6 +177,8 @@ impl Engine {
             answers,
             answers_sender,
             holder: None,
+            unprotecting: None,
+            left: None,
             lost_at_unix_us: None,
             decided_at_unix_us: None,
             dropped_network: 0,
@@ -219,6 +229,8 @@ impl Engine {
         tokio::select! {
             biased;
             Some(asked) = self.parts.control.recv() => Input::Control(asked),
+            // Before the end of the link that it came over.
+            Some(word) = links.words.recv() => Input::Word(word),
             Some(loss) = links.lost.recv() => Input::Lost(loss),
             Some(answer) = self.answers.recv() => Input::Answer(answer),
             Some(item) = links.stream_in.recv() => Input::Stream(item),
@@ -314,7 +326,8 @@ impl Engine {
             }
             Role::Empty | Role::Running(_) => return,
         };
-        let Some(loss) = loss else { return };
+        // A peer that was let go closes the links itself, or has.
+        let Some(loss) = loss.filter(|loss| **loss != Loss::Dismissed) else { return };
         if self.lost_at_unix_us.is_none() {
             tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
             self.lost_at_unix_us = Some(unix_us());
@@ -339,6 +352,11 @@ impl Engine {
                     let _ = begun.send(self.begin_primary(now, links, config, peer, target_is_blank));
                 }
                 HostInput::Join { links, config, peer, guest } => self.begin_secondary(now, links, config, peer, guest),
+            },
+            Input::Word(word) => match (&mut self.role, word) {
+                (Role::Primary(role), Word::GivenUp) => role.side.handle_given_up(now),
+                (Role::Secondary(role), Word::Dismissal) => role.side.handle_dismissal(now),
+                _ => {}
             },
             Input::Lost(loss) => self.lose(loss),
             Input::Answer(answer) => self.answered(now, answer),
@@ -403,21 +421,16 @@ impl Engine {
         }
         self.flush();
         self.notice_loss();
-        let vacant = match &self.role {
-            Role::Empty => true,
-            Role::Running(_) => false,
-            Role::Primary(role) => role.side.machine().state() == primary_machine::State::Exited(Exit::Stopped),
-            Role::Secondary(role) => matches!(
-                role.side.machine().state(),
-                secondary_machine::State::Exited(Exit::Stopped | Exit::NoState | Exit::Failed)
-            ),
-        };
-        let vacant = vacant && self.links.is_none();
-        if vacant && let Role::Secondary(role) = &mut self.role {
+        self.answer_unprotect();
+        self.leave();
+        let vacancy = self.vacancy();
+        if vacancy == Vacancy::Vacant
+            && let Role::Secondary(role) = &mut self.role
+        {
             // The next guest's devices are served in the same places.
             role.guest.attachments.clear();
         }
-        self.parts.vacant.store(vacant, Ordering::SeqCst);
+        self.parts.vacancy.send_if_modified(|said| std::mem::replace(said, vacancy) != vacancy);
     }
 
     fn take_guest_frames(&mut self, now: Instant) {
@@ -526,7 +539,7 @@ impl Engine {
     fn adopt(&mut self, links: Links, peer: String, mode: Mode) {
         tracing::info!(host = %self.parts.name, %peer, %mode, "colo_begin");
         (self.links, self.peer, self.mode) = (Some(links), Some(peer), Some(mode));
-        (self.holder, self.lost_at_unix_us, self.decided_at_unix_us) = (None, None, None);
+        (self.holder, self.left, self.lost_at_unix_us, self.decided_at_unix_us) = (None, None, None, None);
         (self.sent_bytes_before, self.moved_bytes) = (0, 0);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   control socket ─▶ engine ─ protect ─▶ knock() ── hello × 4 ──▶ peer's listener
-//!   peer listener  ─▶ greet() ── four links of one session ──▶ engine: Join
+//!   peer listener  ─▶ greet   ── four links of one session ──▶ engine: Join
 //!   switch port    ◀─▶ engine
 //! ```
 //!
@@ -11,43 +11,43 @@
 //! every hello has a deadline and a bound, and a session that never completes is forgotten; and the claim comes
 //! *before* the first link, so that whatever a former primary still sends carries an older generation.
 
-use super::address::{Address, Link, Listener};
+mod greet;
+
+use self::greet::greet_all;
+use super::address::{Address, Link};
 use super::arbiter::Arbiter;
 use super::control::{self, Answer as Reply, Protect};
-use super::engine::{Engine, EngineParts, HostInput, NetworkFrame};
+use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, Vacancy};
 use super::engine_clock;
 use super::frames::{FrameReader, FrameWriter};
 use super::guest::{DISK_NAME, Guest, GuestError};
 use super::links::{self, Outgoing, Side, outbox};
-use super::nbd::{self, ServeError};
 use super::xen::{self, Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
 use crate::colo::delta::SentPages;
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
 use crate::colo::hello::{self, Channel, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome};
-use crate::colo::{primary, secondary};
+use crate::colo::primary;
 use crate::hypervisor::embedded::MachineConfig;
 use crate::page::PAGE_SIZE;
-use crate::replica::epochs::{PrimaryView, ReplicaConfig};
 use bytes::{Bytes, BytesMut};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// How long a hello or a welcome may take.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// How long the first welcome may take: the peer makes a domain with all its devices before it.
 const ROOM_DEADLINE: Duration = Duration::from_secs(60);
-/// Connections that may be greeted at once.
-const GREETINGS_MAX: usize = 32;
 /// Time between two attempts to reach the switch.
 const SWITCH_RETRY: Duration = Duration::from_millis(50);
 /// The feature a secondary names when its disk is new and all zero.
 const BLANK_DISK: &str = "blank-disk";
+/// The feature a host names when it can take a guest.
+pub(super) const VACANT: &str = "vacant";
 /// The feature of a host that can take page deltas.
 const PAGE_DELTAS: &str = "page-deltas";
 /// Memory in MiB for what was sent of a guest's pages, by default.
@@ -147,7 +147,7 @@ pub enum HostError {
 
 struct Shared {
     config: HostConfig,
-    vacant: Arc<AtomicBool>,
+    vacancy: watch::Receiver<Vacancy>,
     host: mpsc::Sender<HostInput>,
     wire: Wire,
 }
@@ -174,7 +174,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let (protect_sender, mut protects) = mpsc::channel::<(Protect, oneshot::Sender<Reply>)>(1);
     let (host_sender, host_receiver) = mpsc::channel(1);
     let (network_out, network_outgoing) = outbox();
-    let vacant = Arc::new(AtomicBool::new(guest.is_none()));
+    let (vacancy_sender, vacancy) = watch::channel(if guest.is_none() { Vacancy::Vacant } else { Vacancy::Taken });
     let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone()));
     let engine = Engine::new(EngineParts {
         name: config.name.clone(),
@@ -185,7 +185,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         host: host_receiver,
         network_in,
         network_out,
-        vacant: vacant.clone(),
+        vacancy: vacancy_sender,
         runtime: tokio::runtime::Handle::current(),
     });
     let (engine_ended, engine_end) = oneshot::channel();
@@ -207,7 +207,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     } else {
         tokio::spawn(wire.clone().carry(network_outgoing));
     }
-    let shared = Arc::new(Shared { config, vacant, host: host_sender, wire });
+    let shared = Arc::new(Shared { config, vacancy, host: host_sender, wire });
     // Before anybody is told that it runs, and may order its end.
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
     ready(&listener.local_address().unwrap_or_else(|_| shared.config.listen.clone()));
@@ -379,7 +379,7 @@ async fn claim(config: &HostConfig, guest: &str) -> Result<u64, String> {
 }
 
 /// Says hello and reads the welcome.
-async fn introduce(mut link: Link, word: Hello) -> Result<(Link, Welcome), String> {
+pub(super) async fn introduce(mut link: Link, word: Hello) -> Result<(Link, Welcome), String> {
     let makes_room = word.channel == Channel::Colo && word.geometry.xen.is_some();
     let deadline = if makes_room { ROOM_DEADLINE } else { HELLO_DEADLINE };
     let mut out = BytesMut::new();
@@ -422,159 +422,6 @@ async fn read_word<T: serde::de::DeserializeOwned>(link: &mut Link) -> Result<T,
         Some(word) => Ok(word),
         None => Err(HelloError::TooLong(len_bytes).into()),
     }
-}
-
-/// A session whose links are coming up.
-struct Session {
-    hello: Hello,
-    stream: Link,
-    guest: Box<Guest>,
-    packets: Option<Link>,
-    heartbeat: Option<Link>,
-}
-
-async fn greet_all(listener: Listener, shared: Arc<Shared>) {
-    let (greeted, mut words) = mpsc::channel::<(Link, Hello)>(4);
-    let greetings = Arc::new(tokio::sync::Semaphore::new(GREETINGS_MAX));
-    tokio::spawn(async move {
-        while let Ok(mut link) = listener.accept().await {
-            let Ok(permit) = greetings.clone().acquire_owned().await else { return };
-            let greeted = greeted.clone();
-            tokio::spawn(async move {
-                let _permit = permit;
-                match tokio::time::timeout(HELLO_DEADLINE, read_word::<Hello>(&mut link)).await {
-                    Ok(Ok(word)) => _ = greeted.send((link, word)).await,
-                    Ok(Err(error)) => {
-                        tracing::warn!(%error, "a stranger on the peer port");
-                        answer(&mut link, &error.to_string(), "").await;
-                    }
-                    Err(_) => tracing::warn!("a connection on the peer port said no hello"),
-                }
-            });
-        }
-    });
-    let mut session: Option<Session> = None;
-    loop {
-        let next = tokio::time::timeout(HELLO_DEADLINE, words.recv()).await;
-        match next {
-            Ok(None) => return,
-            Err(_) => {
-                if let Some(session) = session.take() {
-                    tracing::warn!(peer = %session.hello.from, "a session did not complete");
-                }
-            }
-            Ok(Some((mut link, word))) => {
-                match welcome(&shared, session.as_ref().map(|session| session.hello.session), &word).await {
-                    Err(why) => {
-                        tracing::warn!(peer = %word.from, reason = %why, "refused");
-                        answer(&mut link, &why, &shared.config.name).await;
-                    }
-                    Ok(made) => {
-                        let mut features: Vec<String> = vec![PAGE_DELTAS.into()];
-                        if made.as_ref().is_some_and(|(_, is_blank)| *is_blank) {
-                            features.push(BLANK_DISK.into());
-                        }
-                        let welcome = Welcome {
-                            protocol: PROTOCOL_VERSION,
-                            from: shared.config.name.clone(),
-                            refused: None,
-                            features,
-                        };
-                        let mut out = BytesMut::new();
-                        hello::encode(&welcome, &mut out);
-                        if link.write_all(&out).await.is_ok() {
-                            let guest = made.map(|(guest, _)| Box::new(guest));
-                            take(&shared, &mut session, link, word, guest).await;
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-async fn answer(link: &mut Link, why: &str, from: &str) {
-    let refused = Some(why.to_owned());
-    let welcome = Welcome { protocol: PROTOCOL_VERSION, from: from.to_owned(), refused, features: vec![] };
-    let mut out = BytesMut::new();
-    hello::encode(&welcome, &mut out);
-    let _ = link.write_all(&out).await;
-}
-
-/// Decides on a hello. For a COLO hello it makes the room the guest needs, so that a host without it says so to
-/// the primary and not only to its own log.
-async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<Option<(Guest, bool)>, String> {
-    word.check().map_err(|error| error.to_string())?;
-    let config = &shared.config;
-    if word.from == config.name {
-        return Err(format!("both hosts are called {}; an arbiter could not tell them apart", word.from));
-    }
-    if word.channel != Channel::Colo {
-        let known = session == Some(word.session);
-        return if known { Ok(None) } else { Err("this link belongs to no session".into()) };
-    }
-    if !shared.vacant.load(Ordering::SeqCst) {
-        return Err(format!("host {} has a guest already", config.name));
-    }
-    let beside = config.disk.parent().filter(|dir| !dir.as_os_str().is_empty()).map(ToOwned::to_owned);
-    let spill_dir = config.spill_dir.clone().or(beside).unwrap_or_else(|| ".".into());
-    let epochs = ReplicaConfig {
-        memory_budget_bytes: config.epoch_memory_bytes,
-        spill_dir: Some(spill_dir),
-        ..ReplicaConfig::default()
-    };
-    let made = match &word.geometry.xen {
-        Some(_) => xen::stand_by(&word.guest, &word.geometry, word.mode, &config.disk, epochs, &shared.wire).await,
-        None => Guest::stand_by(&word.guest, &word.geometry, &config.disk, epochs, config.entropy_seed),
-    };
-    made.map(Some).map_err(|error| format!("host {}: {error}", config.name))
-}
-
-/// Keeps a welcomed link with its session, and starts the engine's part when all four are there.
-async fn take(shared: &Shared, session: &mut Option<Session>, link: Link, word: Hello, guest: Option<Box<Guest>>) {
-    match (word.channel, guest) {
-        (Channel::Colo, Some(guest)) => {
-            *session = Some(Session { hello: word, stream: link, guest, packets: None, heartbeat: None });
-        }
-        (Channel::Packets, _) => _ = session.as_mut().map(|session| session.packets = Some(link)),
-        (Channel::Heartbeat, _) => _ = session.as_mut().map(|session| session.heartbeat = Some(link)),
-        (Channel::Nbd, _) => {
-            if let Some(input) = session.take().and_then(|session| join(shared, session, link)) {
-                let _ = shared.host.send(input).await;
-            }
-        }
-        (Channel::Colo, None) => {}
-    }
-}
-
-fn join(shared: &Shared, session: Session, nbd_link: Link) -> Option<HostInput> {
-    let Session { hello: word, stream, guest, packets: Some(packets), heartbeat: Some(beats) } = session else {
-        tracing::warn!(peer = %session.hello.from, "the disk link came before the others");
-        return None;
-    };
-    let generation = word.generation;
-    let replica = guest.replica.clone()?;
-    // Before the first write can arrive: the primary begins as soon as its last link is welcomed.
-    if let Err(error) = links::lock(&replica).start_sync(generation) {
-        tracing::error!(%error, "the replica cannot begin");
-        return None;
-    }
-    let view = Box::new(PrimaryView { replica, generation });
-    let server = Box::pin(async move {
-        nbd::serve_connection(nbd_link, DISK_NAME.into(), view).await.map_err(|error| match error {
-            ServeError::Io(error) => error,
-            ServeError::Protocol(error) => io::Error::new(io::ErrorKind::InvalidData, error),
-            error @ ServeError::Deadline => io::Error::new(io::ErrorKind::TimedOut, error),
-        })
-    });
-    let interval = Duration::from_millis(word.heartbeat_interval_ms);
-    let heartbeat = Heartbeat::new(engine_clock(), interval, word.heartbeat_misses, generation);
-    let side = Side::Secondary { nr_pages: word.geometry.nr_pages, nbd: server };
-    let links = links::start(stream, packets, beats, heartbeat, side);
-    let claim = Claim { guest: word.guest.clone(), expected: generation, holder: shared.config.name.clone() };
-    let mut config = secondary::Config::new(word.mode, claim);
-    config.policy = shared.config.policy.clone();
-    Some(HostInput::Join { links, config, peer: word.from, guest })
 }
 
 /// The mode names a command line accepts.

@@ -3,7 +3,7 @@
 //! ```text
 //!  stream      P → S  pages, messages, devices      S → P  messages
 //!  packets     P → S  client frames (epoch)         S → P  guest frames (epoch)
-//!  heartbeat   both ways, on a thread of its own
+//!  heartbeat   both ways, on a thread of its own    and the words that end a protection
 //!  nbd         P → S  writes                        S → P  replies
 //! ```
 //!
@@ -17,7 +17,7 @@ use super::frames::FRAME_BYTES_MAX;
 pub use super::pair::lock;
 use crate::colo::Loss;
 use crate::colo::delta::SentPages;
-use crate::colo::heartbeat::{BEAT_BYTES, Beat, Heartbeat};
+use crate::colo::heartbeat::{BEAT_BYTES, Beat, Heartbeat, Word};
 use crate::colo::message::Message;
 use crate::colo::stream::{self, Item};
 use crate::compare::wire;
@@ -31,7 +31,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 
 /// Stream items waiting for the engine; one may hold 4 MiB of pages.
@@ -148,12 +148,23 @@ pub struct Links {
     pub lost: mpsc::Receiver<Loss>,
     /// The heartbeat.
     pub heartbeat: Arc<Mutex<Heartbeat>>,
+    /// What the peer said with its beats.
+    pub words: mpsc::Receiver<Word>,
     /// Bytes written to the stream and to NBD so far.
     pub sent_bytes: Arc<AtomicU64>,
     /// Bytes read from the stream so far.
     pub received_bytes: Arc<AtomicU64>,
     tasks: Vec<JoinHandle<()>>,
+    said: Arc<Notify>,
     _beating: tokio::sync::oneshot::Sender<()>,
+}
+
+impl Links {
+    /// Says a word to the peer, with every beat from now on.
+    pub fn say(&self, word: Word) {
+        lock(&self.heartbeat).say(word);
+        self.said.notify_one();
+    }
 }
 
 impl Drop for Links {
@@ -245,7 +256,10 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
             spawn("disk link", nbd);
         }
     }
-    let beating = beat(heartbeat_link, heartbeat.clone(), lost_sender);
+    let (word_sender, words) = mpsc::channel(4);
+    let said = Arc::new(Notify::new());
+    let voice = Voice { heartbeat: heartbeat.clone(), said: said.clone(), words: word_sender };
+    let beating = beat(heartbeat_link, voice, lost_sender);
     Links {
         stream_in,
         stream_out,
@@ -256,9 +270,11 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
         recycled,
         lost,
         heartbeat,
+        words,
         sent_bytes,
         received_bytes,
         tasks,
+        said,
         _beating: beating,
     }
 }
@@ -433,8 +449,15 @@ async fn forward_disk(
     }
 }
 
+/// What the heartbeat's thread shares with the engine.
+struct Voice {
+    heartbeat: Arc<Mutex<Heartbeat>>,
+    said: Arc<Notify>,
+    words: mpsc::Sender<Word>,
+}
+
 /// Beats on a thread of its own, so that no other work of this process delays one.
-fn beat(link: Link, heartbeat: Arc<Mutex<Heartbeat>>, lost: Lost) -> tokio::sync::oneshot::Sender<()> {
+fn beat(link: Link, voice: Voice, lost: Lost) -> tokio::sync::oneshot::Sender<()> {
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     std::thread::Builder::new()
         .name("heartbeat".into())
@@ -445,7 +468,7 @@ fn beat(link: Link, heartbeat: Arc<Mutex<Heartbeat>>, lost: Lost) -> tokio::sync
             };
             runtime.block_on(async {
                 tokio::select! {
-                    loss = beat_on(link, &heartbeat) => { let _ = lost.send(loss).await; }
+                    loss = beat_on(link, &voice) => { let _ = lost.send(loss).await; }
                     _ = stopped => {}
                 }
             });
@@ -454,7 +477,8 @@ fn beat(link: Link, heartbeat: Arc<Mutex<Heartbeat>>, lost: Lost) -> tokio::sync
     stop
 }
 
-async fn beat_on(link: Link, heartbeat: &Mutex<Heartbeat>) -> Loss {
+async fn beat_on(link: Link, voice: &Voice) -> Loss {
+    let Voice { heartbeat, said, words } = voice;
     let (mut read, mut write) = tokio::io::split(link);
     let mut input = BytesMut::new();
     loop {
@@ -477,12 +501,15 @@ async fn beat_on(link: Link, heartbeat: &Mutex<Heartbeat>) -> Loss {
                     while let Some((bytes, _)) = input.split_first_chunk::<BEAT_BYTES>() {
                         let answer = lock(heartbeat).handle_beat(engine_clock(), Beat::decode(bytes));
                         bytes::Buf::advance(&mut input, BEAT_BYTES);
+                        // Each of the few words is there once, so there is room.
+                        lock(heartbeat).poll_word().into_iter().for_each(|word| _ = words.try_send(word));
                         if let Some(beat) = answer && let Err(error) = send_beat(&mut write, beat).await {
                             return ended("heartbeat", &error);
                         }
                     }
                 }
             },
+            () = said.notified() => {}
             () = tokio::time::sleep(timeout.max(Duration::from_millis(1))) => {}
         }
     }

@@ -1,5 +1,6 @@
 //! In the place of `xen` in a program that was built without it: it says so.
 
+use super::check::{Obstacle, XenFacts};
 use super::engine::NetworkFrame;
 use super::guest::{Guest, GuestError};
 use super::links::Outgoing;
@@ -58,4 +59,21 @@ pub async fn stand_by(
     _: &Wire,
 ) -> Result<(Guest, bool), GuestError> {
     absent()
+}
+
+/// Nothing that could be asked.
+#[must_use]
+pub fn facts() -> Option<XenFacts> {
+    None
+}
+
+/// Refuses.
+pub fn guest_facts(_: &str) -> Result<Vec<Obstacle>, String> {
+    absent().map_err(|error: GuestError| error.to_string())
+}
+
+/// Unknown.
+#[must_use]
+pub fn device_model_path() -> Option<PathBuf> {
+    None
 }

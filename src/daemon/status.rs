@@ -157,7 +157,10 @@ impl fmt::Display for Protection {
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "host        {} (pid {})", self.host, self.pid)?;
-        let Some(guest) = &self.guest else { return write!(f, "guest       none") };
+        let Some(guest) = &self.guest else {
+            write!(f, "guest       none")?;
+            return self.why.iter().try_for_each(|why| write!(f, "\nbecause     {why}"));
+        };
         writeln!(f, "guest       {guest}, generation {}, epoch {}", self.generation, self.epoch)?;
         writeln!(f, "protection  {}", self.protection)?;
         if let Some(why) = &self.why {

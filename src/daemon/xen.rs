@@ -11,6 +11,9 @@
 //! The reader takes a frame first and looks at the epoch then; a frame that waited in between counts as newer, and is
 //! only released later. A suspend takes what is there itself, so that little counts as newer.
 
+mod look;
+
+pub use self::look::{device_model_path, facts, guest_facts};
 use super::address::{Address, Listener};
 use super::engine::NetworkFrame;
 use super::engine_clock;
@@ -290,7 +293,8 @@ pub async fn boot(boot: &XenBoot, image: &Path, wire: &Wire) -> Result<Guest, Gu
     let info = attached.xen.domain_info(domid).map_err(|e| toolstack(&e))?;
     let ram_pages = info.map_or(0, |info| info.total_pages);
     let mac = toolstack::macs(&config).first().copied().unwrap_or_default();
-    let obstacle = obstacle(&boot.name, &config);
+    let obstacles: Vec<_> = look::obstacles(&boot.name, &config).iter().map(ToString::to_string).collect();
+    let obstacle = (!obstacles.is_empty()).then(|| obstacles.join("; "));
     let Attached { xen, domid, queue, epoch, nic, model, attachments } = attached;
     let domain = XenDomain::running(Parts { xen, domid, model, nic, obstacle })?;
     let geometry = Geometry {
@@ -303,21 +307,6 @@ pub async fn boot(boot: &XenBoot, image: &Path, wire: &Wire) -> Result<Guest, Gu
     };
     let (name, domain) = (boot.name.clone(), Some(Box::new(domain) as Box<dyn Domain>));
     Ok(Guest { name, geometry, domain, queue, epoch, mirror, replica: None, attachments })
-}
-
-/// Why a guest of this configuration cannot be protected, if it cannot.
-fn obstacle(guest: &str, config: &serde_json::Value) -> Option<String> {
-    let foreign = toolstack::foreign_disks(config, &our_disks(guest));
-    if !foreign.is_empty() {
-        let why = format!(
-            "writes to {} would be lost: give each disk script=block-colo,target={guest}/{DISK_NAME} (see the sample \
-             configurations), or detach it",
-            foreign.join(", ")
-        );
-        return Some(why);
-    }
-    let nics = config["nics"].as_array().map_or(0, Vec::len);
-    (nics > 1).then(|| format!("it has {nics} NICs, and only one can be protected: the others' output would not wait"))
 }
 
 async fn create(config: &Path) -> Result<(), GuestError> {

@@ -73,6 +73,10 @@ pub trait Domain: Send {
     fn lockstep(&mut self) -> Result<(), DomainError> {
         Ok(())
     }
+    /// Whether the guest, as it is now, can be protected; if not, why, and what to do. [`Self::logdirty`] asks it too.
+    fn protectable(&mut self) -> Result<(), DomainError> {
+        Ok(())
+    }
     /// Switches dirty logging. Switching it on starts from an empty log.
     fn logdirty(&mut self, on: bool) -> Result<(), DomainError>;
     /// Adds the pages written since the last call to `into`, and forgets them (log-dirty CLEAN).

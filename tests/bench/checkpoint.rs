@@ -12,7 +12,6 @@
 use serde_json::{Value, json};
 use std::error::Error;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError, mpsc as channel};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
@@ -23,7 +22,7 @@ use xen_colo::colo::hello::{Mode, ResumeOrder};
 use xen_colo::colo::{primary, secondary};
 use xen_colo::daemon::address::{Address, Link};
 use xen_colo::daemon::control::{Answer, Asked, Request};
-use xen_colo::daemon::engine::{Engine, EngineParts, HostInput};
+use xen_colo::daemon::engine::{Engine, EngineParts, HostInput, Vacancy};
 use xen_colo::daemon::guest::{DISK_NAME, Guest};
 use xen_colo::daemon::links::{self, Side, outbox};
 use xen_colo::daemon::{engine_clock, nbd};
@@ -130,7 +129,7 @@ impl Host {
             host,
             network_in,
             network_out,
-            vacant: Arc::new(AtomicBool::new(false)),
+            vacancy: tokio::sync::watch::channel(Vacancy::Taken).0,
             runtime: tokio::runtime::Handle::current(),
         });
         std::thread::Builder::new().name(format!("engine {name}")).spawn(move || {

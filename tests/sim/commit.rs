@@ -91,6 +91,11 @@ impl Commit {
         self.inside.push_back((epoch, frame.clone()));
     }
 
+    /// Whether every frame of the primary's guest has left.
+    pub(super) fn is_empty(&self) -> bool {
+        self.inside.is_empty()
+    }
+
     /// The secondary's guest said a frame, as the primary will see it.
     pub(super) fn said(&mut self, epoch: u64, frame: &Bytes) {
         let Some(segment) = parse(frame) else { return };

@@ -6,9 +6,10 @@ use super::plan::{A, B, Step};
 use super::world::{DISK, Event, PACKETS, STREAM, World, tell};
 use bytes::{Bytes, BytesMut};
 use xen_colo::colo::arbiter::Ask;
+use xen_colo::colo::heartbeat::Word;
 use xen_colo::colo::hello::Mode;
 use xen_colo::colo::message::Message;
-use xen_colo::colo::{Exit, primary as primary_machine, secondary as secondary_machine, stream};
+use xen_colo::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine, stream};
 use xen_colo::daemon::pair::{lock, primary, secondary};
 
 /// Frames an engine takes at a time.
@@ -38,6 +39,11 @@ impl World {
             lock(&it.core).poked = true;
             return;
         }
+        let runs = lock(&it.core).running;
+        if host == B && runs && self.has_let_go() {
+            return self.violate("two guests run: the primary has gone on without its secondary");
+        }
+        let it = &mut self.hosts[host];
         let next = lock(&it.core).step(now);
         if let Some(at) = next {
             let at_us = at.as_micros().max(self.now_us + 1 + self.dice.tail(self.plan.step_us));
@@ -163,6 +169,10 @@ impl World {
                 self.step(Step::DevicesSent);
             }
             Effect::ToSecondary { epoch, frame } => self.send(PACKETS, A, frame.len(), Input::Packet(epoch, frame)),
+            Effect::Dismiss => {
+                self.say(A, Word::Dismissal);
+                self.step(Step::DismissSaid);
+            }
             Effect::DiskWrite { seq, offset, data } => {
                 self.send(DISK, A, data.len(), Input::DiskWrite { seq, offset, data });
                 self.step(Step::DiskSent);
@@ -187,6 +197,10 @@ impl World {
                     Message::VmstateLoaded => Step::LoadedSent,
                     _ => Step::ReadySent,
                 });
+            }
+            Effect::GivenUp => {
+                self.say(B, Word::GivenUp);
+                self.step(Step::GivenUpSaid);
             }
             Effect::ToPrimary { epoch, frame } => {
                 tell!(self, "host 1 says in {epoch}: {}", describe(&frame));
@@ -221,8 +235,76 @@ impl World {
         if exit == Exit::Alone && !won {
             self.violate(format!("host {host} goes on alone and has not won"));
         }
+        let claims = matches!(&self.hosts[B].role, Role::Secondary(side) if side.machine().epoch() > 0)
+            && self.hosts[B].has_state();
+        if exit == Exit::Unprotected && claims {
+            self.violate("the primary goes on without a generation, and its secondary has not given up");
+        }
         if exit == Exit::Failed {
             self.violate(format!("host {host} failed without a reason"));
+        }
+    }
+
+    /// The operator ends the protection.
+    pub(super) fn unprotect(&mut self) {
+        let now = self.now();
+        let it = &mut self.hosts[A];
+        if it.crashed || it.frozen || it.stalled {
+            return;
+        }
+        self.check_lease(A);
+        let Role::Primary(side) = &mut self.hosts[A].role else { return };
+        let state = side.machine().state();
+        if side.dismiss(now) {
+            tell!(self, "the operator ends the protection in state {state:?}");
+            self.saw(match state {
+                primary_machine::State::Copying => "dismissed while copying",
+                primary_machine::State::Running => "dismissed between checkpoints",
+                _ => "dismissed within a checkpoint",
+            });
+        }
+        self.flush(A);
+        self.strike_if_due();
+        self.settle(A);
+    }
+
+    fn say(&mut self, host: usize, word: Word) {
+        tell!(self, "host {host} says {word:?}");
+        self.hosts[host].heartbeat.iter_mut().for_each(|heartbeat| heartbeat.say(word));
+    }
+
+    /// What the peer has said with its beats reaches the engine.
+    pub(super) fn words(&mut self, host: usize) {
+        let Some(word) = self.hosts[host].heartbeat.as_mut().and_then(|heartbeat| heartbeat.poll_word()) else {
+            return;
+        };
+        self.check_lease(host);
+        let now = self.now();
+        match (&mut self.hosts[host].role, word) {
+            (Role::Primary(side), Word::GivenUp) => {
+                side.handle_given_up(now);
+                self.flush(host);
+                self.step(Step::GivenUpGot);
+            }
+            (Role::Secondary(side), Word::Dismissal) => side.handle_dismissal(now),
+            _ => {}
+        }
+        self.strike_if_due();
+        self.settle(host);
+    }
+
+    /// Whether the primary goes on, alone, in the generation it had.
+    fn has_let_go(&self) -> bool {
+        !self.hosts[A].crashed
+            && matches!(&self.hosts[A].role, Role::Primary(side)
+                if side.machine().state() == primary_machine::State::Exited(Exit::Unprotected))
+    }
+
+    /// What was held for a secondary that was let go has left: nothing of it is lost.
+    pub(super) fn check_released(&mut self) {
+        let it = &self.hosts[A];
+        if self.has_let_go() && !it.frozen && !it.stalled && !self.commit.is_empty() {
+            self.violate("the primary goes on, and frames of its guest have not left");
         }
     }
 
@@ -287,7 +369,7 @@ impl World {
             let checkpoints: u64 = side.stats().checkpoints.values().sum();
             *self.report.seen.entry("checkpoints").or_default() += checkpoints;
             let causes: Vec<_> = side.stats().checkpoints.keys().copied().collect();
-            let state = side.machine().state();
+            let (state, let_go) = (side.machine().state(), side.machine().loss() == Some(&Loss::Dismissed));
             for cause in causes {
                 self.saw(cause_name(cause));
             }
@@ -295,6 +377,9 @@ impl World {
                 match state {
                     P::Exited(Exit::Alone) => self.saw("primary alone"),
                     P::Exited(Exit::Stopped) => self.saw("primary stopped"),
+                    P::Exited(Exit::Unprotected) if let_go => {
+                        self.saw("primary let its secondary go");
+                    }
                     P::Exited(Exit::Unprotected) => self.saw("primary unprotected"),
                     P::Held => self.saw("primary held"),
                     _ => {}
@@ -307,6 +392,7 @@ impl World {
                 match state {
                     S::Exited(Exit::Alone) => self.saw("secondary took over"),
                     S::Exited(Exit::Stopped) => self.saw("secondary stopped"),
+                    S::Exited(Exit::Dismissed) => self.saw("secondary dismissed"),
                     S::Exited(Exit::NoState) => self.saw("secondary without a state"),
                     S::Held => self.saw("secondary held"),
                     _ => {}

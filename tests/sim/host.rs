@@ -87,7 +87,7 @@ pub(super) struct Host {
     pub(super) core: Arc<Mutex<Core>>,
     mirror: Option<MirrorHandle>,
     replica: Option<Arc<Mutex<Replica>>>,
-    heartbeat: Option<Heartbeat>,
+    pub(super) heartbeat: Option<Heartbeat>,
     decoder: Decoder,
     undecoded: BytesMut,
     sockets: [VecDeque<Input>; 6],
@@ -174,10 +174,18 @@ impl Host {
                 Role::Primary(side) => side.machine().state() != primary_machine::State::Exited(Exit::Stopped),
                 Role::Secondary(side) => {
                     side.machine().epoch() > 0
+                        && !self.has_given_up()
                         && !matches!(side.machine().state(), secondary_machine::State::Exited(exit) if exit != Exit::Alone)
                 }
                 Role::StandingBy(_) | Role::Nothing => false,
             }
+    }
+
+    /// Whether it was dismissed.
+    pub(super) fn has_given_up(&self) -> bool {
+        use secondary_machine::State;
+        matches!(&self.role, Role::Secondary(side)
+            if matches!(side.machine().state(), State::Dismissed | State::Exited(Exit::Dismissed)))
     }
 
     /// Whether it has lost its peer and waits for the arbiter.
@@ -321,6 +329,7 @@ impl World {
             self.input(host, beat);
         }
         self.check_lease(host);
+        self.words(host);
         self.decode(host);
         loop {
             let filled: Vec<_> = (0..6).filter(|at| !self.hosts[host].sockets[*at].is_empty()).collect();
@@ -364,6 +373,9 @@ impl World {
         if let Some(answer) = answer {
             self.send(BEATS, host, 0, Input::Beat(answer));
         }
+        if !self.hosts[host].stalled {
+            self.words(host);
+        }
     }
 
     fn disk_write(&mut self, seq: u64, offset: u64, data: &Bytes) {
@@ -398,7 +410,12 @@ impl World {
         let now = self.now();
         tell!(self, "host {host} lost its peer: {loss}");
         match &mut self.hosts[host].role {
-            Role::Primary(side) => side.handle_loss(now, loss),
+            Role::Primary(side) => {
+                if side.machine().state() == primary_machine::State::Dismissing {
+                    *self.report.seen.entry("lost while dismissing").or_default() += 1;
+                }
+                side.handle_loss(now, loss);
+            }
             Role::Secondary(side) => {
                 if side.machine().state() == secondary_machine::State::Loading {
                     *self.report.seen.entry("lost while loading").or_default() += 1;
@@ -515,11 +532,11 @@ impl World {
                 }
             }
             let lost = match &self.hosts[host].role {
-                Role::Primary(side) => side.machine().loss().is_some(),
-                Role::Secondary(side) => side.machine().loss().is_some(),
-                _ => false,
+                Role::Primary(side) => side.machine().loss(),
+                Role::Secondary(side) => side.machine().loss(),
+                _ => None,
             };
-            if lost {
+            if lost.is_some_and(|loss| *loss != Loss::Dismissed) {
                 self.close_links(host);
             }
             self.flush(host);

@@ -12,6 +12,7 @@
 //! - *commit*: what leaves the primary is explained by the secondary's state at that moment (rule 1);
 //! - connections outlive the fault, answers answer a question, somebody serves as long as somebody could;
 //! - one survivor: nobody speaks after another has won, no write of an old generation is taken (rule 3);
+//! - a primary that ends its protection goes on only when its secondary has given up, and every held frame leaves;
 //! - a loaded guest is the captured one, byte by byte.
 //!
 //! The trap is a simulator that sees nothing: each planted bug must be found, and each step and each fault hit.
@@ -171,6 +172,12 @@ fn the_pair_keeps_its_promises() {
         "arbitration lost",
         "arbiter answer lost",
         "arbiter unreachable",
+        "dismissed while copying",
+        "dismissed between checkpoints",
+        "dismissed within a checkpoint",
+        "primary let its secondary go",
+        "secondary dismissed",
+        "lost while dismissing",
     ] {
         assert!(coverage.seen.contains_key(outcome), "no run ended like this: {outcome}");
     }
@@ -235,11 +242,21 @@ fn finds_accept_old_generation() {
 }
 
 #[test]
+fn finds_claim_after_dismissal() {
+    find(Mutant::ClaimAfterDismissal);
+}
+
+#[test]
+fn finds_go_on_unconfirmed() {
+    find(Mutant::GoOnUnconfirmed);
+}
+
+#[test]
 fn finds_stale_delta() {
     find(Mutant::StaleDelta);
 }
 
 #[test]
 fn every_mutant_has_a_test() {
-    assert_eq!(Mutant::ALL.len(), 7);
+    assert_eq!(Mutant::ALL.len(), 9);
 }

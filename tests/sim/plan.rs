@@ -77,6 +77,12 @@ listed! {
         DiskAckSent,
         /// On the secondary: a frame of its guest left for the comparator.
         PacketSent,
+        /// On the primary: the secondary was dismissed, and has not heard it.
+        DismissSaid,
+        /// On the secondary: the guest is given up, and the primary has not heard it.
+        GivenUpSaid,
+        /// On the primary: it has heard it, and goes on.
+        GivenUpGot,
     }
 }
 
@@ -103,6 +109,13 @@ listed! {
         Reset,
         /// The operator asks the struck host for a failover.
         Failover,
+    }
+}
+
+impl Step {
+    /// Whether it happens only where the operator ends the protection.
+    fn is_of_unprotect(self) -> bool {
+        matches!(self, Self::DismissSaid | Self::GivenUpSaid | Self::GivenUpGot)
     }
 }
 
@@ -195,6 +208,8 @@ pub(super) struct Plan {
     pub(super) outage: Outage,
     /// What happens.
     pub(super) fault: Fault,
+    /// When the operator ends the protection.
+    pub(super) unprotect: Option<When>,
     /// How long after the start the pair is made.
     pub(super) protect_us: u64,
     /// Whether each loaded state is compared to the captured one, byte by byte.
@@ -247,10 +262,21 @@ impl Plan {
             answer_lost_percent: trouble(dice, 15, 60),
             outage,
             fault,
+            unprotect: unprotect(dice, fault),
             protect_us: dice.pick(&[0, 2_000, 30_000]),
             check_memory: dice.percent(12),
         }
     }
+}
+
+fn unprotect(dice: &mut Dice, fault: Fault) -> Option<When> {
+    let needed = matches!(fault.when, When::Step(step, _) if step.is_of_unprotect());
+    if !needed && !dice.percent(15) {
+        return None;
+    }
+    let steps: Vec<_> = Step::ALL.iter().copied().filter(|step| !step.is_of_unprotect()).collect();
+    let at_a_step = When::Step(dice.pick(&steps), dice.pick(&[1, 1, 2, 3]));
+    Some(if dice.percent(60) { at_a_step } else { When::At(dice.range(0, 100_000)) })
 }
 
 impl Fault {
@@ -269,7 +295,8 @@ impl Fault {
         };
         let when = if dice.percent(75) {
             // Rarely the first checkpoint, whose rules are its own.
-            When::Step(dice.pick(Step::ALL), dice.pick(&[1, 2, 3, 5, 8]))
+            let (step, nth) = (dice.pick(Step::ALL), dice.pick(&[1, 2, 3, 5, 8]));
+            When::Step(step, if step.is_of_unprotect() { 1 } else { nth })
         } else {
             When::At(dice.range(0, 200_000))
         };

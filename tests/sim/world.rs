@@ -67,6 +67,8 @@ pub(super) enum Event {
     Answer { host: usize, answer: Answer },
     /// The pair is made.
     Protect,
+    /// The operator ends the protection.
+    Unprotect,
     /// The fault strikes.
     Fault,
     /// The fault ends.
@@ -214,6 +216,9 @@ impl World {
         if let When::At(us) = world.plan.fault.when {
             world.at(world.plan.protect_us + us, Event::Fault);
         }
+        if let Some(When::At(us)) = world.plan.unprotect {
+            world.at(world.plan.protect_us + us, Event::Unprotect);
+        }
         tell!(world, "{:#?}", world.plan);
         world
     }
@@ -284,6 +289,7 @@ impl World {
             Event::Claim { host, claim } => self.claim(host, &claim),
             Event::Answer { host, answer } => self.input(host, Input::Answer(answer)),
             Event::Protect => self.protect(),
+            Event::Unprotect => self.unprotect(),
             Event::Fault => self.strike(None),
             Event::Relief => self.relieve(),
             Event::Operator => self.operator(),
@@ -298,6 +304,11 @@ impl World {
             && (wanted, nth) == (step, *count)
         {
             self.fault_due = true;
+        }
+        if let Some(When::Step(wanted, nth)) = self.plan.unprotect
+            && (wanted, nth) == (step, *count)
+        {
+            self.at(self.now_us, Event::Unprotect);
         }
     }
 
@@ -346,6 +357,8 @@ impl World {
                 self.input(victim, Input::Lost(Loss::Disconnected("reset".into())));
                 self.input(peer, Input::Lost(Loss::Disconnected("reset".into())));
             }
+            // A secondary that has given up refuses.
+            Kind::Failover if self.hosts[victim].has_given_up() => {}
             Kind::Failover => self.input(victim, Input::Lost(Loss::Requested)),
         }
         if lasts_us > 0 {
@@ -548,6 +561,7 @@ impl World {
         if self.violation.is_none() && done {
             self.check_survivor();
         }
+        self.check_released();
         if !done && self.violation.is_none() {
             self.saw("nobody survived");
         }

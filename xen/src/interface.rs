@@ -65,6 +65,17 @@ impl Versions {
     }
 }
 
+/// What the processor and the hypervisor's build can do for guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Abilities {
+    /// Runs HVM and PVH guests.
+    pub hvm: bool,
+    /// Has hardware-assisted paging, which logs the writes of those that use it.
+    pub hap: bool,
+    /// Has shadow paging, which logs anybody's writes.
+    pub shadow: bool,
+}
+
 impl Interface {
     /// Opens the hypervisor's control interface.
     ///
@@ -109,6 +120,22 @@ impl Interface {
     /// Releases of the libraries and of the hypervisor.
     pub fn versions(&self) -> Versions {
         self.0.versions.clone()
+    }
+
+    /// What this host can do for guests.
+    ///
+    /// # Errors
+    /// The hypervisor's.
+    pub fn abilities(&self) -> Result<Abilities, Error> {
+        let mut physinfo = xc::xc_physinfo_t::default();
+        // SAFETY: it fills the struct.
+        check(unsafe { xc::xc_physinfo(self.xch(), &mut physinfo) }, "ask for the host's abilities", None)?;
+        let has = |ability| physinfo.capabilities & ability != 0;
+        Ok(Abilities {
+            hvm: has(xc::XEN_SYSCTL_PHYSCAP_hvm),
+            hap: has(xc::XEN_SYSCTL_PHYSCAP_hap),
+            shadow: has(xc::XEN_SYSCTL_PHYSCAP_shadow),
+        })
     }
 
     /// For libxenctrl.

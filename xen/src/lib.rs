@@ -42,7 +42,7 @@ pub use cache::PageCache;
 pub use domain::{DomId, DomainInfo, SHUTDOWN_CRASH, SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, SHUTDOWN_SUSPEND};
 pub use error::Error;
 pub use foreign::{Access, ForeignMemory, Mapping};
-pub use interface::{Interface, Versions};
+pub use interface::{Abilities, Interface, Versions};
 pub use logdirty::LogDirty;
 pub use memory::PageType;
 pub use resume::ExtendedState;

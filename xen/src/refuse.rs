@@ -3,7 +3,6 @@
 //!
 //! [`judge`] is pure over [`Facts`]; [`gather`] asks the hypervisor and xenstore.
 
-use crate::interface::check;
 use crate::{DomId, DomainInfo, Error, Interface, Store};
 use std::ptr;
 use xenctrl_sys as xc;
@@ -92,13 +91,10 @@ pub fn judge(facts: &Facts) -> Vec<Refusal> {
 /// The hypervisor's and xenstore's; [`Error::NoSuchDomain`].
 pub fn gather(x: &Interface, store: &Store, d: DomId) -> Result<Facts, Error> {
     let domain = x.existing(d)?;
-    let mut physinfo = xc::xc_physinfo_t::default();
-    // SAFETY: it fills the struct.
-    check(unsafe { xc::xc_physinfo(x.xch(), &mut physinfo) }, "ask for the host's abilities", None)?;
     let target = store.read(&format!("{}/memory/target", store.domain_path(d)))?;
     Ok(Facts {
         domain,
-        shadow: physinfo.capabilities & xc::XEN_SYSCTL_PHYSCAP_shadow != 0,
+        shadow: x.abilities()?.shadow,
         passthrough: passthrough(store, d)?,
         vnuma: has_vnuma(x, d)?,
         target_kib: target.and_then(|target| target.parse().ok()),

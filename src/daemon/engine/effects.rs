@@ -3,6 +3,7 @@
 use super::{Engine, NetworkFrame, Role};
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask};
+use crate::colo::heartbeat::Word;
 use crate::daemon::links::{DiskWrite, StreamOut, lock};
 use crate::daemon::pair::{primary, secondary};
 use crate::daemon::{engine_clock, fence};
@@ -64,6 +65,7 @@ impl Engine {
                             role.side.handle_mirror_overflow(now);
                         }
                     }
+                    Effect::Dismiss => links.say(Word::Dismissal),
                     Effect::ToNetwork(_) | Effect::Ask(_) | Effect::Ended { .. } => {}
                 }
             }
@@ -76,6 +78,7 @@ impl Engine {
             Effect::ToNetwork(frame) => self.emit(frame),
             Effect::Ask(ask) => self.ask(ask),
             Effect::Ended { exit, generation } => self.ended(exit, generation),
+            Effect::GivenUp => _ = self.links.as_ref().map(|links| links.say(Word::GivenUp)),
             Effect::Message(message) => {
                 if let Some(links) = &self.links {
                     links.stream_out.send(12, StreamOut::Message(message));

@@ -1,12 +1,14 @@
 //! What an operator may ask of an engine, and the answers.
 
-use super::{Engine, Role, report};
+use super::{Engine, Role, Vacancy, report};
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Claim, Register, Verdict};
+use crate::colo::hello::Mode;
 use crate::colo::{Cause, Loss};
 use crate::daemon::control::{Answer as Reply, Request};
 use crate::daemon::engine_clock;
 use crate::daemon::status::{Protection, Status};
+use crate::hypervisor::{Domain, DomainError};
 use std::sync::atomic::Ordering;
 use tokio::sync::oneshot;
 
@@ -33,6 +35,8 @@ impl Engine {
                 };
                 if let Some(refusal) = refusal {
                     Reply::error(refusal)
+                } else if let Err(error) = self.preflight(protect.mode) {
+                    Reply::error(format!("the guest cannot be protected: {error}"))
                 } else {
                     // The host makes the links and answers, which takes a while.
                     if let Err(error) = self.parts.protect.try_send((protect, reply)) {
@@ -48,6 +52,7 @@ impl Engine {
                 }
                 _ => Reply::error("no guest is being protected from this host"),
             },
+            Request::Unprotect => return self.unprotect(now, reply),
             Request::Failover => return self.failover(now, reply),
             Request::Stop => {
                 self.stopping = true;
@@ -57,7 +62,26 @@ impl Engine {
         let _ = reply.send(answer);
     }
 
+    /// What can be known before a peer makes room for the guest, and a generation is spent.
+    fn preflight(&mut self, mode: Mode) -> Result<(), DomainError> {
+        let ask = |domain: &mut dyn Domain| {
+            if mode == Mode::Colo {
+                domain.lockstep()?;
+            }
+            domain.protectable()
+        };
+        match &mut self.role {
+            Role::Running(guest) => ask(guest.domain_mut()?),
+            Role::Primary(role) => ask(role.side.domain()),
+            Role::Empty | Role::Secondary(_) => Ok(()),
+        }
+    }
+
     fn failover(&mut self, now: Instant, reply: oneshot::Sender<Reply>) {
+        if self.vacancy() == Vacancy::Leaving {
+            let _ = reply.send(Reply::error("the primary has ended the protection: the guest goes on there"));
+            return;
+        }
         if self.held_claim().is_none() && self.links.is_some() {
             match &mut self.role {
                 Role::Primary(role) => role.side.handle_loss(now, Loss::Requested),
@@ -132,7 +156,7 @@ impl Engine {
             status.bytes_sent += links.sent_bytes.load(Ordering::Relaxed);
         }
         match &mut self.role {
-            Role::Empty => status.state = "empty".into(),
+            Role::Empty => (status.state, status.why) = ("empty".into(), self.left.clone()),
             Role::Running(guest) => {
                 status.guest = Some(guest.name.clone());
                 (status.protection, status.state) = (Protection::Unprotected, "running".into());

@@ -17,11 +17,15 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         State::Exited(Exit::Stopped) => Protection::Stopped,
         State::Exited(Exit::Alone) => Protection::TakenOver,
         State::Exited(_) => Protection::Unprotected,
+        State::Dismissing => Protection::Unprotected,
         State::Arbitrating => Protection::Arbitrating,
         State::Held => Protection::Held,
         _ => Protection::Syncing,
     };
     status.why = why(side.error(), machine.loss(), machine.hold());
+    if machine.state() == State::Dismissing {
+        status.why = Some("the protection is being ended; the peer has not given the guest up yet".into());
+    }
     (status.generation, status.epoch) = (side.generation(), machine.epoch());
     (status.failover, status.exit_reason) = (machine.failover(), machine.exit_reason());
     let stats = side.stats();
@@ -61,7 +65,9 @@ pub(super) fn secondary(status: &mut Status, role: &SecondaryRole) {
     status.protection = match machine.state() {
         State::Joining => Protection::Syncing,
         State::Exited(Exit::Alone) => Protection::TakenOver,
-        State::Exited(Exit::Stopped | Exit::NoState | Exit::Unprotected) => Protection::Stopped,
+        State::Dismissed | State::Exited(Exit::Stopped | Exit::NoState | Exit::Unprotected | Exit::Dismissed) => {
+            Protection::Stopped
+        }
         State::Exited(Exit::Failed) => Protection::Failed,
         State::Arbitrating => Protection::Arbitrating,
         State::Held => Protection::Held,

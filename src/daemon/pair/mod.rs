@@ -11,12 +11,15 @@
 
 pub mod primary;
 pub mod secondary;
+mod staged;
 mod survivor;
 
 #[cfg(test)]
 mod tests;
 
 use crate::clock::Instant;
+use crate::colo::Cause;
+use crate::compare;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -65,5 +68,17 @@ impl Samples {
     #[must_use]
     pub fn max_us(&self) -> Option<u32> {
         (!self.micros.is_empty()).then_some(self.max_micros)
+    }
+}
+
+/// Why the comparator wants a checkpoint, in the machine's words.
+fn cause_of(cause: compare::Cause) -> Cause {
+    match cause {
+        compare::Cause::PayloadDiffers => Cause::PayloadDiffers,
+        compare::Cause::Aged => Cause::Aged,
+        compare::Cause::OneSided => Cause::OneSided,
+        compare::Cause::Reused => Cause::Reused,
+        compare::Cause::BoundReached => Cause::PacketBound,
+        compare::Cause::Unparsable(_) => Cause::Unparsable,
     }
 }

@@ -11,7 +11,7 @@
 //! where they are emitted, the mirror's writes where they are made. All three change inside the capture, while
 //! the guest stands still; that is the only moment at which they can change together.
 
-use super::{Clock, Samples, lock};
+use super::{Clock, Samples, cause_of, lock};
 use crate::bitmap::Bitmap;
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask};
@@ -66,6 +66,8 @@ pub enum Effect {
         /// What.
         data: Bytes,
     },
+    /// The word that the secondary is to give the guest up; answer with [`PrimarySide::handle_given_up`].
+    Dismiss,
     /// An arbitration; answer with [`PrimarySide::handle_answer`].
     Ask(Ask),
     /// Replication ended: close every link.
@@ -234,7 +236,9 @@ impl PrimarySide {
         self.proxy.ready() && !self.is_undecided()
     }
 
-    fn is_undecided(&self) -> bool {
+    /// Whether the peer is lost and nobody knows yet who goes on.
+    #[must_use]
+    pub fn is_undecided(&self) -> bool {
         matches!(self.machine.state(), State::Arbitrating | State::Held)
     }
 
@@ -319,6 +323,19 @@ impl PrimarySide {
     /// Bytes are moving on the stream.
     pub fn handle_progress(&mut self, now: Instant) {
         self.machine.handle_progress(now);
+    }
+
+    /// The operator ends the protection. False when there is none.
+    pub fn dismiss(&mut self, now: Instant) -> bool {
+        let begun = self.machine.dismiss(now);
+        self.pump(now);
+        begun
+    }
+
+    /// The answer to an [`Effect::Dismiss`].
+    pub fn handle_given_up(&mut self, now: Instant) {
+        self.machine.handle_given_up(now);
+        self.pump(now);
     }
 
     /// The peer is lost, or a failover is wanted.
@@ -475,6 +492,7 @@ impl PrimarySide {
             Action::AllowDisk { epoch } => lock(&self.mirror.0).allow(self.disk_epoch_base + epoch),
             Action::ResumeGuest => self.resume().map_err(|e| e.to_string())?,
             Action::PauseGuest => self.domain.suspend().map_err(|e| e.to_string())?,
+            Action::Dismiss => self.effects.push_back(Effect::Dismiss),
             Action::Ask(ask) => self.effects.push_back(Effect::Ask(ask)),
             Action::GoOn { generation } => self.go_on(generation),
             Action::StopGuest => {
@@ -574,16 +592,5 @@ impl PrimarySide {
     fn end(&mut self, exit: Exit) {
         self.output_due = None;
         self.effects.push_back(Effect::Ended { exit, generation: self.generation });
-    }
-}
-
-fn cause_of(cause: compare::Cause) -> Cause {
-    match cause {
-        compare::Cause::PayloadDiffers => Cause::PayloadDiffers,
-        compare::Cause::Aged => Cause::Aged,
-        compare::Cause::OneSided => Cause::OneSided,
-        compare::Cause::Reused => Cause::Reused,
-        compare::Cause::BoundReached => Cause::PacketBound,
-        compare::Cause::Unparsable(_) => Cause::Unparsable,
     }
 }

@@ -10,6 +10,7 @@
 //! a lost peer is heard while a large one loads. Client frames carry the epoch in which the *primary's* guest got
 //! them: those of an epoch that ended are in the loaded state already, those of the next wait until it is loaded.
 
+use super::staged::{Load, Staged};
 use super::survivor::{ANNOUNCE_FIRST, ANNOUNCE_ROUNDS, ANNOUNCE_STEP, Replay, Said, announcement};
 use super::{Clock, lock};
 use crate::bitmap::Bitmap;
@@ -58,6 +59,8 @@ pub enum Effect {
     },
     /// A frame to the network: only after a takeover.
     ToNetwork(Bytes),
+    /// The word that this side has given the guest up for good.
+    GivenUp,
     /// An arbitration; answer with [`SecondarySide::handle_answer`].
     Ask(Ask),
     /// Replication ended: close every link.
@@ -80,23 +83,6 @@ pub struct Stats {
     pub inbound_dropped: u64,
     /// Time spent loading the last state.
     pub last_load: Duration,
-}
-
-/// A checkpoint that is not whole.
-#[derive(Default)]
-struct Staged {
-    batches: Vec<PageBatch>,
-    zero: Vec<Pfn>,
-    pages: u64,
-    devices: Vec<u8>,
-}
-
-/// A load under way: the pages still to be put into the guest.
-struct Load {
-    begun: Instant,
-    pages: Vec<Pfn>,
-    done: usize,
-    devices: Vec<u8>,
 }
 
 /// The secondary's side of a protected guest.
@@ -213,6 +199,12 @@ impl SecondarySide {
         self.machine.state() == State::Exited(Exit::Alone)
     }
 
+    /// Whether this side stands ready, or is getting ready, for a primary that is there.
+    #[must_use]
+    pub fn stands_by(&self) -> bool {
+        !matches!(self.machine.state(), State::Dismissed | State::Arbitrating | State::Held | State::Exited(_))
+    }
+
     /// The next thing to send or do.
     pub fn poll_effect(&mut self) -> Option<Effect> {
         self.effects.pop_front()
@@ -279,7 +271,7 @@ impl SecondarySide {
                 self.staged.devices = blob;
                 self.machine.handle_whole(now);
             }
-            (State::Arbitrating | State::Held | State::Exited(_), _) => {}
+            (State::Dismissed | State::Arbitrating | State::Held | State::Exited(_), _) => {}
             (state, _) => {
                 let violation = format!("part of a checkpoint in state {state:?}");
                 self.machine.handle_loss(now, Loss::Violation(violation));
@@ -296,7 +288,7 @@ impl SecondarySide {
 
     /// The primary's guest got a frame from a client, in `epoch`.
     pub fn handle_mirrored_frame(&mut self, now: Instant, epoch: u64, frame: Bytes) {
-        if epoch < self.machine.epoch() || matches!(self.machine.state(), State::Exited(_)) {
+        if epoch < self.machine.epoch() || matches!(self.machine.state(), State::Dismissed | State::Exited(_)) {
             return;
         }
         if self.running && epoch == self.machine.epoch() {
@@ -333,7 +325,7 @@ impl SecondarySide {
                 self.rewriter.from_guest(now, &mut frame);
                 self.effects.push_back(Effect::ToNetwork(frame.into()));
             }
-            State::Exited(_) => {}
+            State::Dismissed | State::Exited(_) => {}
             _ => {
                 self.rewriter.from_guest(now, &mut frame);
                 let frame = Bytes::from(frame);
@@ -342,6 +334,12 @@ impl SecondarySide {
             }
         }
         self.rewritten();
+    }
+
+    /// The primary ends the protection.
+    pub fn handle_dismissal(&mut self, now: Instant) {
+        self.machine.handle_dismissal(now);
+        self.pump(now);
     }
 
     /// The peer is lost, or a failover is wanted.
@@ -463,10 +461,12 @@ impl SecondarySide {
                 Action::DropStaged => self.staged = Staged::default(),
                 Action::Ask(ask) => self.effects.push_back(Effect::Ask(ask)),
                 Action::TakeOver { generation } => self.take_over(now, generation),
+                Action::GiveUp => {
+                    self.stop();
+                    self.effects.push_back(Effect::GivenUp);
+                }
                 Action::StopGuest => {
-                    self.running = false;
-                    let _ = self.domain.stop();
-                    self.load = None;
+                    self.stop();
                     if let Err(error) = lock(&self.replica).stop() {
                         self.error.get_or_insert(error.to_string());
                     }
@@ -474,6 +474,12 @@ impl SecondarySide {
                 }
             }
         }
+    }
+
+    fn stop(&mut self) {
+        self.running = false;
+        let _ = self.domain.stop();
+        self.load = None;
     }
 
     /// Checks that the staged state can be found whole, and makes the disk's pending epoch the checkpoint.

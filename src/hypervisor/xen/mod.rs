@@ -308,6 +308,15 @@ impl Domain for XenDomain {
         }
     }
 
+    fn protectable(&mut self) -> Result<(), DomainError> {
+        let Parts { xen, domid, obstacle, .. } = &self.parts;
+        let facts = refuse::gather(xen, &self.store, *domid).map_err(xen_error)?;
+        let refusals =
+            refuse::judge(&facts).into_iter().map(|refusal| format!("{} ({})", refusal.reason, refusal.remedy));
+        let why: Vec<_> = obstacle.iter().cloned().chain(refusals).collect();
+        if why.is_empty() { Ok(()) } else { Err(DomainError::BadConfig(why.join("; "))) }
+    }
+
     fn present(&mut self, into: &mut Bitmap) -> Result<(), DomainError> {
         let Parts { xen, domid, .. } = &self.parts;
         let end = self.nr_pages.min(xen.nr_gpfns(*domid).map_err(xen_error)?);
@@ -391,7 +400,10 @@ impl Domain for XenDomain {
     }
 
     fn logdirty(&mut self, on: bool) -> Result<(), DomainError> {
-        let Parts { xen, domid, model, obstacle, .. } = &mut self.parts;
+        if on && self.state == State::Running {
+            self.protectable()?;
+        }
+        let Parts { xen, domid, model, .. } = &mut self.parts;
         // A domain that does not run until it takes over dirties nothing.
         if !on || self.runs_once {
             self.log = None;
@@ -400,18 +412,6 @@ impl Domain for XenDomain {
             }
             self.keeper = None;
             return Ok(());
-        }
-        if self.state == State::Running {
-            if let Some(obstacle) = obstacle {
-                return Err(DomainError::BadConfig(obstacle.clone()));
-            }
-            let facts = refuse::gather(xen, &self.store, *domid).map_err(xen_error)?;
-            let refusals = refuse::judge(&facts);
-            if !refusals.is_empty() {
-                let why: Vec<_> =
-                    refusals.iter().map(|refusal| format!("{} ({})", refusal.reason, refusal.remedy)).collect();
-                return Err(DomainError::BadConfig(why.join("; ")));
-            }
         }
         self.keeper = Some(Keeper::start(*domid).map_err(|e| DomainError::Hypervisor(format!("keeper: {e}")))?);
         self.log = Some(LogDirty::enable(xen, *domid).map_err(xen_error)?);

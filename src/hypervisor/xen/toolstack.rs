@@ -70,7 +70,9 @@ fn order(arguments: &[&str], input: &str) -> Result<String, String> {
     if output.status.success() {
         return Ok(text(&output.stdout));
     }
-    Err(format!("libxl {}: {}", arguments.first().unwrap_or(&""), text(&output.stderr)))
+    // A configuration that libxl itself cannot read has been seen to end it without a word.
+    let said = Some(text(&output.stderr)).filter(|said| !said.is_empty()).unwrap_or(output.status.to_string());
+    Err(format!("libxl {}: {said}", arguments.first().unwrap_or(&"")))
 }
 
 /// A domain's configuration, as libxl keeps it.

@@ -20,6 +20,7 @@
 
 mod devices;
 pub mod keeper;
+mod renaming;
 pub mod toolstack;
 
 use self::devices::Devices;
@@ -32,17 +33,14 @@ use ::xen::qmp::{Client, DeviceModel, Image, monitor_path};
 use ::xen::refuse;
 use ::xen::{Access, DomId, ForeignMemory, Interface, LogDirty, PageCache, Store, SuspendChannel};
 use keeper::Keeper;
+use renaming::Renaming;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Sender};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// How long a guest may take to suspend itself; libxl gives it 60 s, and then the guest is long gone.
 const SUSPEND_DEADLINE: Duration = Duration::from_secs(8);
 /// How long a device model may take for a command.
 const QMP_DEADLINE: Duration = Duration::from_secs(8);
-/// How long a guest that took over goes by its incoming name.
-const RENAME_DELAY: Duration = Duration::from_secs(3);
 /// Pages kept mapped: 1 GiB.
 const MAPPED_PAGES_MAX: usize = 1 << 18;
 /// `HVM_PARAM_CALLBACK_IRQ` (xen `public/hvm/params.h`): set by a guest with PV drivers.
@@ -57,38 +55,6 @@ pub trait Nic: Send + Sync + std::fmt::Debug {
     /// Takes every frame that the guest has emitted so far. A suspend ends with it: what is taken later is tagged
     /// with a later epoch.
     fn drain(&self);
-}
-
-/// Gives a domain that took over its name, a little later: libxl would take the processor while the guest connects its
-/// devices again, and its clients wait for that. Dropped, it does so at once.
-struct Renaming {
-    hurry: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Renaming {
-    fn begin(domid: DomId, name: String) -> Self {
-        let (hurry, hurried) = mpsc::channel::<()>();
-        let rename = move || {
-            // Nobody ever sends: the time is over, or somebody hurries.
-            let _ = hurried.recv_timeout(RENAME_DELAY);
-            if let Err(error) = toolstack::rename_incoming(domid, &name) {
-                tracing::warn!(%error, "the guest keeps its incoming name");
-            }
-        };
-        let thread = std::thread::Builder::new().name("rename".into()).spawn(rename);
-        let thread = thread.inspect_err(|error| tracing::warn!(%error, "the guest keeps its incoming name")).ok();
-        Self { hurry: Some(hurry), thread }
-    }
-}
-
-impl Drop for Renaming {
-    fn drop(&mut self) {
-        self.hurry = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
 }
 
 /// What a [`XenDomain`] is made of.

@@ -55,6 +55,44 @@ start_guest() {
 	echo "ok: $2 is up: $(host "$1" "grep -am1 GUEST-READY /var/log/xen/guest-$2.log")"
 }
 
+# start_host NAME REST: xl-colo, until it listens; and its guest runs, if it has one. LOG (info) is its log's level.
+start_host() {
+	RUN_SECONDS=240 host "$1" "mkdir -p /run/disks; rm -f /run/$1.out
+		XEN_COLO_LOG=${LOG:-info} setsid xl-colo host --name $1 --policy alone --disk /run/disks/$1.img $2 \
+			</dev/null >/run/$1.out 2>/run/$1.log &
+		echo \$! >/run/$1.pid
+		for i in \$(seq 2000); do grep -qs listens /run/$1.out && exit 0; kill -0 \$! 2>/dev/null || break; sleep 0.1; done
+		cat /run/$1.log; exit 1"
+}
+
+# clear_hosts GUEST...: ends every xl-colo and these guests, under both their names.
+clear_hosts() {
+	local each
+	for each in a b; do
+		host $each "kill \$(pidof xl-colo) 2>/dev/null
+			for d in $*; do xl destroy \$d 2>/dev/null; xl destroy \$d--incoming 2>/dev/null; done
+			rm -f /run/disks/*; true"
+	done
+}
+
+# What the hypervisor of host a says of the paging of each domain: log_dirty is in the list while the log is on.
+paging() {
+	host a "xl debug-keys q; xl dmesg | grep 'paging assistance: ' | tail -n \$(xl list | tail -n +2 | wc -l)"
+}
+
+is_logged() {
+	[[ $(paging) == *log_dirty* ]]
+}
+
+is_not_logged() {
+	! is_logged
+}
+
+# is_running GUEST, on host a.
+is_running() {
+	host a "[[ \$(xl list $1 | awk 'NR == 2 { print \$5 }') =~ ^[rb-]+\$ ]]"
+}
+
 # put HOST KEY VALUE, get HOST KEY: from the dom0 of HOST, over the LAN.
 put() {
 	host "$1" "curl -sS --fail --max-time 30 -o /dev/null -w '%{http_code}' -X PUT --data-binary '$3' $GUEST_URL/k/$2"

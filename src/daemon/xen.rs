@@ -95,11 +95,9 @@ impl Wire {
 
     fn plug(&self, name: &str) -> Result<Reader, GuestError> {
         let frames_in = self.frames_in.clone();
-        let device = Arc::new(Device {
-            socket: open(name)?,
-            // A full channel drops, as a full ring does.
-            take: Mutex::new(Box::new(move |frame| _ = frames_in.try_send(Bytes::copy_from_slice(frame)))),
-        });
+        // A full channel drops, as a full ring does.
+        let take: Take = Box::new(move |frame| _ = frames_in.try_send(Bytes::copy_from_slice(frame)));
+        let device = Arc::new(Device::open(name, take)?);
         *lock(&self.device) = Some(device.clone());
         Reader::start(device, "network")
     }
@@ -109,7 +107,11 @@ type Take = Box<dyn FnMut(&[u8]) + Send>;
 
 /// A network device of this host.
 struct Device {
+    name: String,
     socket: PacketSocket,
+    /// Something has been at its other end: a vif has no carrier before the guest connects, and until then it takes
+    /// every frame and drops it.
+    connected: AtomicBool,
     /// Whoever reads holds it, so that what was read is also taken before the next reader sees nothing.
     take: Mutex<Take>,
 }
@@ -121,6 +123,23 @@ impl std::fmt::Debug for Device {
 }
 
 impl Device {
+    fn open(name: &str, take: Take) -> Result<Self, GuestError> {
+        let socket = PacketSocket::open(name).map_err(|e| {
+            let why = format!("network device {name}: {e}; the guest's vif must have script=vif-colo");
+            GuestError::Toolstack(why)
+        })?;
+        Ok(Self { name: name.to_owned(), socket, connected: AtomicBool::new(false), take: Mutex::new(take) })
+    }
+
+    fn is_connected(&self) -> bool {
+        if !self.connected.load(Ordering::Relaxed) {
+            // No carrier is a zero, and an interface that is down an error.
+            let carrier = std::fs::read(Path::new("/sys/class/net").join(&self.name).join("carrier"));
+            self.connected.store(carrier.is_ok_and(|carrier| carrier.starts_with(b"1")), Ordering::Relaxed);
+        }
+        self.connected.load(Ordering::Relaxed)
+    }
+
     /// Takes everything there is.
     fn read(&self) -> std::io::Result<()> {
         let mut take = lock(&self.take);
@@ -139,7 +158,7 @@ impl Device {
 
 impl Nic for Device {
     fn send(&self, frame: &[u8]) -> bool {
-        self.socket.send(frame).is_ok()
+        self.is_connected() && self.socket.send(frame).is_ok()
     }
 
     fn drain(&self) {
@@ -214,13 +233,6 @@ async fn serve_all<D: Disk + Clone + 'static>(listener: Listener, name: &'static
     }
 }
 
-fn open(name: &str) -> Result<PacketSocket, GuestError> {
-    PacketSocket::open(name).map_err(|e| {
-        let why = format!("network device {name}: {e}; the guest's vif must have script=vif-colo");
-        GuestError::Toolstack(why)
-    })
-}
-
 /// What every attached guest has, whichever side it is on.
 struct Attached {
     xen: Interface,
@@ -246,7 +258,7 @@ async fn attach(domid: DomId, config: &serde_json::Value, wire: &Wire) -> Result
         let (sink, tag) = (queue.clone(), epoch.clone());
         // The frame first, and its epoch then.
         let take: Take = Box::new(move |frame| sink.push(tag.load(Ordering::SeqCst), frame));
-        let device = Arc::new(Device { socket: open(&device)?, take: Mutex::new(take) });
+        let device = Arc::new(Device::open(&device, take)?);
         attachments.push(Box::new(Reader::start(device.clone(), "guest-nic")?));
         nic = Some(device as Arc<dyn Nic>);
         attachments.push(Box::new(wire.plug(&format!("cn{}.0", domid.0))?));

@@ -8,33 +8,6 @@
 
 readonly SUSPENDS=${SUSPENDS:-200}
 
-# start_host NAME REST: xl-colo, until it listens.
-start_host() {
-	RUN_SECONDS=240 host "$1" "mkdir -p /run/disks; rm -f /run/$1.out
-		XEN_COLO_LOG=${LOG:-info} setsid xl-colo host --name $1 --policy alone --disk /run/disks/$1.img $2 \
-			</dev/null >/run/$1.out 2>/run/$1.log &
-		echo \$! >/run/$1.pid
-		for i in \$(seq 2000); do grep -qs listens /run/$1.out && exit 0; kill -0 \$! 2>/dev/null || break; sleep 0.1; done
-		cat /run/$1.log; exit 1"
-}
-
-# What Xen says of the guest's paging: log_dirty is in the list while the log is on.
-paging() {
-	host a 'xl debug-keys q; xl dmesg | grep "paging assistance: .*refcounts" | tail -n 1'
-}
-
-is_logged() {
-	[[ $(paging) == *log_dirty* ]]
-}
-
-is_not_logged() {
-	! is_logged
-}
-
-is_running() {
-	host a '[[ $(xl list pvh | awk "NR == 2 { print \$5 }") =~ ^[rb-]+$ ]]'
-}
-
 checkpoints() {
 	host a 'xl-colo status --json' | sed -E 's/.*"checkpoints":\{[^}]*\},?[^}]*"total":([0-9]+).*/\1/'
 }
@@ -47,12 +20,15 @@ ticks() {
 	host a 'grep -c GUEST-TICK /var/log/xen/guest-pvh.log'
 }
 
+start_pair() {
+	start_host b "--listen 10.78.0.2:9740"
+	start_host a "--listen 10.78.0.1:9740 --guest pvh --xen /etc/xen/guests/pvh.cfg --disk-mib 16"
+	wait_until 200 said a pvh GUEST-READY || die "the guest did not get ready"
+}
+
 nested up a b
-host a 'xl destroy pvh 2>/dev/null; kill $(pidof xl-colo) 2>/dev/null; rm -f /run/disks/*; true'
-host b 'for d in pvh pvh--incoming; do xl destroy $d 2>/dev/null; done; kill $(pidof xl-colo) 2>/dev/null; rm -f /run/disks/*; true'
-start_host b "--listen 10.78.0.2:9740"
-start_host a "--listen 10.78.0.1:9740 --guest pvh --xen /etc/xen/guests/pvh.cfg --disk-mib 16"
-wait_until 200 said a pvh GUEST-READY || die "the guest did not get ready"
+clear_hosts pvh
+start_pair
 
 refused=$(RUN_SECONDS=120 host a 'xl-colo protect 10.78.0.2:9740 --mode colo --wait' || true)
 [[ $refused == *"a guest with PV drivers cannot run twice"* ]] || die "COLO was not refused, or not for that: $refused"
@@ -72,7 +48,7 @@ check_registers a pvh
 host a 'kill -KILL $(</run/a.pid)'
 wait_until 20 is_not_logged || die "the dirty log is still on: $(paging)"
 echo "ok: the dirty log is off after the protector was killed"
-wait_until 20 is_running || die "the guest does not run: $(host a 'xl list')"
+wait_until 20 is_running pvh || die "the guest does not run: $(host a 'xl list')"
 echo "ok: the guest runs"
 holds "xl pauses and unpauses it" host a 'xl pause pvh && xl unpause pvh'
 wait_until 30 host b 'xl list pvh >/dev/null 2>&1' || die "b did not take over: $(host b 'xl list; tail -n 5 /run/b.log')"
@@ -80,14 +56,12 @@ echo "ok: host b has taken over"
 host b 'xl-colo stop'
 
 # Host b has a domain of that name now, so it cannot stand by for another.
-start_host b "--listen 10.78.0.2:9740"
 host a 'xl destroy pvh; rm -f /run/disks/*'
-start_host a "--listen 10.78.0.1:9740 --guest pvh --xen /etc/xen/guests/pvh.cfg --disk-mib 16"
-wait_until 200 said a pvh GUEST-READY || die "the guest did not get ready again"
+start_pair
 refused=$(RUN_SECONDS=120 host a 'xl-colo protect 10.78.0.2:9740 --mode remus --wait' || true)
 [[ $refused == *"is called pvh already"* ]] || die "not refused, or not for that: $refused"
 echo "ok: refused: $refused"
 holds "the dirty log is off after a refusal" is_not_logged
-holds "the guest runs" is_running
+holds "the guest runs" is_running pvh
 host a 'xl-colo stop; xl destroy pvh'
 host b 'xl-colo stop; xl destroy pvh'

@@ -267,6 +267,8 @@ pub enum NestedGuest {
     Pvh,
     /// Without PV drivers.
     Hvm,
+    /// With PV drivers and a device model.
+    Pvhvm,
 }
 
 impl NestedGuest {
@@ -276,6 +278,7 @@ impl NestedGuest {
         match self {
             Self::Pvh => "pvh",
             Self::Hvm => "hvm",
+            Self::Pvhvm => "pvhvm",
         }
     }
 }

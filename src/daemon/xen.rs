@@ -1,48 +1,37 @@
 //! A Xen domain with its host-side devices.
 //!
 //! ```text
-//!   guest's NIC   vifD.0 (netback) or vifD.0-emu (device model)  ◀── AF_PACKET ──▶ queue, Domain::receive_frame
+//!   guest's NIC   vifD.0 (netback), vifD.0-emu (device model)    ◀── AF_PACKET ──▶ queue, Domain::receive_frame
 //!   the network   cnD.0, one end of a veth whose other is in the bridge   ◀── AF_PACKET ──▶ Wire
 //!   guest's disk  /dev/nbdN (block-colo) or the device model's own client ◀── NBD, Unix socket ──▶ mirror or replica
 //! ```
 //!
 //! The hotplug scripts `vif-colo` and `block-colo` make the left-hand sides when libxl attaches the device, on the
-//! secondary too, long before a takeover. The trap is the epoch of a frame: it must not be older than the emission.
-//! The reader takes a frame first and looks at the epoch then; a frame that waited in between counts as newer, and is
-//! only released later. A suspend takes what is there itself, so that little counts as newer.
+//! secondary too, long before a takeover.
 
 mod look;
+mod nic;
 
 pub use self::look::{device_model_path, facts, guest_facts};
+pub use self::nic::Wire;
+use self::nic::{Attachment, GuestNic};
 use super::address::{Address, Listener};
-use super::engine::NetworkFrame;
-use super::engine_clock;
 use super::guest::{DISK_NAME, Guest, GuestError, GuestQueue, check_memory, mirror, replica};
-use super::links::{Outgoing, lock};
 use super::nbd;
 use crate::colo::hello::{DiskGeometry, Geometry, Mode, XenShape};
 use crate::disk::{Disk, FileDisk};
 use crate::hypervisor::xen::{Nic, Parts, XenDomain, toolstack};
 use crate::hypervisor::{self, Domain};
 use crate::replica::epochs::{GuestView, ReplicaConfig};
-use ::xen::packet::PacketSocket;
 use ::xen::qmp::DeviceModel;
 use ::xen::{DomId, Interface, Store};
-use bytes::Bytes;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
-use tokio::sync::mpsc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use tokio::task::AbortHandle;
 
 /// Where guests' disks are served: the hotplug scripts and domain configurations name it.
 pub const SOCKET_DIR: &str = "/run/xen-colo";
-/// How long a device may take to appear after the domain is made: the hotplug script has run by then.
-const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
-/// How long a reader waits for a frame before it looks whether it is to end.
-const LOOK: Duration = Duration::from_millis(100);
-
 /// A Xen guest to run at the start.
 #[derive(Clone, Debug)]
 pub struct XenBoot {
@@ -64,140 +53,6 @@ pub fn disk_socket(guest: &str) -> PathBuf {
 fn our_disks(guest: &str) -> Vec<String> {
     let socket = disk_socket(guest);
     vec![format!("{guest}/{DISK_NAME}"), format!("nbd:unix:{}:exportname={DISK_NAME}", socket.display())]
-}
-
-/// The network's end of the guest's NIC, which is plugged in when there is a guest.
-#[derive(Clone, Debug)]
-pub struct Wire {
-    device: Arc<Mutex<Option<Arc<Device>>>>,
-    frames_in: mpsc::Sender<Bytes>,
-}
-
-impl Wire {
-    /// A wire that nothing is plugged into; frames of the network will go to `frames_in`.
-    #[must_use]
-    pub fn new(frames_in: mpsc::Sender<Bytes>) -> Self {
-        Self { device: Arc::default(), frames_in }
-    }
-
-    /// Sends what the engine releases, as long as it does.
-    pub async fn carry(self, mut frames_out: Outgoing<NetworkFrame>) {
-        while let Some((bytes, NetworkFrame { until, frame })) = frames_out.recv().await {
-            if until.is_none_or(|until| engine_clock() < until)
-                && let Some(device) = lock(&self.device).clone()
-            {
-                // A full queue drops, as any network does.
-                let _ = device.socket.send(&frame);
-            }
-            frames_out.written(bytes);
-        }
-    }
-
-    fn plug(&self, name: &str) -> Result<Reader, GuestError> {
-        let frames_in = self.frames_in.clone();
-        // A full channel drops, as a full ring does.
-        let take: Take = Box::new(move |frame| _ = frames_in.try_send(Bytes::copy_from_slice(frame)));
-        let device = Arc::new(Device::open(name, take)?);
-        *lock(&self.device) = Some(device.clone());
-        Reader::start(device, "network")
-    }
-}
-
-type Take = Box<dyn FnMut(&[u8]) + Send>;
-
-/// A network device of this host.
-struct Device {
-    name: String,
-    socket: PacketSocket,
-    /// Something has been at its other end: a vif has no carrier before the guest connects, and until then it takes
-    /// every frame and drops it.
-    connected: AtomicBool,
-    /// Whoever reads holds it, so that what was read is also taken before the next reader sees nothing.
-    take: Mutex<Take>,
-}
-
-impl std::fmt::Debug for Device {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Device").finish_non_exhaustive()
-    }
-}
-
-impl Device {
-    fn open(name: &str, take: Take) -> Result<Self, GuestError> {
-        let socket = PacketSocket::open(name).map_err(|e| {
-            let why = format!("network device {name}: {e}; the guest's vif must have script=vif-colo");
-            GuestError::Toolstack(why)
-        })?;
-        Ok(Self { name: name.to_owned(), socket, connected: AtomicBool::new(false), take: Mutex::new(take) })
-    }
-
-    fn is_connected(&self) -> bool {
-        if !self.connected.load(Ordering::Relaxed) {
-            // No carrier is a zero, and an interface that is down an error.
-            let carrier = std::fs::read(Path::new("/sys/class/net").join(&self.name).join("carrier"));
-            self.connected.store(carrier.is_ok_and(|carrier| carrier.starts_with(b"1")), Ordering::Relaxed);
-        }
-        self.connected.load(Ordering::Relaxed)
-    }
-
-    /// Takes everything there is.
-    fn read(&self) -> std::io::Result<()> {
-        let mut take = lock(&self.take);
-        let mut frame = Vec::new();
-        loop {
-            match self.socket.recv(Duration::ZERO, &mut frame) {
-                Ok(Some(_)) => take(&frame),
-                Ok(None) => return Ok(()),
-                // Nothing that could be sent on: its sender will find it lost.
-                Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-}
-
-impl Nic for Device {
-    fn send(&self, frame: &[u8]) -> bool {
-        self.is_connected() && self.socket.send(frame).is_ok()
-    }
-
-    fn drain(&self) {
-        // Its reader says what is wrong with a device.
-        let _ = self.read();
-    }
-}
-
-/// A thread that reads a device until it is dropped.
-struct Reader {
-    stop: Arc<AtomicBool>,
-}
-
-impl Reader {
-    fn start(device: Arc<Device>, name: &str) -> Result<Self, GuestError> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let run = move || {
-            while !stopped.load(Ordering::Relaxed) {
-                let read = device.socket.poll(LOOK).and_then(|some| if some { device.read() } else { Ok(()) });
-                if let Err(error) = read {
-                    // The device is gone: the domain was destroyed, or its script took it away.
-                    tracing::warn!(%error, "a network device of the guest is gone");
-                    return;
-                }
-            }
-        };
-        std::thread::Builder::new()
-            .name(name.into())
-            .spawn(run)
-            .map_err(|e| GuestError::Toolstack(format!("start a reader: {e}")))?;
-        Ok(Self { stop })
-    }
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
 }
 
 /// A task that ends when it is dropped, and the socket it serves.
@@ -241,7 +96,7 @@ struct Attached {
     epoch: Arc<AtomicU64>,
     nic: Option<Arc<dyn Nic>>,
     model: Option<DeviceModel>,
-    attachments: Vec<Box<dyn std::any::Any + Send>>,
+    attachments: Vec<Attachment>,
 }
 
 /// Joins a domain's devices to this process.
@@ -250,32 +105,17 @@ async fn attach(domid: DomId, config: &serde_json::Value, wire: &Wire) -> Result
     let xen = Interface::open().map_err(|e| toolstack(&e))?;
     let is_hvm = config["c_info"]["type"] == "hvm";
     let (queue, epoch) = (Arc::<GuestQueue>::default(), Arc::new(AtomicU64::new(0)));
-    let mut attachments: Vec<Box<dyn std::any::Any + Send>> = Vec::new();
+    let mut attachments: Vec<Attachment> = Vec::new();
     let mut nic = None;
     if !toolstack::macs(config).is_empty() {
-        let device = if is_hvm { format!("vif{}.0-emu", domid.0) } else { format!("vif{}.0", domid.0) };
-        appears(&device).await?;
-        let (sink, tag) = (queue.clone(), epoch.clone());
-        // The frame first, and its epoch then.
-        let take: Take = Box::new(move |frame| sink.push(tag.load(Ordering::SeqCst), frame));
-        let device = Arc::new(Device::open(&device, take)?);
-        attachments.push(Box::new(Reader::start(device.clone(), "guest-nic")?));
-        nic = Some(device as Arc<dyn Nic>);
+        let emulated = is_hvm && config["nics"][0]["nictype"] != "vif";
+        let guest_nic = GuestNic::open(domid.0, emulated, &queue, &epoch).await?;
+        attachments.extend(guest_nic.readers()?);
+        nic = Some(Arc::new(guest_nic) as Arc<dyn Nic>);
         attachments.push(Box::new(wire.plug(&format!("cn{}.0", domid.0))?));
     }
     let model = if is_hvm { Some(hypervisor::xen::device_model(domid)?) } else { None };
     Ok(Attached { xen, domid, queue, epoch, nic, model, attachments })
-}
-
-async fn appears(device: &str) -> Result<(), GuestError> {
-    let path = Path::new("/sys/class/net").join(device);
-    let found = async {
-        while !path.exists() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    let waited = tokio::time::timeout(DEVICE_DEADLINE, found).await;
-    waited.map_err(|_| GuestError::Toolstack(format!("network device {device} did not appear; see xl dmesg")))
 }
 
 /// Runs a guest, or adopts one that runs.

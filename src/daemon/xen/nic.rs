@@ -17,6 +17,7 @@ use crate::daemon::links::{Outgoing, lock};
 use crate::hypervisor::xen::Nic;
 use ::xen::packet::PacketSocket;
 use bytes::Bytes;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -29,6 +30,9 @@ const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(100);
 /// How often a device without a carrier is looked at.
 const CARRIER_LOOK_MICROS: u64 = 10_000;
+
+/// How long a reader leaves a device alone that is down.
+const DOWN_RETRY: Duration = Duration::from_millis(10);
 
 /// Something that ends with the guest.
 pub(super) type Attachment = Box<dyn std::any::Any + Send>;
@@ -209,10 +213,17 @@ impl Reader {
         let run = move || {
             while !stopped.load(Ordering::Relaxed) {
                 let read = device.socket.poll(LOOK).and_then(|some| if some { device.read() } else { Ok(()) });
-                if let Err(error) = read {
-                    // The device is gone: the domain was destroyed, or its script took it away.
-                    tracing::warn!(%error, "a network device of the guest is gone");
-                    return;
+                match read {
+                    // Down for a moment, as a vif is until its guest connects.
+                    Err(error) if error.kind() == ErrorKind::NetworkDown && device.carrier.exists() => {
+                        std::thread::sleep(DOWN_RETRY);
+                    }
+                    Err(error) => {
+                        // The device is gone: the domain was destroyed, or its script took it away.
+                        tracing::warn!(%error, "a network device of the guest is gone");
+                        return;
+                    }
+                    Ok(()) => {}
                 }
             }
         };

@@ -94,6 +94,8 @@ pub struct XenDomain {
     nr_pages: u64,
     memory: PageCache,
     log: Option<LogDirty>,
+    /// The device model reports the pages it writes.
+    model_logs: bool,
     suspension: Option<SuspendChannel>,
     keeper: Option<Keeper>,
     /// Pages known to be memory here, in a domain that is written to.
@@ -171,6 +173,7 @@ impl XenDomain {
             nr_pages,
             memory,
             log: None,
+            model_logs: false,
             suspension: None,
             keeper: None,
             populated: None,
@@ -373,8 +376,10 @@ impl Domain for XenDomain {
         // A domain that does not run until it takes over dirties nothing.
         if !on || self.runs_once {
             self.log = None;
-            if let Some(model) = model {
+            // QEMU aborts when it is told to stop what it has not begun.
+            if let Some(model) = model.as_mut().filter(|_| self.model_logs) {
                 model.global_dirty_log(false).map_err(xen_error)?;
+                self.model_logs = false;
             }
             self.keeper = None;
             return Ok(());
@@ -383,6 +388,7 @@ impl Domain for XenDomain {
         self.log = Some(LogDirty::enable(xen, *domid).map_err(xen_error)?);
         if let Some(model) = model {
             model.global_dirty_log(true).map_err(xen_error)?;
+            self.model_logs = true;
         }
         if self.state == State::Running {
             self.cooperative = self.has_pv_drivers()?;

@@ -26,7 +26,7 @@ enough() { [[ $(($(checkpoints) - before)) -ge $RELOADS ]]; }
 holds "at least $RELOADS reloads since the first copy" enough
 echo "figure: $(($(checkpoints) - before)) reloads; pauses in us: $(host a 'xl-colo status --json' |
 	sed -E 's/.*("pause_us":\{[^}]*\}).*/\1/')"
-holds "both run" host b 'xl-colo status | grep -q "protected"'
+holds "b stands by" host b 'xl-colo status | grep -q "standing by"'
 nested kill a
 taken_over() { host b 'xl-colo status | grep -q "taken over"'; }
 holds "b takes over" wait_until 60 taken_over

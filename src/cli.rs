@@ -51,6 +51,8 @@ pub enum Command {
     Stop(HostRef),
     /// Serve an arbiter's register to two hosts, on a third machine
     Arbiter(ArbiterArgs),
+    /// Serve a disk image over NBD, with qemu-nbd's options
+    Nbd(NbdArgs),
     /// Cleans up behind a killed host; started by it
     #[cfg(feature = "xen")]
     #[command(hide = true)]
@@ -75,6 +77,68 @@ pub struct SaveHelperArgs {
     /// --save-domain or --restore-domain, and what belongs to it
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "ARGUMENT")]
     pub arguments: Vec<String>,
+}
+
+/// Arguments of `nbd`: the letters, meanings and defaults are qemu-nbd's.
+#[derive(Args, Debug)]
+pub struct NbdArgs {
+    /// The image: a file or a block device
+    pub image: PathBuf,
+    /// Serve on a Unix socket
+    #[arg(short = 'k', long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Serve on this TCP port
+    #[arg(short, long, value_name = "PORT", default_value_t = 10809, conflicts_with = "socket")]
+    pub port: u16,
+    /// Serve on this address
+    #[arg(short, long, value_name = "ADDRESS", default_value = "0.0.0.0", conflicts_with = "socket")]
+    pub bind: String,
+    /// The image's format; raw is the only one
+    #[arg(short, long, default_value = "raw", value_parser = ["raw"])]
+    pub format: String,
+    /// The export's name
+    #[arg(short = 'x', long, value_name = "NAME", default_value = "")]
+    pub export_name: String,
+    /// The export's description
+    #[arg(short = 'D', long, value_name = "TEXT", default_value = "")]
+    pub description: String,
+    /// Serve from this byte of the image on
+    #[arg(short, long, value_name = "BYTES", default_value_t = 0)]
+    pub offset: u64,
+    /// Take no writes
+    #[arg(short, long)]
+    pub read_only: bool,
+    /// Clients at the same time; 0 for any number
+    #[arg(short = 'e', long, value_name = "NUMBER", default_value_t = 1)]
+    pub shared: usize,
+    /// Go on when the last client has left
+    #[arg(short = 't', long)]
+    pub persistent: bool,
+    /// What a completed write means: writeback, or writethrough and directsync (durable), or unsafe (flushes do nothing)
+    #[arg(long, value_name = "MODE", default_value = "writeback",
+          value_parser = ["none", "writeback", "writethrough", "directsync", "unsafe"])]
+    pub cache: String,
+    /// The same as --cache=none, which here is --cache=writeback
+    #[arg(short, long, conflicts_with = "cache")]
+    pub nocache: bool,
+    /// Whether discarding frees space
+    #[arg(long, value_name = "MODE", default_value = "ignore", value_parser = ["ignore", "off", "unmap", "on"])]
+    pub discard: String,
+    /// Whether writes of zeroes are looked for, and free their space
+    #[arg(long, value_name = "MODE", default_value = "off", value_parser = ["off", "on", "unmap"])]
+    pub detect_zeroes: String,
+    /// How the image is read and written: threads is the only way here
+    #[arg(long, value_name = "MODE", value_parser = ["threads", "native", "io_uring"])]
+    pub aio: Option<String>,
+    /// Go to the background once clients can connect
+    #[arg(long)]
+    pub fork: bool,
+    /// Write the process's number to this file
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+    /// Say more
+    #[arg(short, long)]
+    pub verbose: bool,
 }
 
 /// Which host a command is for.

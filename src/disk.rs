@@ -1,9 +1,12 @@
-//! A disk, as the guest and the replica see one: `read`, `write`, `flush`, a size that never changes.
+//! A disk, as the guest and the replica see one: `read`, `write`, `flush`, a size that never changes; and what a disk
+//! may know beyond that: holes, zeroes, what has changed.
 //!
 //! Two are here, siblings and both for use: [`MemoryDisk`] and [`FileDisk`]. `flush` reaches the medium
 //! (`fdatasync`), because an NBD FLUSH that only reaches the page cache is how acknowledged writes get lost.
 
-use std::fs::{File, OpenOptions};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -39,6 +42,9 @@ pub enum DiskError {
         /// The generation in force.
         ours: u64,
     },
+    /// The medium has no such operation, and doing it by hand was not wanted.
+    #[error("not supported here")]
+    NotSupported,
     /// The operating system refused.
     #[error("{what}: {source}")]
     Io {
@@ -61,6 +67,34 @@ impl DiskError {
     }
 }
 
+/// How bytes become zeroes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Zeroing {
+    /// The space stays allocated, so that a later write cannot fail for want of it.
+    pub keep_allocated: bool,
+    /// Refused, with [`DiskError::NotSupported`], where it would be no faster than writing them.
+    pub fast_only: bool,
+}
+
+/// A run of bytes of one kind.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// Its length.
+    pub len_bytes: u64,
+    /// It has no space allocated.
+    pub hole: bool,
+    /// It reads as zeroes.
+    pub zero: bool,
+}
+
+impl Extent {
+    /// Bytes of which nothing is known.
+    #[must_use]
+    pub fn data(len_bytes: u64) -> Self {
+        Self { len_bytes, hole: false, zero: false }
+    }
+}
+
 /// A block device of fixed size, addressed in bytes.
 pub trait Disk: Send {
     /// The size, constant for the disk's life.
@@ -71,6 +105,36 @@ pub trait Disk: Send {
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError>;
     /// Makes every completed write durable.
     fn flush(&mut self) -> Result<(), DiskError>;
+
+    /// Makes `len_bytes` bytes from `offset` zeroes. Unless the disk knows better, it writes them.
+    fn write_zeroes(&mut self, offset: u64, len_bytes: u64, how: Zeroing) -> Result<(), DiskError> {
+        check_range(self.size_bytes(), offset, len_bytes)?;
+        if how.fast_only {
+            return Err(DiskError::NotSupported);
+        }
+        write_by_hand(self, offset, len_bytes)
+    }
+
+    /// The bytes are not needed any more: they may become zeroes, and their space may be freed. Unless the disk knows
+    /// better, nothing happens.
+    fn trim(&mut self, offset: u64, len_bytes: u64) -> Result<(), DiskError> {
+        check_range(self.size_bytes(), offset, len_bytes)
+    }
+
+    /// What the bytes from `offset` on are, in order: runs that begin there and cover at least one byte and at most
+    /// `len_bytes`; at most `max` of them.
+    fn extents(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<Vec<Extent>, DiskError> {
+        check_range(self.size_bytes(), offset, len_bytes)?;
+        let _ = max;
+        Ok(vec![Extent::data(len_bytes)])
+    }
+
+    /// Which bytes differ from the last checkpoint, like [`Self::extents`]: runs of (length, differs). `None` for a
+    /// disk that has no checkpoints.
+    fn changed(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<Option<Vec<(u64, bool)>>, DiskError> {
+        let _ = (offset, len_bytes, max);
+        Ok(None)
+    }
 }
 
 /// Checks that a request lies inside a disk; call it before touching anything.
@@ -79,6 +143,16 @@ pub fn check_range(size_bytes: u64, offset: u64, len_bytes: u64) -> Result<(), D
         Some(end) if end <= size_bytes => Ok(()),
         _ => Err(DiskError::OutOfRange { offset, len_bytes, size_bytes }),
     }
+}
+
+/// Writes zeroes as any bytes. The range lies inside the disk.
+fn write_by_hand<D: Disk + ?Sized>(disk: &mut D, offset: u64, len_bytes: u64) -> Result<(), DiskError> {
+    static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
+    let end = offset + len_bytes;
+    (offset..end).step_by(ZEROES.len()).try_for_each(|at| {
+        let len = (end - at).min(ZEROES.len() as u64) as usize;
+        disk.write(at, &ZEROES[..len])
+    })
 }
 
 /// A disk in memory.
@@ -136,11 +210,7 @@ pub struct FileDisk {
 impl FileDisk {
     /// Opens an existing image; its length is the disk's size.
     pub fn open(path: &Path) -> Result<Self, DiskError> {
-        let what = || format!("open disk image {}", path.display());
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(|e| DiskError::io(what(), e))?;
-        // Seeking to the end gives the size of a block device too, where the metadata says 0.
-        let size_bytes = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(|e| DiskError::io(what(), e))?;
-        Ok(Self { file, path: path.to_owned(), size_bytes })
+        Self::open_with(path, OpenOptions::new().read(true).write(true))
     }
 
     /// Opens an image, or makes a sparse one of `size_bytes` when there is none.
@@ -157,6 +227,51 @@ impl FileDisk {
     }
 }
 
+impl FileDisk {
+    /// Opens an image that will not be written.
+    pub fn open_read_only(path: &Path) -> Result<Self, DiskError> {
+        Self::open_with(path, OpenOptions::new().read(true))
+    }
+
+    fn open_with(path: &Path, options: &OpenOptions) -> Result<Self, DiskError> {
+        let what = || format!("open disk image {}", path.display());
+        let file = options.open(path).map_err(|e| DiskError::io(what(), e))?;
+        // Seeking to the end gives the size of a block device too, where the metadata says 0.
+        let size_bytes = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(|e| DiskError::io(what(), e))?;
+        Ok(Self { file, path: path.to_owned(), size_bytes })
+    }
+
+    /// Locks the image against other processes that do so too: many may read, or one may write. False when another has
+    /// it. The lock goes with the last handle.
+    pub fn try_lock(&self, shared: bool) -> Result<bool, DiskError> {
+        let locked = if shared { self.file.try_lock_shared() } else { self.file.try_lock() };
+        match locked {
+            Ok(()) => Ok(true),
+            Err(TryLockError::WouldBlock) => Ok(false),
+            Err(TryLockError::Error(error)) => Err(self.failed("lock")(error)),
+        }
+    }
+
+    /// A second handle on the same open image.
+    pub fn try_clone(&self) -> Result<Self, DiskError> {
+        let file = self.file.try_clone().map_err(|e| DiskError::io(format!("reopen {}", self.path.display()), e))?;
+        Ok(Self { file, path: self.path.clone(), size_bytes: self.size_bytes })
+    }
+
+    fn failed(&self, doing: &'static str) -> impl Fn(io::Error) -> DiskError {
+        move |error| DiskError::io(format!("{doing} {}", self.path.display()), error)
+    }
+
+    /// Whether the file system did it; where it cannot, nothing has happened.
+    fn allocate(&self, flags: FallocateFlags, offset: u64, len_bytes: u64) -> Result<bool, DiskError> {
+        match fallocate(&self.file, flags | FallocateFlags::KEEP_SIZE, offset, len_bytes) {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => Ok(false),
+            Err(error) => Err(self.failed("zero")(error.into())),
+        }
+    }
+}
+
 impl Disk for FileDisk {
     fn size_bytes(&self) -> u64 {
         self.size_bytes
@@ -164,16 +279,68 @@ impl Disk for FileDisk {
 
     fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
         check_range(self.size_bytes, offset, into.len() as u64)?;
-        self.file.read_exact_at(into, offset).map_err(|e| DiskError::io(format!("read {}", self.path.display()), e))
+        self.file.read_exact_at(into, offset).map_err(self.failed("read"))
     }
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         check_range(self.size_bytes, offset, bytes.len() as u64)?;
-        self.file.write_all_at(bytes, offset).map_err(|e| DiskError::io(format!("write {}", self.path.display()), e))
+        self.file.write_all_at(bytes, offset).map_err(self.failed("write"))
     }
 
     fn flush(&mut self) -> Result<(), DiskError> {
-        self.file.sync_data().map_err(|e| DiskError::io(format!("flush {}", self.path.display()), e))
+        self.file.sync_data().map_err(self.failed("flush"))
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len_bytes: u64, how: Zeroing) -> Result<(), DiskError> {
+        check_range(self.size_bytes, offset, len_bytes)?;
+        if len_bytes == 0 {
+            return Ok(());
+        }
+        let flags = if how.keep_allocated { FallocateFlags::ZERO_RANGE } else { FallocateFlags::PUNCH_HOLE };
+        if self.allocate(flags, offset, len_bytes)? {
+            return Ok(());
+        }
+        if how.fast_only {
+            return Err(DiskError::NotSupported);
+        }
+        write_by_hand(self, offset, len_bytes)
+    }
+
+    fn trim(&mut self, offset: u64, len_bytes: u64) -> Result<(), DiskError> {
+        check_range(self.size_bytes, offset, len_bytes)?;
+        // A file system that cannot keeps the space: trimming is a hint.
+        if len_bytes > 0 {
+            self.allocate(FallocateFlags::PUNCH_HOLE, offset, len_bytes)?;
+        }
+        Ok(())
+    }
+
+    fn extents(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<Vec<Extent>, DiskError> {
+        check_range(self.size_bytes, offset, len_bytes)?;
+        let (end, mut at, mut found) = (offset + len_bytes, offset, Vec::new());
+        while at < end && found.len() < max {
+            let data_at = match seek(&self.file, SeekFrom::Data(at)) {
+                Ok(data_at) => data_at.min(end),
+                // Nothing but a hole up to the end of the file.
+                Err(Errno::NXIO) => end,
+                // A device has no holes to tell of.
+                Err(_) => {
+                    found.push(Extent::data(end - at));
+                    break;
+                }
+            };
+            if data_at > at {
+                found.push(Extent { len_bytes: data_at - at, hole: true, zero: true });
+                at = data_at;
+                continue;
+            }
+            let hole_at = seek(&self.file, SeekFrom::Hole(at)).map_or(end, |hole_at| hole_at.min(end));
+            // A file that another process punches meanwhile must not make this stand still.
+            let hole_at = if hole_at > at { hole_at } else { end };
+            found.push(Extent::data(hole_at - at));
+            at = hole_at;
+        }
+        Ok(found)
     }
 }
 
@@ -194,6 +361,42 @@ mod tests {
             assert!(disk.read(offset, &mut vec![0; len]).is_err());
         }
         disk.write(8192, &[]).unwrap();
+        disk.write(0, &[9; 8192]).unwrap();
+        let how = Zeroing { keep_allocated: true, fast_only: false };
+        disk.write_zeroes(100, 5000, how).unwrap();
+        let mut whole = [1; 8192];
+        disk.read(0, &mut whole).unwrap();
+        assert!(whole[..100].iter().chain(&whole[5100..]).all(|byte| *byte == 9));
+        assert!(whole[100..5100].iter().all(|byte| *byte == 0));
+        disk.trim(0, 4096).unwrap();
+        let refused = [disk.write_zeroes(8000, 193, how), disk.trim(8192, 1), disk.trim(u64::MAX, 2)];
+        assert!(refused.iter().all(|refused| matches!(refused, Err(DiskError::OutOfRange { .. }))));
+        let extents = disk.extents(5000, 3192, 8).unwrap();
+        assert_eq!(extents.iter().map(|extent| extent.len_bytes).sum::<u64>(), 3192);
+        assert!(disk.extents(8191, 2, 8).is_err());
+        disk.write(4000, &[7; 200]).unwrap();
+    }
+
+    #[test]
+    fn a_file_tells_its_holes_and_makes_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut disk = FileDisk::open_or_create(&dir.path().join("disk.img"), 1 << 20).unwrap();
+        let hole = |len_bytes| Extent { len_bytes, hole: true, zero: true };
+        assert_eq!(disk.extents(0, 1 << 20, 9).unwrap(), [hole(1 << 20)]);
+        disk.write(64 << 10, &[1; 128 << 10]).unwrap();
+        let all = [hole(64 << 10), Extent::data(128 << 10), hole(832 << 10)];
+        assert_eq!(disk.extents(0, 1 << 20, 9).unwrap(), all);
+        assert_eq!(disk.extents(0, 1 << 20, 2).unwrap(), all[..2]);
+        assert_eq!(disk.extents(100 << 10, 8 << 10, 9).unwrap(), [Extent::data(8 << 10)]);
+        disk.write_zeroes(96 << 10, 32 << 10, Zeroing { keep_allocated: false, fast_only: true }).unwrap();
+        let kinds: Vec<_> = disk.extents(64 << 10, 128 << 10, 9).unwrap();
+        assert_eq!(kinds, [Extent::data(32 << 10), hole(32 << 10), Extent::data(64 << 10)]);
+        disk.trim(0, 1 << 20).unwrap();
+        assert_eq!(disk.extents(0, 1 << 20, 9).unwrap(), [hole(1 << 20)]);
+        let mut byte = [1];
+        disk.read(70 << 10, &mut byte).unwrap();
+        assert_eq!(byte, [0]);
+        assert!(FileDisk::open_read_only(&dir.path().join("disk.img")).unwrap().write(0, &[1]).is_err());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
-use xen_colo::cli::{self, ArbiterArgs, CheckArgs, Cli, Command, HostArgs, HostRef, ProtectArgs, StatusArgs};
+use xen_colo::cli::{self, ArbiterArgs, CheckArgs, Cli, Command, HostArgs, HostRef, NbdArgs, ProtectArgs, StatusArgs};
 use xen_colo::daemon::control::{self, Protect, Request};
 use xen_colo::daemon::host::{self, Boot, BootConfig, HostConfig};
 use xen_colo::daemon::xen::XenBoot;
@@ -47,6 +47,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Demo(args) => demo::run(&args).await,
         Command::Host(args) => host(args).await,
         Command::Arbiter(args) => serve_arbiter(args).await,
+        Command::Nbd(args) => serve_nbd(args).await,
         Command::Protect(args) => protect(args).await,
         Command::Status(args) => show_status(args).await,
         Command::Check(args) => check_host(args).await,
@@ -58,6 +59,43 @@ async fn run(command: Command) -> ExitCode {
         Command::SaveHelper(_) => ExitCode::SUCCESS,
         #[cfg(feature = "xen")]
         Command::Keeper { .. } | Command::Libxl { .. } => unreachable!("they need no runtime"),
+    }
+}
+
+async fn serve_nbd(args: NbdArgs) -> ExitCode {
+    use xen_colo::daemon::nbd::export::{self, Cache, Config, Where};
+    if args.fork {
+        return match export::fork() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(cli::EXIT_FAILED, &error),
+        };
+    }
+    let at = match args.socket {
+        Some(path) => Where::Unix(path),
+        None => Where::Tcp(args.bind, args.port),
+    };
+    let config = Config {
+        image: args.image,
+        at,
+        name: args.export_name,
+        description: args.description,
+        offset_bytes: args.offset,
+        read_only: args.read_only,
+        max_connections: args.shared,
+        persistent: args.persistent,
+        cache: match args.cache.as_str() {
+            "writethrough" | "directsync" => Cache::WriteThrough,
+            "unsafe" => Cache::Unsafe,
+            _ => Cache::WriteBack,
+        },
+        discard: matches!(args.discard.as_str(), "unmap" | "on"),
+        detect_zeroes: args.detect_zeroes != "off",
+        unmap_zeroes: args.detect_zeroes == "unmap",
+        pid_file: args.pid_file,
+    };
+    match export::run(config).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(cli::EXIT_FAILED, &error),
     }
 }
 

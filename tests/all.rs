@@ -12,6 +12,7 @@ mod full_disk;
 mod garbage;
 mod hang;
 mod image;
+mod nbd_command;
 mod nbd_interop;
 mod partition;
 mod sim;

@@ -1,25 +1,25 @@
-//! Serves one NBD connection on a disk: the pure machines of [`crate::nbd`] on a socket.
+//! Serves NBD connections on a disk: the pure machine of [`crate::nbd::server`] on a socket.
 //!
-//! Requests are carried out in order on a thread that may block, replies are batched until the input is drained.
+//! [`serve_connection`] is for a link of a pair, which is a task like the pair's others. [`threads`] is for everybody
+//! else: a thread a connection, because a request that finds its data in memory is over before a task would have been
+//! woken for it.
+
+pub mod export;
+pub mod threads;
 
 use super::address::Link;
 use crate::disk::Disk;
 use crate::nbd::NbdError;
-use crate::nbd::handshake::{Export, Handshake};
-use crate::nbd::transmission::{Decoder, Served, serve};
-use bytes::BytesMut;
+use crate::nbd::handshake::{Encryption, Export};
+use crate::nbd::server::{Next, Server};
 use std::io;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// How long a client may take to negotiate.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
-/// Bytes of replies collected before they are written.
-const REPLY_BATCH_BYTES: usize = 1 << 20;
 /// How long to wait before a busy disk is asked again.
 const BUSY_RETRY: Duration = Duration::from_millis(1);
-/// Bytes asked of the socket at once.
-const READ_BYTES: usize = 256 << 10;
 
 /// Why a connection ended badly.
 #[derive(Debug, thiserror::Error)]
@@ -37,54 +37,38 @@ pub enum ServeError {
 
 /// Serves `disk` as the export `name` until the client leaves.
 pub async fn serve_connection(mut link: Link, name: String, mut disk: Box<dyn Disk>) -> Result<(), ServeError> {
-    let export = Export::new(name, disk.size_bytes());
-    let mut input = BytesMut::new();
-    let negotiation = negotiate(&mut link, export.clone(), &mut input);
+    let mut server = Server::new(vec![Export::new(name, disk.size_bytes())], Encryption::None);
+    let negotiation = converse(&mut link, &mut server, None);
     match tokio::time::timeout(HANDSHAKE_DEADLINE, negotiation).await {
-        Ok(Ok(true)) => {}
-        Ok(Ok(false)) => return Ok(()),
-        Ok(Err(error)) => return Err(error),
+        Ok(negotiated) => negotiated?,
         Err(_) => return Err(ServeError::Deadline),
     }
-    let mut decoder = Decoder::new(&export);
-    let mut replies = BytesMut::new();
-    loop {
-        while let Some(request) = decoder.decode(&mut input)? {
-            loop {
-                match tokio::task::block_in_place(|| serve(&request, &mut *disk, &mut replies)) {
-                    Served::Replied => break,
-                    // The replica is behind with its base disk: the client waits, as on a slow disk.
-                    Served::Busy => tokio::time::sleep(BUSY_RETRY).await,
-                    Served::Disconnect => return Ok(link.write_all(&replies).await?),
-                }
-            }
-            if replies.len() > REPLY_BATCH_BYTES {
-                link.write_all(&replies).await?;
-                replies.clear();
-            }
-        }
-        link.write_all(&replies).await?;
-        replies.clear();
-        input.reserve(READ_BYTES);
-        if link.read_buf(&mut input).await? == 0 {
-            return Ok(());
-        }
+    if server.export().is_some() {
+        converse(&mut link, &mut server, Some(&mut *disk)).await?;
     }
+    Ok(())
 }
 
-/// True when an export was chosen, false when the client left.
-async fn negotiate(link: &mut Link, export: Export, input: &mut BytesMut) -> Result<bool, ServeError> {
-    let mut handshake = Handshake::new(vec![export]);
+/// The negotiation without a disk, until an export is chosen; the requests with one. Both may end with the client.
+async fn converse(link: &mut Link, server: &mut Server, mut disk: Option<&mut dyn Disk>) -> Result<(), ServeError> {
     loop {
-        let progress = handshake.handle_input(input);
-        while let Some(bytes) = handshake.poll_output() {
-            link.write_all(&bytes).await?;
+        let next = match &mut disk {
+            None => server.negotiate(),
+            Some(disk) => tokio::task::block_in_place(|| server.serve(&mut **disk)),
+        };
+        if !server.output().is_empty() {
+            link.write_all(server.output()).await?;
+            server.sent();
         }
-        if progress?.is_some() {
-            return Ok(true);
-        }
-        if link.read_buf(input).await? == 0 {
-            return Ok(false);
+        match next? {
+            Next::Output if disk.is_none() && server.export().is_some() => return Ok(()),
+            Next::Output => {}
+            Next::Busy => tokio::time::sleep(BUSY_RETRY).await,
+            Next::Input => match link.read(server.room()).await? {
+                0 => return Ok(()),
+                bytes => server.filled(bytes),
+            },
+            Next::StartTls | Next::Closed => return Ok(()),
         }
     }
 }

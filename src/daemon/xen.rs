@@ -15,23 +15,26 @@ mod nic;
 pub use self::look::{device_model_path, facts, guest_facts};
 pub use self::nic::Wire;
 use self::nic::{Attachment, GuestNic};
-use super::address::{Address, Listener};
+use super::address;
 use super::guest::{DISK_NAME, Guest, GuestError, GuestQueue, check_memory, mirror, replica};
-use super::nbd;
+use super::nbd::threads::{self, Running, Service, serve_all};
 use crate::colo::hello::{DiskGeometry, Geometry, Mode, XenShape};
 use crate::disk::{Disk, FileDisk};
 use crate::hypervisor::xen::{Nic, Parts, XenDomain, toolstack};
 use crate::hypervisor::{self, Domain};
+use crate::nbd::handshake::Export;
 use crate::replica::epochs::{GuestView, ReplicaConfig};
 use ::xen::qmp::DeviceModel;
 use ::xen::{DomId, Interface, Store};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use tokio::task::AbortHandle;
 
 /// Where guests' disks are served: the hotplug scripts and domain configurations name it.
 pub const SOCKET_DIR: &str = "/run/xen-colo";
+/// Clients of one disk: the device model or the kernel, and somebody who looks.
+const DISK_CLIENTS_MAX: usize = 16;
+
 /// A Xen guest to run at the start.
 #[derive(Clone, Debug)]
 pub struct XenBoot {
@@ -55,37 +58,37 @@ fn our_disks(guest: &str) -> Vec<String> {
     vec![format!("{guest}/{DISK_NAME}"), format!("nbd:unix:{}:exportname={DISK_NAME}", socket.display())]
 }
 
-/// A task that ends when it is dropped, and the socket it serves.
+/// A server that ends when it is dropped, and its socket.
 struct Served {
-    task: AbortHandle,
+    running: Running,
     socket: PathBuf,
 }
 
 impl Drop for Served {
     fn drop(&mut self) {
-        self.task.abort();
+        self.running.end();
         let _ = std::fs::remove_file(&self.socket);
     }
 }
 
 /// Serves a disk on a Unix socket.
-async fn export<D: Disk + Clone + 'static>(socket: &Path, name: &'static str, disk: D) -> Result<Served, GuestError> {
+async fn export<D: Disk + Clone + Sync + 'static>(socket: &Path, name: &str, disk: D) -> Result<Served, GuestError> {
     let failed = |e: std::io::Error| GuestError::Toolstack(format!("serve {}: {e}", socket.display()));
     std::fs::create_dir_all(SOCKET_DIR).map_err(failed)?;
-    let listener = Address::Unix(socket.to_owned()).listen().await.map_err(failed)?;
-    let task = tokio::spawn(serve_all(listener, name, disk)).abort_handle();
-    Ok(Served { task, socket: socket.to_owned() })
-}
-
-async fn serve_all<D: Disk + Clone + 'static>(listener: Listener, name: &'static str, disk: D) {
-    while let Ok(link) = listener.accept().await {
-        let disk = disk.clone();
-        tokio::spawn(async move {
-            if let Err(error) = nbd::serve_connection(link, name.to_owned(), Box::new(disk)).await {
-                tracing::warn!(%error, name, "a client of a guest's disk");
-            }
-        });
-    }
+    let listener = address::listen_unix(socket).await.and_then(|listener| listener.into_std()).map_err(failed)?;
+    listener.set_nonblocking(false).map_err(failed)?;
+    let exports = vec![Export::new(name, disk.size_bytes())];
+    let open = Box::new(move |_| Ok(Box::new(disk.clone()) as Box<dyn Disk>));
+    let (service, running) =
+        (Arc::new(Service { exports, open, max_connections: DISK_CLIENTS_MAX }), Running::default());
+    let here = running.clone();
+    let serve = move || {
+        if let Err(error) = serve_all(&threads::Listener::Unix(listener), &service, &here) {
+            tracing::error!(%error, "a guest's disk takes no clients any more");
+        }
+    };
+    std::thread::Builder::new().name("disk".into()).spawn(serve).map_err(failed)?;
+    Ok(Served { running, socket: socket.to_owned() })
 }
 
 /// What every attached guest has, whichever side it is on.

@@ -3,7 +3,9 @@
 //! ```text
 //!  Greeting ── client flags ──▶ Options ── NBD_OPT_GO, NBD_OPT_EXPORT_NAME ──▶ Negotiated
 //!                                 │  ▲
-//!                                 │  └── LIST, INFO; anything else: NBD_REP_ERR_UNSUP
+//!                                 │  ├── LIST, INFO, STRUCTURED_REPLY, EXTENDED_HEADERS, *_META_CONTEXT
+//!                                 │  └── anything else: NBD_REP_ERR_UNSUP
+//!                                 ├── STARTTLS, where it is offered ──▶ Encrypting ── encrypted() ──▶ Greeted anew
 //!                                 ├── option too long ──▶ Skipping ── skipped ──▶ Options
 //!                                 └── ABORT, broken framing ──▶ Err: send what is left, close
 //! ```
@@ -12,8 +14,12 @@
 //! NBD_REP_ERR_UNSUP and parsing goes on, because that is how every later feature is probed for. What the
 //! client may make this end hold is one option of [`MAX_OPTION_BYTES`]; a deadline for the whole is the driver's.
 //!
+//! Encryption begins with nothing: what was settled in the clear is forgotten, and what the client sent behind its
+//! STARTTLS is the start of the TLS hello or an attack, and never an option (CVE-2021-3716).
+//!
 //! Source: `doc/proto.md`, "Fixed newstyle negotiation", "Option haggling", "Option types", "Option reply types".
 
+use super::contexts::ContextRequest;
 use super::*;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -54,8 +60,12 @@ pub struct Export {
     pub size_bytes: u64,
     /// Whether writes are refused.
     pub read_only: bool,
-    /// Transmission flags to add to HAS_FLAGS, SEND_FLUSH and SEND_FUA, which every export has.
-    pub flags: u16,
+    /// A flush on one connection covers what was completed on every other.
+    pub multi_conn: bool,
+    /// It can zero faster than by writing, and refuse where it cannot.
+    pub fast_zero: bool,
+    /// It knows what differs from its last checkpoint.
+    pub knows_changes: bool,
     /// Its block sizes.
     pub block_sizes: BlockSizes,
 }
@@ -69,24 +79,56 @@ impl Export {
             description: String::new(),
             size_bytes,
             read_only: false,
-            flags: 0,
+            multi_conn: false,
+            fast_zero: false,
+            knows_changes: false,
             block_sizes: BlockSizes::default(),
         }
     }
 
     /// The transmission flags a client is told.
     #[must_use]
-    pub fn transmission_flags(&self) -> u16 {
-        let read_only = if self.read_only { EXPORT_READ_ONLY } else { 0 };
-        EXPORT_HAS_FLAGS | EXPORT_SEND_FLUSH | EXPORT_SEND_FUA | self.flags | read_only
+    pub fn transmission_flags(&self, framing: &Framing) -> u16 {
+        let write = EXPORT_SEND_FUA | EXPORT_SEND_TRIM | EXPORT_SEND_WRITE_ZEROES;
+        let when = |yes: bool, flags: u16| if yes { flags } else { 0 };
+        EXPORT_HAS_FLAGS
+            | EXPORT_SEND_FLUSH
+            | EXPORT_SEND_CACHE
+            | if self.read_only { EXPORT_READ_ONLY } else { write }
+            | when(self.multi_conn, EXPORT_CAN_MULTI_CONN)
+            | when(self.fast_zero && !self.read_only, EXPORT_SEND_FAST_ZERO)
+            | when(framing.structured, EXPORT_SEND_DF)
+    }
+
+    fn contexts(&self) -> &'static [Context] {
+        if self.knows_changes { &[Context::Allocation, Context::Changed] } else { &[Context::Allocation] }
     }
 }
 
 /// The end of a negotiation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Negotiated {
-    /// Which of the exports, an index into the list given to [`Handshake::new`].
-    pub export: usize,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Negotiated {
+    /// An export was chosen: what follows are requests.
+    Export {
+        /// Which one, an index into the list given to [`Handshake::new`].
+        index: usize,
+        /// How requests and replies are framed.
+        framing: Framing,
+    },
+    /// Send what there is; the client's next bytes are its TLS hello. Then call [`Handshake::encrypted`].
+    StartTls,
+}
+
+/// What a server says to clients that want encryption, or do not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Encryption {
+    /// It has none.
+    #[default]
+    None,
+    /// Nothing is told or served without it.
+    Required,
+    /// It has begun.
+    Begun,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +136,7 @@ enum State {
     Greeting,
     Options,
     Skipping { left_bytes: u32 },
+    Encrypting,
     Over,
 }
 
@@ -101,7 +144,12 @@ enum State {
 #[derive(Debug)]
 pub struct Handshake {
     exports: Vec<Export>,
+    /// Encryption that the client must still ask for.
+    encryption: Encryption,
     state: State,
+    framing: Framing,
+    /// The export that the contexts were chosen for.
+    contexts_of: Option<usize>,
     no_zeroes: bool,
     options: usize,
     output: BytesMut,
@@ -117,7 +165,31 @@ impl Handshake {
         output.put_u64(SERVER_MAGIC);
         output.put_u64(OPTION_MAGIC);
         output.put_u16(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
-        Self { exports, state: State::Greeting, no_zeroes: false, options: 0, output }
+        Self {
+            exports,
+            encryption: Encryption::None,
+            state: State::Greeting,
+            framing: Framing::default(),
+            contexts_of: None,
+            no_zeroes: false,
+            options: 0,
+            output,
+        }
+    }
+
+    /// The same, with a word on encryption.
+    #[must_use]
+    pub fn with_encryption(mut self, encryption: Encryption) -> Self {
+        self.encryption = encryption;
+        self
+    }
+
+    /// The connection is encrypted from here on. Nothing of what was settled before counts.
+    pub fn encrypted(&mut self) {
+        if self.state == State::Encrypting {
+            (self.encryption, self.state) = (Encryption::Begun, State::Options);
+            (self.framing, self.contexts_of) = (Framing::default(), None);
+        }
     }
 
     /// The exports offered.
@@ -160,7 +232,10 @@ impl Handshake {
                     self.count_option()?;
                     let data = input.split_to(len_bytes as usize);
                     if let Some(negotiated) = self.handle_option(option, &data)? {
-                        self.state = State::Over;
+                        self.state = match negotiated {
+                            Negotiated::StartTls => State::Encrypting,
+                            Negotiated::Export { .. } => State::Over,
+                        };
                         return Ok(Some(negotiated));
                     }
                 }
@@ -170,7 +245,7 @@ impl Handshake {
                     let left_bytes = left_bytes - skipped as u32;
                     self.state = if left_bytes == 0 { State::Options } else { State::Skipping { left_bytes } };
                 }
-                State::Greeting | State::Options | State::Skipping { .. } | State::Over => return Ok(None),
+                _ => return Ok(None),
             }
         }
     }
@@ -196,18 +271,69 @@ impl Handshake {
     }
 
     fn handle_option(&mut self, option: u32, data: &[u8]) -> Result<Option<Negotiated>, NbdError> {
+        let needs_tls = self.encryption == Encryption::Required;
         match option {
-            OPT_EXPORT_NAME => return self.export_name(data).map(Some),
-            OPT_GO => return Ok(self.describe(option, data).map(|export| Negotiated { export })),
-            OPT_INFO => drop(self.describe(option, data)),
-            OPT_LIST => self.list(data),
             OPT_ABORT => {
                 self.reply(option, REP_ACK, &[]);
                 return Err(NbdError::Aborted);
             }
+            OPT_STARTTLS if needs_tls && data.is_empty() => {
+                self.reply(option, REP_ACK, &[]);
+                return Ok(Some(Negotiated::StartTls));
+            }
+            OPT_STARTTLS if self.encryption != Encryption::None => self.reply(option, REP_ERR_INVALID, &[]),
+            // It has no error reply.
+            OPT_EXPORT_NAME if needs_tls => return Err(NbdError::TlsRequired),
+            _ if needs_tls => self.reply(option, REP_ERR_TLS_REQD, b"this server wants NBD_OPT_STARTTLS first"),
+            OPT_EXPORT_NAME => return self.export_name(data).map(Some),
+            OPT_GO => return Ok(self.describe(option, data).map(|index| self.chosen(index))),
+            OPT_INFO => drop(self.describe(option, data)),
+            OPT_LIST => self.list(data),
+            OPT_STRUCTURED_REPLY if self.framing.extended => {
+                self.reply(option, REP_ERR_EXT_HEADER_REQD, b"extended headers are chosen already");
+            }
+            OPT_STRUCTURED_REPLY | OPT_EXTENDED_HEADERS if !data.is_empty() => {
+                self.reply(option, REP_ERR_INVALID, &[]);
+            }
+            OPT_STRUCTURED_REPLY | OPT_EXTENDED_HEADERS => {
+                self.framing.structured = true;
+                self.framing.extended = option == OPT_EXTENDED_HEADERS;
+                self.reply(option, REP_ACK, &[]);
+            }
+            OPT_LIST_META_CONTEXT | OPT_SET_META_CONTEXT => self.meta_contexts(option, data),
             _ => self.reply(option, REP_ERR_UNSUP, &[]),
         }
         Ok(None)
+    }
+
+    fn chosen(&mut self, index: usize) -> Negotiated {
+        let mut framing = std::mem::take(&mut self.framing);
+        if self.contexts_of != Some(index) {
+            framing.contexts.clear();
+        }
+        Negotiated::Export { index, framing }
+    }
+
+    fn meta_contexts(&mut self, option: u32, data: &[u8]) {
+        let is_list = option == OPT_LIST_META_CONTEXT;
+        if !is_list {
+            // Whatever comes of it, it takes the place of an earlier choice.
+            (self.framing.contexts, self.contexts_of) = (Vec::new(), None);
+        }
+        let request = ContextRequest::parse(data).filter(|_| self.framing.structured);
+        let Some(request) = request else { return self.reply(option, REP_ERR_INVALID, &[]) };
+        let Some(index) = self.find(request.export) else { return self.reply(option, REP_ERR_UNKNOWN, &[]) };
+        let chosen = request.choose(self.exports[index].contexts(), is_list);
+        for context in &chosen {
+            // A list has no numbers.
+            let id = if is_list { 0 } else { context.id() };
+            let entry = [&id.to_be_bytes()[..], context.name().as_bytes()].concat();
+            self.reply(option, REP_META_CONTEXT, &entry);
+        }
+        if !is_list {
+            (self.framing.contexts, self.contexts_of) = (chosen, Some(index));
+        }
+        self.reply(option, REP_ACK, &[]);
     }
 
     fn find(&self, name: &[u8]) -> Option<usize> {
@@ -221,11 +347,11 @@ impl Handshake {
         };
         let export = &self.exports[index];
         self.output.put_u64(export.size_bytes);
-        self.output.put_u16(export.transmission_flags());
+        self.output.put_u16(export.transmission_flags(&self.framing));
         if !self.no_zeroes {
             self.output.put_bytes(0, 124);
         }
-        Ok(Negotiated { export: index })
+        Ok(self.chosen(index))
     }
 
     fn list(&mut self, data: &[u8]) {
@@ -257,7 +383,7 @@ impl Handshake {
             let mut info = Vec::new();
             info.put_u16(INFO_EXPORT);
             info.put_u64(export.size_bytes);
-            info.put_u16(export.transmission_flags());
+            info.put_u16(export.transmission_flags(&self.framing));
             info
         }];
         let text = |kind: u16, text: &str| {
@@ -308,139 +434,4 @@ fn parse_info_request(mut data: &[u8]) -> Option<(&[u8], Vec<u16>)> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn option(option: u32, data: &[u8]) -> Vec<u8> {
-        let mut bytes = b"IHAVEOPT".to_vec();
-        bytes.put_u32(option);
-        bytes.put_u32(data.len() as u32);
-        bytes.put_slice(data);
-        bytes
-    }
-
-    fn reply(option: u32, reply: u32, data: &[u8]) -> Vec<u8> {
-        let mut bytes = vec![0, 3, 0xe8, 0x89, 4, 0x55, 0x65, 0xa9];
-        bytes.put_u32(option);
-        bytes.put_u32(reply);
-        bytes.put_u32(data.len() as u32);
-        bytes.put_slice(data);
-        bytes
-    }
-
-    fn info_request(name: &str, kinds: &[u16]) -> Vec<u8> {
-        let mut data = Vec::new();
-        data.put_u32(name.len() as u32);
-        data.put_slice(name.as_bytes());
-        data.put_u16(kinds.len() as u16);
-        kinds.iter().for_each(|kind| data.put_u16(*kind));
-        data
-    }
-
-    /// A negotiation past its greeting and the client flags.
-    fn begun(flags: u32) -> Handshake {
-        let mut root = Export::new("root", 0x1234_5000);
-        root.description = "the first".into();
-        let mut iso = Export::new("iso", 512);
-        iso.read_only = true;
-        let mut server = Handshake::new(vec![root, iso]);
-        assert_eq!(server.poll_output().unwrap(), b"NBDMAGICIHAVEOPT\0\x03"[..]);
-        let mut input = BytesMut::from(&flags.to_be_bytes()[..]);
-        assert_eq!(server.handle_input(&mut input), Ok(None));
-        assert_eq!(server.poll_output(), None);
-        server
-    }
-
-    fn say(server: &mut Handshake, bytes: &[u8]) -> (Result<Option<Negotiated>, NbdError>, Vec<u8>) {
-        let result = server.handle_input(&mut BytesMut::from(bytes));
-        (result, server.poll_output().unwrap_or_default().to_vec())
-    }
-
-    #[test]
-    fn go_describes_the_export_and_ends_the_negotiation() {
-        let mut server = begun(3);
-        let wanted = [INFO_NAME, INFO_DESCRIPTION, INFO_BLOCK_SIZE, 99];
-        let (result, said) = say(&mut server, &option(OPT_GO, &info_request("root", &wanted)));
-        assert_eq!(result, Ok(Some(Negotiated { export: 0 })));
-        let expected = [
-            reply(OPT_GO, REP_INFO, &[0, 0, 0, 0, 0, 0, 0x12, 0x34, 0x50, 0, 0, 0x0d]),
-            reply(OPT_GO, REP_INFO, b"\0\x01root"),
-            reply(OPT_GO, REP_INFO, b"\0\x02the first"),
-            reply(OPT_GO, REP_INFO, &[0, 3, 0, 0, 0, 1, 0, 0, 0x10, 0, 2, 0, 0, 0]),
-            reply(OPT_GO, REP_ACK, &[]),
-        ];
-        assert_eq!(said, expected.concat());
-    }
-
-    #[test]
-    fn export_name_answers_without_a_reply_header_and_with_zeroes_unless_told() {
-        for (flags, len) in [(1, 134), (3, 10), (0, 134)] {
-            let (result, said) = say(&mut begun(flags), &option(OPT_EXPORT_NAME, b"iso"));
-            assert_eq!(result, Ok(Some(Negotiated { export: 1 })));
-            assert_eq!((said.len(), &said[..10]), (len, &[0, 0, 0, 0, 0, 0, 2, 0, 0, 0x0f][..]));
-        }
-        assert_eq!(say(&mut begun(3), &option(OPT_EXPORT_NAME, b"")).0, Ok(Some(Negotiated { export: 0 })));
-        let (refused, said) = say(&mut begun(3), &option(OPT_EXPORT_NAME, b"nope"));
-        assert!(matches!(refused, Err(NbdError::UnknownExport { .. })) && said.is_empty());
-    }
-
-    #[test]
-    fn haggling_goes_on_after_list_info_and_options_nobody_knows() {
-        let mut server = begun(3);
-        let listed = [
-            reply(OPT_LIST, REP_SERVER, b"\0\0\0\x04root"),
-            reply(OPT_LIST, REP_SERVER, b"\0\0\0\x03iso"),
-            reply(OPT_LIST, REP_ACK, &[]),
-        ];
-        assert_eq!(say(&mut server, &option(OPT_LIST, &[])), (Ok(None), listed.concat()));
-        assert_eq!(say(&mut server, &option(OPT_LIST, b"x")), (Ok(None), reply(OPT_LIST, REP_ERR_INVALID, &[])));
-        // STARTTLS, STRUCTURED_REPLY, LIST and SET_META_CONTEXT, EXTENDED_HEADERS, and one from the future.
-        for unknown in [5, 8, 9, 10, 11, 77, u32::MAX] {
-            let answer = reply(unknown, REP_ERR_UNSUP, &[]);
-            assert_eq!(say(&mut server, &option(unknown, b"data")), (Ok(None), answer));
-        }
-        let (result, said) = say(&mut server, &option(OPT_INFO, &info_request("nope", &[])));
-        assert_eq!((result, said), (Ok(None), reply(OPT_INFO, REP_ERR_UNKNOWN, &[])));
-        let (result, said) = say(&mut server, &option(OPT_INFO, &info_request("iso", &[])));
-        assert!(result == Ok(None) && said.ends_with(&reply(OPT_INFO, REP_ACK, &[])));
-        let (result, said) = say(&mut server, &option(OPT_ABORT, &[]));
-        assert_eq!((result, said), (Err(NbdError::Aborted), reply(OPT_ABORT, REP_ACK, &[])));
-    }
-
-    #[test]
-    fn lengths_that_do_not_add_up_are_invalid() {
-        let mut server = begun(3);
-        let mut huge_name = info_request("root", &[]);
-        huge_name[..4].copy_from_slice(&u32::MAX.to_be_bytes());
-        let mut one_more = info_request("root", &[INFO_NAME]);
-        one_more.push(0);
-        for data in [vec![], vec![0; 3], huge_name, one_more, info_request("root", &[1, 2])[..12].to_vec()] {
-            assert_eq!(say(&mut server, &option(OPT_GO, &data)), (Ok(None), reply(OPT_GO, REP_ERR_INVALID, &[])));
-        }
-    }
-
-    #[test]
-    fn each_limit_holds_at_its_edge() {
-        let mut server = begun(3);
-        let fits = vec![b'x'; MAX_OPTION_BYTES as usize];
-        assert_eq!(say(&mut server, &option(42, &fits)), (Ok(None), reply(42, REP_ERR_UNSUP, &[])));
-        for len in [MAX_OPTION_BYTES + 1, MAX_SKIPPED_OPTION_BYTES] {
-            let mut long = option(42, &vec![b'x'; len as usize]);
-            long.extend(option(43, &[]));
-            let answers = [reply(42, REP_ERR_TOO_BIG, &[]), reply(43, REP_ERR_UNSUP, &[])].concat();
-            assert_eq!(say(&mut server, &long), (Ok(None), answers));
-        }
-        let mut header = option(42, &[]);
-        header[12..].copy_from_slice(&(MAX_SKIPPED_OPTION_BYTES + 1).to_be_bytes());
-        assert!(matches!(say(&mut server, &header).0, Err(NbdError::TooLong { .. })));
-
-        let mut server = begun(3);
-        for _ in 0..MAX_OPTIONS {
-            assert_eq!(say(&mut server, &option(42, &[])).0, Ok(None));
-        }
-        assert!(matches!(say(&mut server, &option(42, &[])).0, Err(NbdError::TooMany { .. })));
-        let mut server = Handshake::new(vec![]);
-        assert_eq!(say(&mut server, &4_u32.to_be_bytes()).0, Err(NbdError::ClientFlags(4)));
-        assert!(matches!(say(&mut begun(3), &[0; 16]).0, Err(NbdError::BadMagic { .. })));
-    }
-}
+mod tests;

@@ -6,7 +6,8 @@
 //!  flags, NBD_OPT_GO  ────────────────────────────────▶                Options
 //!  Option  ◀── NBD_INFO_EXPORT, NBD_REP_ACK ──────────
 //!  Ready   ── requests ───────────────────────────────▶ transmission.rs
-//!          ◀── simple replies ────────────────────────
+//!          ◀── simple or structured replies ──────────  reply.rs
+//!                                                       server.rs  all of it, one client, and its disk
 //! ```
 //!
 //! The trap: every length in this protocol is chosen by the peer. Each is compared with a named limit before a
@@ -17,10 +18,17 @@
 //! "Values".
 
 pub mod client;
+mod contexts;
 pub mod handshake;
+pub mod reply;
+#[cfg(test)]
+mod request_tests;
+pub mod server;
 #[cfg(test)]
 mod tests;
 pub mod transmission;
+
+pub use self::contexts::{Context, Framing};
 
 use crate::disk::DiskError;
 
@@ -34,6 +42,12 @@ pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 /// Start of every simple reply.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+/// Start of every chunk of a structured reply.
+pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
+/// Start of every request with an extended header (NBD_OPT_EXTENDED_HEADERS, experimental).
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// Start of every chunk of a reply to such a request.
+pub const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 
 /// Handshake flag, both ways: fixed newstyle.
 pub const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
@@ -46,10 +60,21 @@ pub const OPT_EXPORT_NAME: u32 = 1;
 pub const OPT_ABORT: u32 = 2;
 /// Option: name the exports.
 pub const OPT_LIST: u32 = 3;
+/// Option: go on encrypted.
+pub const OPT_STARTTLS: u32 = 5;
 /// Option: describe one export.
 pub const OPT_INFO: u32 = 6;
 /// Option: describe one export and start.
 pub const OPT_GO: u32 = 7;
+
+/// Option: replies may come in chunks.
+pub const OPT_STRUCTURED_REPLY: u32 = 8;
+/// Option: name the metadata contexts.
+pub const OPT_LIST_META_CONTEXT: u32 = 9;
+/// Option: choose metadata contexts for NBD_CMD_BLOCK_STATUS.
+pub const OPT_SET_META_CONTEXT: u32 = 10;
+/// Option: headers with 64-bit lengths (experimental).
+pub const OPT_EXTENDED_HEADERS: u32 = 11;
 
 /// Option reply: done.
 pub const REP_ACK: u32 = 1;
@@ -57,14 +82,20 @@ pub const REP_ACK: u32 = 1;
 pub const REP_SERVER: u32 = 2;
 /// Option reply: one piece of information about an export.
 pub const REP_INFO: u32 = 3;
+/// Option reply: one metadata context.
+pub const REP_META_CONTEXT: u32 = 4;
 /// Set in every option reply that is an error.
 pub const REP_ERROR_BIT: u32 = 1 << 31;
 /// Option reply: the option is unknown here.
 pub const REP_ERR_UNSUP: u32 = REP_ERROR_BIT | 1;
 /// Option reply: the option's data is malformed.
 pub const REP_ERR_INVALID: u32 = REP_ERROR_BIT | 3;
+/// Option reply: not before NBD_OPT_STARTTLS.
+pub const REP_ERR_TLS_REQD: u32 = REP_ERROR_BIT | 5;
 /// Option reply: there is no such export.
 pub const REP_ERR_UNKNOWN: u32 = REP_ERROR_BIT | 6;
+/// Option reply: the framing was chosen already, and a better one.
+pub const REP_ERR_EXT_HEADER_REQD: u32 = REP_ERROR_BIT | 10;
 /// Option reply: the option's data is too long.
 pub const REP_ERR_TOO_BIG: u32 = REP_ERROR_BIT | 9;
 
@@ -85,6 +116,18 @@ pub const EXPORT_READ_ONLY: u16 = 1 << 1;
 pub const EXPORT_SEND_FLUSH: u16 = 1 << 2;
 /// Transmission flag: NBD_CMD_FLAG_FUA is understood.
 pub const EXPORT_SEND_FUA: u16 = 1 << 3;
+/// Transmission flag: NBD_CMD_TRIM is understood.
+pub const EXPORT_SEND_TRIM: u16 = 1 << 5;
+/// Transmission flag: NBD_CMD_WRITE_ZEROES is understood.
+pub const EXPORT_SEND_WRITE_ZEROES: u16 = 1 << 6;
+/// Transmission flag: NBD_CMD_FLAG_DF is understood.
+pub const EXPORT_SEND_DF: u16 = 1 << 7;
+/// Transmission flag: a flush on one connection covers what was completed on every other.
+pub const EXPORT_CAN_MULTI_CONN: u16 = 1 << 8;
+/// Transmission flag: NBD_CMD_CACHE is understood.
+pub const EXPORT_SEND_CACHE: u16 = 1 << 10;
+/// Transmission flag: NBD_CMD_FLAG_FAST_ZERO is understood.
+pub const EXPORT_SEND_FAST_ZERO: u16 = 1 << 11;
 
 /// Request: read.
 pub const CMD_READ: u16 = 0;
@@ -94,8 +137,41 @@ pub const CMD_WRITE: u16 = 1;
 pub const CMD_DISC: u16 = 2;
 /// Request: make completed writes durable.
 pub const CMD_FLUSH: u16 = 3;
+/// Request: these bytes are not needed any more.
+pub const CMD_TRIM: u16 = 4;
+/// Request: bring these bytes near.
+pub const CMD_CACHE: u16 = 5;
+/// Request: these bytes become zeroes.
+pub const CMD_WRITE_ZEROES: u16 = 6;
+/// Request: describe these bytes in the metadata contexts.
+pub const CMD_BLOCK_STATUS: u16 = 7;
 /// Request flag: this write is durable when its reply arrives.
 pub const CMD_FLAG_FUA: u16 = 1 << 0;
+/// Request flag of NBD_CMD_WRITE_ZEROES: the space stays allocated.
+pub const CMD_FLAG_NO_HOLE: u16 = 1 << 1;
+/// Request flag of NBD_CMD_READ: the data comes in one chunk.
+pub const CMD_FLAG_DF: u16 = 1 << 2;
+/// Request flag of NBD_CMD_BLOCK_STATUS: one extent is enough.
+pub const CMD_FLAG_REQ_ONE: u16 = 1 << 3;
+/// Request flag of NBD_CMD_WRITE_ZEROES: fail, unless it is faster than writing.
+pub const CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
+/// Request flag in extended headers: the length is that of a payload.
+pub const CMD_FLAG_PAYLOAD_LEN: u16 = 1 << 5;
+
+/// Chunk flag: the last one of its reply.
+pub const CHUNK_DONE: u16 = 1 << 0;
+/// Chunk: nothing.
+pub const CHUNK_NONE: u16 = 0;
+/// Chunk: bytes that were read.
+pub const CHUNK_OFFSET_DATA: u16 = 1;
+/// Chunk: bytes that are all zeroes.
+pub const CHUNK_OFFSET_HOLE: u16 = 2;
+/// Chunk: extents of a context.
+pub const CHUNK_BLOCK_STATUS: u16 = 5;
+/// Chunk: extents of a context, with 64-bit lengths.
+pub const CHUNK_BLOCK_STATUS_EXT: u16 = 6;
+/// Chunk: the request failed.
+pub const CHUNK_ERROR: u16 = 1 << 15 | 1;
 
 /// Longest string the protocol allows ("String values").
 pub const MAX_STRING_BYTES: usize = 4096;
@@ -147,6 +223,9 @@ pub enum NbdError {
         /// The name asked for.
         name: String,
     },
+    /// A client wants an export in the clear, and the protocol leaves no way to refuse that but closing.
+    #[error("the client asked for an export without NBD_OPT_STARTTLS")]
+    TlsRequired,
     /// The server refused the export.
     #[error("the server refused export {name:?}: reply {reply:#x} {message:?}")]
     Refused {
@@ -228,6 +307,7 @@ impl Errno {
             DiskError::OutOfRange { .. } => Self::Invalid,
             DiskError::NoSpace { .. } => Self::NoSpace,
             DiskError::Fenced { .. } => Self::NotPermitted,
+            DiskError::NotSupported => Self::NotSupported,
             DiskError::Io { .. } | DiskError::Busy => Self::Io,
         }
     }

@@ -2,6 +2,7 @@
 
 use super::client::*;
 use super::handshake::*;
+use super::server::{Next, Server};
 use super::transmission::*;
 use super::*;
 use crate::disk::MemoryDisk;
@@ -11,30 +12,37 @@ use proptest::prelude::*;
 const SIZE_BYTES: u64 = 4096;
 
 /// A server with its disk, as a driver would run it.
-struct Server {
-    handshake: Handshake,
-    decoder: Option<Decoder>,
+struct Ours {
+    server: Server,
     input: BytesMut,
     disk: MemoryDisk,
 }
 
-impl Server {
+impl Ours {
     fn new() -> Self {
-        let handshake = Handshake::new(vec![Export::new("root", SIZE_BYTES)]);
-        Self { handshake, decoder: None, input: BytesMut::new(), disk: MemoryDisk::new(SIZE_BYTES as usize) }
+        let server = Server::new(vec![Export::new("root", SIZE_BYTES)], Encryption::None);
+        Self { server, input: BytesMut::new(), disk: MemoryDisk::new(SIZE_BYTES as usize) }
     }
 
     fn run(&mut self, out: &mut BytesMut) -> Result<(), NbdError> {
-        if self.decoder.is_none() {
-            let negotiated = self.handshake.handle_input(&mut self.input)?;
-            self.decoder = negotiated.map(|end| Decoder::new(&self.handshake.exports()[end.export]));
-            out.extend(std::iter::from_fn(|| self.handshake.poll_output()).flatten());
+        loop {
+            let negotiated = self.server.export().is_some();
+            let next = if negotiated { self.server.serve(&mut self.disk)? } else { self.server.negotiate()? };
+            out.extend_from_slice(self.server.output());
+            self.server.sent();
+            match next {
+                Next::Input if self.input.is_empty() => return Ok(()),
+                Next::Input => {
+                    let room = self.server.room();
+                    let piece = self.input.split_to(self.input.len().min(room.len()));
+                    room[..piece.len()].copy_from_slice(&piece);
+                    self.server.filled(piece.len());
+                }
+                Next::Output => {}
+                Next::Busy | Next::StartTls => panic!("{next:?}"),
+                Next::Closed => return Ok(()),
+            }
         }
-        let Some(decoder) = &mut self.decoder else { return Ok(()) };
-        while let Some(request) = decoder.decode(&mut self.input)? {
-            assert_ne!(serve(&request, &mut self.disk, out), Served::Busy);
-        }
-        Ok(())
     }
 }
 
@@ -94,8 +102,9 @@ fn sent(client: &mut Client) -> Vec<u8> {
 
 /// The kinds and cookies of the requests sent.
 fn requests(client: &mut Client) -> Vec<(u16, u64)> {
-    let mut decoder = Decoder::new(&Export::new("", u64::MAX));
-    let mut bytes = BytesMut::from(&sent(client)[..]);
+    let mut decoder = Decoder::new(&Export::new("", u64::MAX), Framing::default());
+    let sent = sent(client);
+    let mut bytes = &sent[..];
     let decoded = std::iter::from_fn(|| decoder.decode(&mut bytes).unwrap()).collect::<Vec<_>>();
     assert!(bytes.is_empty());
     let kind = |command: &Command| match command {
@@ -236,7 +245,7 @@ proptest! {
         ops in prop::collection::vec(op(), 1..40),
         pieces in prop::collection::vec(1_usize..200, 1..20),
     ) {
-        let (mut server, mut client) = (Server::new(), Client::new("root", Limits { requests: 5, bytes: 1000 }).unwrap());
+        let (mut server, mut client) = (Ours::new(), Client::new("root", Limits { requests: 5, bytes: 1000 }).unwrap());
         let (mut up, mut down, mut client_input) = (BytesMut::new(), BytesMut::new(), BytesMut::new());
         let mut model = vec![0; SIZE_BYTES as usize];
         let (mut todo, mut expected, mut done) = (ops.iter().peekable(), std::collections::HashMap::new(), 0);
@@ -273,7 +282,7 @@ proptest! {
 
     #[test]
     fn nonsense_is_an_error_and_never_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..400), valid in 0_usize..60) {
-        let mut server = Server::new();
+        let mut server = Ours::new();
         let mut start = Vec::from(&b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\0\x0a\0\0\0\x04root\0\0\x25\x60\x95\x13\0\0\0\x01"[..]);
         start.truncate(valid);
         server.input.extend_from_slice(&[&start[..], &bytes].concat());

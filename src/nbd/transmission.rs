@@ -1,7 +1,7 @@
-//! The server's half of the transmission phase: requests in, simple replies out.
+//! The server's half of the transmission phase: requests in. What becomes of them is [`super::reply`]'s.
 //!
 //! ```text
-//!  bytes ─▶ Decoder ── Request ─▶ serve(disk) ── simple reply ─▶ bytes
+//!  bytes ─▶ Decoder ── Request ─▶ serve(disk) ── reply ─▶ bytes
 //!             │ Header ── WRITE that may be carried out ──▶ Payload ──▶ Header
 //!             └────────── WRITE that may not ─────────────▶ Skipping ─▶ Header
 //! ```
@@ -11,358 +11,276 @@
 //! answers and forgets them reads guest data as requests. A request that makes no sense becomes
 //! [`Command::Refused`], which is answered like any other, so the connection survives.
 //!
-//! Source: `doc/proto.md`, "Transmission", "Request message", "Simple reply message", "Request types",
-//! "Error values".
+//! Source: `doc/proto.md`, "Transmission", "Request message", "Request types", "Command flags", "Error values"; for
+//! extended headers the branch `extension-ext-header` of the same.
 
 use super::*;
-use crate::disk::{Disk, check_range};
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use crate::disk::{Zeroing, check_range};
+use bytes::Buf;
 
 /// Longest payload of a refused write that is skipped; a longer one closes the connection.
-pub const MAX_SKIPPED_PAYLOAD_BYTES: u32 = 2 * MAX_PAYLOAD_BYTES;
+pub const MAX_SKIPPED_PAYLOAD_BYTES: u64 = 2 * MAX_PAYLOAD_BYTES as u64;
 
-const REQUEST_HEADER_BYTES: usize = 28;
+const HEADER_BYTES: usize = 28;
+const EXTENDED_HEADER_BYTES: usize = 32;
 
 /// What a client asks for, already known to lie inside the export.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Command {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command<'a> {
     /// Read `len_bytes` bytes.
     Read {
         /// First byte.
         offset: u64,
         /// Number of bytes, at most [`MAX_PAYLOAD_BYTES`].
         len_bytes: u32,
+        /// The client wants it in one chunk.
+        whole: bool,
     },
     /// Write `data`.
     Write {
         /// First byte.
         offset: u64,
         /// The bytes, at most [`MAX_PAYLOAD_BYTES`].
-        data: Bytes,
+        data: &'a [u8],
         /// Whether they must be durable before the reply.
         fua: bool,
+    },
+    /// Write zeroes.
+    Zero {
+        /// First byte.
+        offset: u64,
+        /// Number of bytes.
+        len_bytes: u64,
+        /// How.
+        how: Zeroing,
+        /// Whether they must be durable before the reply.
+        fua: bool,
+    },
+    /// These bytes are not needed any more.
+    Trim {
+        /// First byte.
+        offset: u64,
+        /// Number of bytes.
+        len_bytes: u64,
+        /// Whether that must be durable before the reply.
+        fua: bool,
+    },
+    /// These bytes will be read soon: a hint.
+    Cache,
+    /// Describe these bytes in the contexts that were chosen.
+    Status {
+        /// First byte.
+        offset: u64,
+        /// Number of bytes.
+        len_bytes: u64,
+        /// One extent is enough.
+        one: bool,
     },
     /// Make completed writes durable.
     Flush,
     /// The client leaves; there is no reply.
     Disconnect,
     /// A request this export does not carry out; only its error remains to be sent.
-    Refused(Errno),
+    Refused(Errno, &'static str),
 }
 
 /// One request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Request {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request<'a> {
     /// The client's number for it, echoed in the reply.
     pub cookie: u64,
+    /// The first byte it is about, echoed in extended replies.
+    pub offset: u64,
     /// What it is.
-    pub command: Command,
+    pub command: Command<'a>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
+struct Header {
+    flags: u16,
+    kind: u16,
+    cookie: u64,
+    offset: u64,
+    len_bytes: u64,
+}
+
+/// Where a decoder is in a message.
+#[derive(Debug, Clone, Copy)]
+pub struct Place(State);
+
+#[derive(Debug, Clone, Copy)]
 enum State {
     Header,
-    Payload { cookie: u64, offset: u64, len_bytes: u32, fua: bool },
-    Skipping { cookie: u64, errno: Errno, left_bytes: u32 },
+    Payload(Header),
+    Skipping { header: Header, refusal: Refusal, left_bytes: u64 },
 }
+
+type Refusal = (Errno, &'static str);
 
 /// Takes requests off one client's byte stream.
 #[derive(Debug)]
 pub struct Decoder {
     size_bytes: u64,
     read_only: bool,
+    fast_zero: bool,
+    framing: Framing,
     state: State,
 }
 
 impl Decoder {
-    /// A decoder for a client that negotiated `export`.
+    /// A decoder for a client that negotiated `export` with `framing`.
     #[must_use]
-    pub fn new(export: &handshake::Export) -> Self {
-        Self { size_bytes: export.size_bytes, read_only: export.read_only, state: State::Header }
+    pub fn new(export: &handshake::Export, framing: Framing) -> Self {
+        let &handshake::Export { size_bytes, read_only, fast_zero, .. } = export;
+        Self { size_bytes, read_only, fast_zero, framing, state: State::Header }
     }
 
-    /// The next request, or `None` when more bytes are needed. Never waits for more than one header and one
-    /// payload of [`MAX_PAYLOAD_BYTES`]. After an error the stream has no meaning any more: close.
-    pub fn decode(&mut self, input: &mut BytesMut) -> Result<Option<Request>, NbdError> {
+    /// How replies are framed.
+    #[must_use]
+    pub fn framing(&self) -> &Framing {
+        &self.framing
+    }
+
+    /// How many bytes there must be before [`Self::decode`] can get on: never more than a header or a payload of
+    /// [`MAX_PAYLOAD_BYTES`].
+    #[must_use]
+    pub fn wants_bytes(&self) -> usize {
+        match self.state {
+            State::Header if self.framing.extended => EXTENDED_HEADER_BYTES,
+            State::Header => HEADER_BYTES,
+            State::Payload(header) => header.len_bytes as usize,
+            State::Skipping { .. } => 1,
+        }
+    }
+
+    /// Where it is; with the input of that moment, [`Self::rewind`] takes it back there.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        Place(self.state)
+    }
+
+    /// Back to `place`: the request decoded since will come again.
+    pub fn rewind(&mut self, place: Place) {
+        self.state = place.0;
+    }
+
+    /// Takes one request off `input`, which moves on; `None` when more bytes are needed. After an error the stream has
+    /// no meaning any more: close.
+    pub fn decode<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Request<'a>>, NbdError> {
         loop {
             match self.state {
-                State::Header if input.len() >= REQUEST_HEADER_BYTES => {
-                    let mut header = input.split_to(REQUEST_HEADER_BYTES);
-                    if let Some(request) = self.handle_header(&mut header)? {
-                        return Ok(Some(request));
-                    }
-                }
-                State::Payload { cookie, offset, len_bytes, fua } if input.len() >= len_bytes as usize => {
-                    self.state = State::Header;
-                    let data = input.split_to(len_bytes as usize).freeze();
-                    return Ok(Some(Request { cookie, command: Command::Write { offset, data, fua } }));
-                }
-                State::Skipping { cookie, errno, left_bytes } => {
-                    let skipped = input.len().min(left_bytes as usize);
-                    input.advance(skipped);
-                    let left_bytes = left_bytes - skipped as u32;
+                State::Skipping { header, refusal, left_bytes } => {
+                    let skipped = left_bytes.min(input.len() as u64);
+                    input.advance(skipped as usize);
+                    let left_bytes = left_bytes - skipped;
                     if left_bytes > 0 {
-                        self.state = State::Skipping { cookie, errno, left_bytes };
+                        self.state = State::Skipping { header, refusal, left_bytes };
                         return Ok(None);
                     }
                     self.state = State::Header;
-                    return Ok(Some(Request { cookie, command: Command::Refused(errno) }));
+                    return Ok(Some(header.request(Command::Refused(refusal.0, refusal.1))));
                 }
-                State::Header | State::Payload { .. } => return Ok(None),
+                _ if input.len() < self.wants_bytes() => return Ok(None),
+                State::Payload(header) => {
+                    self.state = State::Header;
+                    let (data, rest) = input.split_at(header.len_bytes as usize);
+                    *input = rest;
+                    let fua = header.has(CMD_FLAG_FUA);
+                    return Ok(Some(header.request(Command::Write { offset: header.offset, data, fua })));
+                }
+                State::Header => {
+                    let header = self.header(input)?;
+                    if let Some(request) = self.handle_header(header)? {
+                        return Ok(Some(request));
+                    }
+                }
             }
         }
     }
 
-    fn handle_header(&mut self, header: &mut BytesMut) -> Result<Option<Request>, NbdError> {
-        expect_magic("request", REQUEST_MAGIC.into(), header.get_u32().into())?;
-        let (flags, kind, cookie) = (header.get_u16(), header.get_u16(), header.get_u64());
-        let (offset, len_bytes) = (header.get_u64(), header.get_u32());
-        let refusal = self.refusal(kind, flags, offset, len_bytes);
-        let command = match (kind, refusal) {
-            (CMD_WRITE, Some(_)) if len_bytes > MAX_SKIPPED_PAYLOAD_BYTES => {
-                let (len_bytes, max_bytes) = (len_bytes.into(), MAX_PAYLOAD_BYTES.into());
-                return Err(NbdError::TooLong { what: "payload", len_bytes, max_bytes });
+    fn header(&self, input: &mut &[u8]) -> Result<Header, NbdError> {
+        let extended = self.framing.extended;
+        let magic = if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
+        expect_magic("request", magic.into(), input.get_u32().into())?;
+        let (flags, kind, cookie, offset) = (input.get_u16(), input.get_u16(), input.get_u64(), input.get_u64());
+        let len_bytes = if extended { input.get_u64() } else { input.get_u32().into() };
+        Ok(Header { flags, kind, cookie, offset, len_bytes })
+    }
+
+    fn handle_header<'a>(&mut self, header: Header) -> Result<Option<Request<'a>>, NbdError> {
+        let Header { kind, offset, len_bytes, .. } = header;
+        // A payload without the flag is none, and the other way round.
+        let payload = if self.framing.extended { header.has(CMD_FLAG_PAYLOAD_LEN) } else { kind == CMD_WRITE };
+        let fua = header.has(CMD_FLAG_FUA);
+        let command = match (kind, self.refusal(&header)) {
+            (_, Some(_)) if payload && len_bytes > MAX_SKIPPED_PAYLOAD_BYTES => {
+                return Err(NbdError::TooLong { what: "payload", len_bytes, max_bytes: MAX_PAYLOAD_BYTES.into() });
             }
-            (CMD_WRITE, Some(errno)) => {
-                self.state = State::Skipping { cookie, errno, left_bytes: len_bytes };
+            (_, Some(refusal)) if payload => {
+                self.state = State::Skipping { header, refusal, left_bytes: len_bytes };
                 return Ok(None);
             }
             (CMD_WRITE, None) => {
-                self.state = State::Payload { cookie, offset, len_bytes, fua: flags & CMD_FLAG_FUA != 0 };
+                self.state = State::Payload(header);
                 return Ok(None);
             }
             // It has no reply, so there is nothing to refuse it with.
             (CMD_DISC, _) => Command::Disconnect,
-            (_, Some(errno)) => Command::Refused(errno),
-            (CMD_READ, None) => Command::Read { offset, len_bytes },
-            (CMD_FLUSH, None) => Command::Flush,
-            (_, None) => Command::Refused(Errno::Invalid),
+            (_, Some((errno, why))) => Command::Refused(errno, why),
+            // As long as a payload at most, said the refusal.
+            (CMD_READ, None) => Command::Read { offset, len_bytes: len_bytes as u32, whole: header.has(CMD_FLAG_DF) },
+            (CMD_WRITE_ZEROES, None) => {
+                let keep_allocated = header.has(CMD_FLAG_NO_HOLE);
+                let how = Zeroing { keep_allocated, fast_only: header.has(CMD_FLAG_FAST_ZERO) };
+                Command::Zero { offset, len_bytes, how, fua }
+            }
+            (CMD_TRIM, None) => Command::Trim { offset, len_bytes, fua },
+            (CMD_CACHE, None) => Command::Cache,
+            (CMD_BLOCK_STATUS, None) => Command::Status { offset, len_bytes, one: header.has(CMD_FLAG_REQ_ONE) },
+            (_, None) => Command::Flush,
         };
-        Ok(Some(Request { cookie, command }))
+        Ok(Some(header.request(command)))
     }
 
     /// Why a request is not to be carried out, the first reason that applies. FUA is valid on every command.
-    fn refusal(&self, kind: u16, flags: u16, offset: u64, len_bytes: u32) -> Option<Errno> {
-        let outside = check_range(self.size_bytes, offset, len_bytes.into()).is_err();
-        match kind {
-            _ if flags & !CMD_FLAG_FUA != 0 => Some(Errno::Invalid),
-            CMD_WRITE if self.read_only => Some(Errno::NotPermitted),
-            CMD_READ | CMD_WRITE if len_bytes > MAX_PAYLOAD_BYTES => Some(Errno::Invalid),
-            CMD_READ if outside => Some(Errno::Invalid),
-            CMD_WRITE if outside => Some(Errno::NoSpace),
-            _ => None,
-        }
-    }
-}
-
-/// What became of a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[must_use]
-pub enum Served {
-    /// Its reply is in the output.
-    Replied,
-    /// The disk cannot take it now; nothing was done and nothing was said. Serve the same request again later.
-    Busy,
-    /// The client left: close once the output is sent.
-    Disconnect,
-}
-
-/// Carries a request out on `disk` and appends the reply to `out`: at most 16 bytes and what was read. A failing
-/// disk is the client's news, not an error here. Send `out` before serving much more: a client that asks without
-/// listening would fill it.
-pub fn serve(request: &Request, disk: &mut dyn Disk, out: &mut BytesMut) -> Served {
-    let start = out.len();
-    put_reply(out, request.cookie, None);
-    let result = match &request.command {
-        Command::Read { offset, len_bytes } => {
-            let data_at = out.len();
-            out.resize(data_at + *len_bytes as usize, 0);
-            disk.read(*offset, &mut out[data_at..])
-        }
-        Command::Write { offset, data, fua } => {
-            // Should the flush be busy, the whole request is served again: writing the same bytes twice is harmless.
-            disk.write(*offset, data).and_then(|()| if *fua { disk.flush() } else { Ok(()) })
-        }
-        Command::Flush => disk.flush(),
-        Command::Disconnect => {
-            out.truncate(start);
-            return Served::Disconnect;
-        }
-        Command::Refused(errno) => {
-            out.truncate(start);
-            put_reply(out, request.cookie, Some(*errno));
-            return Served::Replied;
-        }
-    };
-    match result {
-        Ok(()) => Served::Replied,
-        Err(DiskError::Busy) => {
-            out.truncate(start);
-            Served::Busy
-        }
-        Err(error) => {
-            out.truncate(start);
-            put_reply(out, request.cookie, Some(Errno::of(&error)));
-            Served::Replied
-        }
-    }
-}
-
-fn put_reply(out: &mut BytesMut, cookie: u64, errno: Option<Errno>) {
-    out.put_u32(SIMPLE_REPLY_MAGIC);
-    out.put_u32(errno.map_or(0, Errno::to_wire));
-    out.put_u64(cookie);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::disk::MemoryDisk;
-    use crate::nbd::handshake::Export;
-
-    fn request(flags: u16, kind: u16, cookie: u64, offset: u64, len_bytes: u32) -> Vec<u8> {
-        let mut bytes = vec![0x25, 0x60, 0x95, 0x13];
-        bytes.put_u16(flags);
-        bytes.put_u16(kind);
-        bytes.put_u64(cookie);
-        bytes.put_u64(offset);
-        bytes.put_u32(len_bytes);
-        bytes
-    }
-
-    fn reply(errno: u32, cookie: u64, data: &[u8]) -> Vec<u8> {
-        let mut bytes = vec![0x67, 0x44, 0x66, 0x98];
-        bytes.put_u32(errno);
-        bytes.put_u64(cookie);
-        bytes.put_slice(data);
-        bytes
-    }
-
-    /// Feeds everything and serves everything.
-    fn converse(decoder: &mut Decoder, disk: &mut dyn Disk, input: &[u8]) -> Vec<u8> {
-        let (mut input, mut out) = (BytesMut::from(input), BytesMut::new());
-        while let Some(request) = decoder.decode(&mut input).unwrap() {
-            assert_eq!(serve(&request, disk, &mut out), Served::Replied);
-        }
-        out.to_vec()
-    }
-
-    #[test]
-    fn writes_are_read_back() {
-        let (mut decoder, mut disk) = (Decoder::new(&Export::new("", 64)), MemoryDisk::new(64));
-        let mut said = request(0, CMD_WRITE, 7, 60, 4);
-        said.extend(b"abcd");
-        said.extend(request(1, CMD_READ, 8, 59, 5));
-        said.extend(request(0, CMD_FLUSH, 9, 0, 0));
-        said.extend(request(0, CMD_READ, 10, 64, 0));
-        let heard = [reply(0, 7, b""), reply(0, 8, b"\0abcd"), reply(0, 9, b""), reply(0, 10, b"")];
-        assert_eq!(converse(&mut decoder, &mut disk, &said), heard.concat());
-        let bye = decoder.decode(&mut BytesMut::from(&request(0, CMD_DISC, 1, 2, 3)[..])).unwrap().unwrap();
-        let mut out = BytesMut::new();
-        assert_eq!((serve(&bye, &mut disk, &mut out), out.len()), (Served::Disconnect, 0));
-    }
-
-    #[test]
-    fn a_refused_request_is_answered_and_the_next_one_is_found() {
-        let size = u64::from(MAX_PAYLOAD_BYTES) + 512;
-        let cases = [
-            (0, CMD_READ, size - 1, 1, None),
-            (0, CMD_READ, size - 1, 2, Some(Errno::Invalid)),
-            (0, CMD_READ, u64::MAX, 2, Some(Errno::Invalid)),
-            (0, CMD_READ, 0, MAX_PAYLOAD_BYTES, None),
-            (0, CMD_READ, 0, MAX_PAYLOAD_BYTES + 1, Some(Errno::Invalid)),
-            (2, CMD_READ, 0, 1, Some(Errno::Invalid)),
-            (0, CMD_WRITE, size - 1, 2, Some(Errno::NoSpace)),
-            (0, CMD_WRITE, u64::MAX - 1, 4, Some(Errno::NoSpace)),
-            (0, CMD_WRITE, 0, MAX_PAYLOAD_BYTES, None),
-            (0, CMD_WRITE, 0, MAX_PAYLOAD_BYTES + 1, Some(Errno::Invalid)),
-            (0, CMD_WRITE, 0, MAX_SKIPPED_PAYLOAD_BYTES, Some(Errno::Invalid)),
-            (4, CMD_WRITE, 0, 9, Some(Errno::Invalid)),
-            (0, 4, 0, 512, Some(Errno::Invalid)),
-            (0, 6, 0, 512, Some(Errno::Invalid)),
-            (0, 99, u64::MAX, u32::MAX, Some(Errno::Invalid)),
-        ];
-        let (mut decoder, mut disk) = (Decoder::new(&Export::new("", size)), MemoryDisk::new(size as usize));
-        for (flags, kind, offset, len, errno) in cases {
-            let mut said = request(flags, kind, 5, offset, len);
-            if kind == CMD_WRITE {
-                said.resize(said.len() + len as usize, b'x');
+    fn refusal(&self, header: &Header) -> Option<Refusal> {
+        let &Header { kind, offset, len_bytes, .. } = header;
+        let outside = check_range(self.size_bytes, offset, len_bytes).is_err();
+        let extended = self.framing.extended;
+        let allowed = CMD_FLAG_FUA
+            | match kind {
+                CMD_READ if self.framing.structured => CMD_FLAG_DF,
+                CMD_WRITE if extended => CMD_FLAG_PAYLOAD_LEN,
+                CMD_WRITE_ZEROES if self.fast_zero => CMD_FLAG_NO_HOLE | CMD_FLAG_FAST_ZERO,
+                CMD_WRITE_ZEROES => CMD_FLAG_NO_HOLE,
+                CMD_BLOCK_STATUS => CMD_FLAG_REQ_ONE,
+                _ => 0,
+            };
+        let no_contexts = self.framing.contexts.is_empty();
+        let writes = matches!(kind, CMD_WRITE | CMD_TRIM | CMD_WRITE_ZEROES);
+        Some(match kind {
+            CMD_READ..=CMD_BLOCK_STATUS if header.flags & !allowed != 0 => (Errno::Invalid, "a flag is not understood"),
+            CMD_WRITE if extended && !header.has(CMD_FLAG_PAYLOAD_LEN) => {
+                (Errno::Invalid, "a write must say that its length is a payload's")
             }
-            said.extend(request(0, CMD_FLUSH, 6, 0, 0));
-            let heard = converse(&mut decoder, &mut disk, &said);
-            assert_eq!(heard[4..8], errno.map_or(0, Errno::to_wire).to_be_bytes(), "{kind} {offset} {len}");
-            assert_eq!(heard[heard.len() - 16..], reply(0, 6, b""));
-        }
+            _ if writes && self.read_only => (Errno::NotPermitted, "this export is read-only"),
+            CMD_READ | CMD_WRITE if len_bytes > MAX_PAYLOAD_BYTES.into() => (Errno::Invalid, "longer than 32 MiB"),
+            CMD_WRITE | CMD_WRITE_ZEROES if outside => (Errno::NoSpace, "past the end"),
+            CMD_READ | CMD_TRIM | CMD_CACHE | CMD_BLOCK_STATUS if outside => (Errno::Invalid, "past the end"),
+            CMD_BLOCK_STATUS if no_contexts => (Errno::Invalid, "no metadata context was chosen"),
+            CMD_BLOCK_STATUS if len_bytes == 0 => (Errno::Invalid, "of no bytes there is nothing to say"),
+            CMD_READ..=CMD_BLOCK_STATUS => return None,
+            _ => (Errno::Invalid, "the request is not understood"),
+        })
+    }
+}
+
+impl Header {
+    fn has(&self, flag: u16) -> bool {
+        self.flags & flag != 0
     }
 
-    #[test]
-    fn a_payload_nobody_would_send_closes() {
-        let mut decoder = Decoder::new(&Export::new("", 64));
-        let header = request(0, CMD_WRITE, 1, 0, MAX_SKIPPED_PAYLOAD_BYTES + 1);
-        assert!(matches!(decoder.decode(&mut BytesMut::from(&header[..])), Err(NbdError::TooLong { .. })));
-        let mut decoder = Decoder::new(&Export::new("", 64));
-        assert!(matches!(decoder.decode(&mut BytesMut::from(&[0; 28][..])), Err(NbdError::BadMagic { .. })));
-    }
-
-    #[test]
-    fn a_read_only_export_takes_no_writes() {
-        let mut export = Export::new("", 64);
-        export.read_only = true;
-        let mut said = request(0, CMD_WRITE, 1, 0, 2);
-        said.extend(b"no");
-        let heard = converse(&mut Decoder::new(&export), &mut MemoryDisk::new(64), &said);
-        assert_eq!(heard, reply(1, 1, b""));
-    }
-
-    /// Fails every call, or counts flushes.
-    struct Moody(Option<fn() -> DiskError>, usize);
-    impl Moody {
-        fn answer(&self) -> Result<(), DiskError> {
-            self.0.map_or(Ok(()), |error| Err(error()))
-        }
-    }
-    impl Disk for Moody {
-        fn size_bytes(&self) -> u64 {
-            64
-        }
-        fn read(&mut self, _: u64, _: &mut [u8]) -> Result<(), DiskError> {
-            self.answer()
-        }
-        fn write(&mut self, _: u64, _: &[u8]) -> Result<(), DiskError> {
-            self.answer()
-        }
-        fn flush(&mut self) -> Result<(), DiskError> {
-            self.1 += 1;
-            self.answer()
-        }
-    }
-
-    #[test]
-    fn disk_failures_become_the_protocols_errors_and_carry_no_data() {
-        let cases: [(fn() -> DiskError, u32); 4] = [
-            (|| DiskError::NoSpace { what: "spill".into() }, 28),
-            (|| DiskError::Fenced { theirs: 1, ours: 2 }, 1),
-            (|| DiskError::OutOfRange { offset: 0, len_bytes: 1, size_bytes: 0 }, 22),
-            (|| DiskError::io("read", std::io::Error::other("broken")), 5),
-        ];
-        for (error, errno) in cases {
-            let said = request(0, CMD_READ, 1, 0, 8);
-            let heard = converse(&mut Decoder::new(&Export::new("", 64)), &mut Moody(Some(error), 0), &said);
-            assert_eq!(heard, reply(errno, 1, b""));
-        }
-        let mut out = BytesMut::new();
-        let flush = Request { cookie: 1, command: Command::Flush };
-        assert_eq!(serve(&flush, &mut Moody(Some(|| DiskError::Busy), 0), &mut out), Served::Busy);
-        assert!(out.is_empty(), "a busy disk is asked again, the client hears nothing");
-    }
-
-    #[test]
-    fn fua_reaches_the_medium_and_a_plain_write_does_not() {
-        let mut disk = Moody(None, 0);
-        for (fua, flushes) in [(false, 0), (true, 1)] {
-            let command = Command::Write { offset: 0, data: Bytes::from_static(b"x"), fua };
-            assert_eq!(serve(&Request { cookie: 1, command }, &mut disk, &mut BytesMut::new()), Served::Replied);
-            assert_eq!(disk.1, flushes);
-        }
+    fn request<'a>(&self, command: Command<'a>) -> Request<'a> {
+        Request { cookie: self.cookie, offset: self.offset, command }
     }
 }

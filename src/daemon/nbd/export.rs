@@ -1,0 +1,328 @@
+//! `xl-colo nbd`: one image, served as `qemu-nbd` serves it.
+//!
+//! The letters and their meanings are qemu-nbd's (qemu `docs/tools/qemu-nbd.rst`), so that scripts written for it run.
+//! The traps: without `-t` it ends with its last client, `-e` counts clients, discarding is ignored unless asked for, and
+//! `--fork` returns once clients can connect.
+
+use super::threads::{Listener, Running, Service, serve_all};
+use crate::daemon::links::lock;
+use crate::disk::{Disk, DiskError, Extent, FileDisk, Zeroing, check_range};
+use crate::nbd::MAX_STRING_BYTES;
+use crate::nbd::handshake::Export;
+use std::fs::OpenOptions;
+use std::io::{self, BufRead, BufReader};
+use std::net::TcpListener;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Set in the process that `--fork` leaves behind.
+const CHILD_ENV: &str = "XL_COLO_NBD_CHILD";
+/// What that process says when clients can connect.
+const READY: &str = "ready";
+
+/// Where clients connect.
+#[derive(Clone, Debug)]
+pub enum Where {
+    /// A Unix socket.
+    Unix(PathBuf),
+    /// An address and a port.
+    Tcp(String, u16),
+}
+
+/// What a completed write means.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Cache {
+    /// It is durable after a flush.
+    WriteBack,
+    /// It is durable.
+    WriteThrough,
+    /// Flushes do nothing.
+    Unsafe,
+}
+
+/// What is served, and how.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The image.
+    pub image: PathBuf,
+    /// Where clients connect; a socket that systemd passes takes its place.
+    pub at: Where,
+    /// The export's name.
+    pub name: String,
+    /// The export's description.
+    pub description: String,
+    /// Where in the image the export begins.
+    pub offset_bytes: u64,
+    /// Takes no writes.
+    pub read_only: bool,
+    /// Clients at the same time; 0 for any number.
+    pub max_connections: usize,
+    /// Goes on when the last client has left.
+    pub persistent: bool,
+    /// What a completed write means.
+    pub cache: Cache,
+    /// Discarding frees space.
+    pub discard: bool,
+    /// Writes of zeroes are looked for.
+    pub detect_zeroes: bool,
+    /// They free their space.
+    pub unmap_zeroes: bool,
+    /// Where the process's number is written.
+    pub pid_file: Option<PathBuf>,
+}
+
+/// Why an image is not served.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// The image cannot be opened.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The export would begin behind the image's end.
+    #[error("--offset {offset_bytes} is outside {image} of {size_bytes} bytes", image = image.display())]
+    Offset {
+        /// The image.
+        image: PathBuf,
+        /// Its size.
+        size_bytes: u64,
+        /// Where the export would begin.
+        offset_bytes: u64,
+    },
+    /// Somebody else writes to the image.
+    #[error("{} is in use: another xl-colo has it open{}", image.display(), if *read_only { " to write" } else { "; a reader needs -r" })]
+    InUse {
+        /// The image.
+        image: PathBuf,
+        /// How it was to be opened.
+        read_only: bool,
+    },
+    /// The name or the description is longer than the protocol can carry.
+    #[error("the export's {0} is longer than {MAX_STRING_BYTES} bytes")]
+    TooLong(&'static str),
+    /// Something of the operating system failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was done.
+        what: String,
+        /// The reason.
+        source: io::Error,
+    },
+    /// The process in the background ended before clients could connect; it has said why.
+    #[error("the server did not start")]
+    NotStarted,
+}
+
+fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> ExportError {
+    let what = what.into();
+    move |source| ExportError::Io { what, source }
+}
+
+/// Starts this program again without `--fork`, in the background, and returns when its clients can connect.
+pub fn fork() -> Result<(), ExportError> {
+    let program = std::env::current_exe().map_err(failed("find this program"))?;
+    let arguments = std::env::args_os().skip(1).filter(|argument| argument != "--fork");
+    let child = Command::new(program)
+        .args(arguments)
+        .env(CHILD_ENV, "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(failed("start the server"))?;
+    let mut said = String::new();
+    if let Some(stdout) = child.stdout {
+        BufReader::new(stdout).read_line(&mut said).map_err(failed("wait for the server"))?;
+    }
+    if said.trim_end() == READY { Ok(()) } else { Err(ExportError::NotStarted) }
+}
+
+/// Serves until it is told to end, or its last client leaves.
+pub async fn run(config: Config) -> Result<(), ExportError> {
+    for (what, text) in [("name", &config.name), ("description", &config.description)] {
+        if text.len() > MAX_STRING_BYTES {
+            return Err(ExportError::TooLong(what));
+        }
+    }
+    let disk = open(&config)?;
+    let mut export = Export::new(config.name.clone(), disk.size_bytes());
+    export.description.clone_from(&config.description);
+    export.read_only = config.read_only;
+    export.multi_conn = true;
+    export.fast_zero = true;
+    let mut last = disk.try_clone()?;
+    let disk = Mutex::new(disk);
+    let open = move |_| Ok(Box::new(lock(&disk).try_clone()?) as Box<dyn Disk>);
+    let service = Service { exports: vec![export], open: Box::new(open), max_connections: config.max_connections };
+    let (service, running) = (Arc::new(service), Running::default());
+    let (listener, socket) = listen(&config.at)?;
+    if let Some(path) = &config.pid_file {
+        std::fs::write(path, format!("{}\n", std::process::id())).map_err(failed(path.display().to_string()))?;
+    }
+    let mut terminated = signal(SignalKind::terminate()).map_err(failed("wait for signals"))?;
+    let mut interrupted = signal(SignalKind::interrupt()).map_err(failed("wait for signals"))?;
+    if std::env::var_os(CHILD_ENV).is_some() {
+        println!("{READY}");
+        leave_the_caller().map_err(failed("go to the background"))?;
+    }
+    let (here, serving) = (running.clone(), service.clone());
+    let accepting = tokio::task::spawn_blocking(move || serve_all(&listener, &serving, &here));
+    let watched = running.clone();
+    let persistent = config.persistent;
+    let clients = tokio::task::spawn_blocking(move || {
+        if !persistent {
+            watched.wait_for_last_client();
+        }
+        persistent
+    });
+    let ended_by_clients = async {
+        // With -t it is over at once, and means nothing.
+        if !matches!(clients.await, Ok(false)) {
+            std::future::pending::<()>().await;
+        }
+    };
+    let result = tokio::select! {
+        ended = accepting => match ended {
+            Ok(result) => result.map_err(failed("accept clients")),
+            Err(error) => Err(failed("serve")(io::Error::other(error))),
+        },
+        () = ended_by_clients => Ok(()),
+        _ = terminated.recv() => Ok(()),
+        _ = interrupted.recv() => Ok(()),
+    };
+    running.end();
+    for path in [socket, config.pid_file].into_iter().flatten() {
+        let _ = std::fs::remove_file(path);
+    }
+    if !config.read_only && config.cache != Cache::Unsafe {
+        last.flush()?;
+    }
+    result
+}
+
+/// Whoever started this has its answer: it must not wait for this process's output to end, nor send it the terminal's
+/// signals.
+fn leave_the_caller() -> io::Result<()> {
+    let nowhere = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdout(&nowhere)?;
+    rustix::stdio::dup2_stderr(&nowhere)?;
+    // It fails for the leader of a group, which is nobody's child.
+    let _ = rustix::process::setsid();
+    Ok(())
+}
+
+fn listen(at: &Where) -> Result<(Listener, Option<PathBuf>), ExportError> {
+    let mut passed = listenfd::ListenFd::from_env();
+    if passed.len() > 0 {
+        let unix = passed.take_unix_listener(0).ok().flatten().map(Listener::Unix);
+        // A socket of another family is left where it was.
+        let listener = match unix {
+            Some(listener) => Some(listener),
+            None => passed.take_tcp_listener(0).map_err(failed("take the socket of LISTEN_FDS"))?.map(Listener::Tcp),
+        };
+        let missing = || failed("take the socket of LISTEN_FDS")(io::ErrorKind::NotFound.into());
+        return Ok((listener.ok_or_else(missing)?, None));
+    }
+    match at {
+        Where::Unix(path) => Ok((Listener::Unix(listen_unix(path)?), Some(path.clone()))),
+        Where::Tcp(address, port) => {
+            let bound = TcpListener::bind((address.as_str(), *port));
+            Ok((Listener::Tcp(bound.map_err(failed(format!("listen on {address} port {port}")))?), None))
+        }
+    }
+}
+
+/// A socket that a dead process left is replaced, one that somebody serves is not.
+fn listen_unix(path: &Path) -> Result<UnixListener, ExportError> {
+    let what = || format!("listen on {}", path.display());
+    if path.exists() {
+        if UnixStream::connect(path).is_ok() {
+            return Err(failed(what())(io::ErrorKind::AddrInUse.into()));
+        }
+        std::fs::remove_file(path).map_err(failed(what()))?;
+    }
+    UnixListener::bind(path).map_err(failed(what()))
+}
+
+fn open(config: &Config) -> Result<Served, ExportError> {
+    let open = if config.read_only { FileDisk::open_read_only } else { FileDisk::open };
+    let disk = open(&config.image)?;
+    if !disk.try_lock(config.read_only)? {
+        return Err(ExportError::InUse { image: config.image.clone(), read_only: config.read_only });
+    }
+    let (size_bytes, offset_bytes) = (disk.size_bytes(), config.offset_bytes);
+    let size = size_bytes.checked_sub(offset_bytes);
+    let size_bytes =
+        size.ok_or_else(|| ExportError::Offset { image: config.image.clone(), size_bytes, offset_bytes })?;
+    let &Config { cache, discard, detect_zeroes, unmap_zeroes, .. } = config;
+    Ok(Served { disk, offset_bytes, size_bytes, cache, discard, detect_zeroes, unmap_zeroes })
+}
+
+/// The part of an image that is served, in the way that was asked for.
+#[derive(Debug)]
+struct Served {
+    disk: FileDisk,
+    offset_bytes: u64,
+    size_bytes: u64,
+    cache: Cache,
+    discard: bool,
+    detect_zeroes: bool,
+    unmap_zeroes: bool,
+}
+
+impl Served {
+    fn try_clone(&self) -> Result<Self, DiskError> {
+        Ok(Self { disk: self.disk.try_clone()?, ..*self })
+    }
+
+    /// The place in the image, of a range that lies in the export.
+    fn at(&self, offset: u64, len_bytes: u64) -> Result<u64, DiskError> {
+        check_range(self.size_bytes, offset, len_bytes).map(|()| self.offset_bytes + offset)
+    }
+
+    fn written(&mut self) -> Result<(), DiskError> {
+        if self.cache == Cache::WriteThrough { self.disk.flush() } else { Ok(()) }
+    }
+}
+
+impl Disk for Served {
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+        let at = self.at(offset, into.len() as u64)?;
+        self.disk.read(at, into)
+    }
+
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        let at = self.at(offset, bytes.len() as u64)?;
+        if self.detect_zeroes && bytes.iter().all(|byte| *byte == 0) {
+            let how = Zeroing { keep_allocated: !self.unmap_zeroes, fast_only: false };
+            self.disk.write_zeroes(at, bytes.len() as u64, how)?;
+        } else {
+            self.disk.write(at, bytes)?;
+        }
+        self.written()
+    }
+
+    fn flush(&mut self) -> Result<(), DiskError> {
+        if self.cache == Cache::Unsafe { Ok(()) } else { self.disk.flush() }
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len_bytes: u64, how: Zeroing) -> Result<(), DiskError> {
+        let at = self.at(offset, len_bytes)?;
+        self.disk.write_zeroes(at, len_bytes, how)?;
+        self.written()
+    }
+
+    fn trim(&mut self, offset: u64, len_bytes: u64) -> Result<(), DiskError> {
+        let at = self.at(offset, len_bytes)?;
+        if self.discard { self.disk.trim(at, len_bytes) } else { Ok(()) }
+    }
+
+    fn extents(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<Vec<Extent>, DiskError> {
+        let at = self.at(offset, len_bytes)?;
+        self.disk.extents(at, len_bytes, max)
+    }
+}

@@ -1,0 +1,315 @@
+//! A server with a thread a connection, for `xl-colo nbd` and for guests' disks.
+//!
+//! ```text
+//!   accept ── a place is free ──▶ thread: negotiate (deadline) ─▶ open the export's disk ─▶ serve until the client leaves
+//!      └───── none is ─────────▶ closed at once
+//! ```
+//!
+//! The trap: a thread that reads or accepts cannot be told to end. Its socket can: whoever ends the server shuts the
+//! sockets down.
+//!
+//! Source for the limits: `doc/proto.md`, "Security considerations".
+
+use super::{BUSY_RETRY, HANDSHAKE_DEADLINE, ServeError};
+use crate::daemon::links::lock;
+use crate::disk::{Disk, DiskError};
+use crate::nbd::handshake::{Encryption, Export};
+use crate::nbd::server::{Next, Server};
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// A listening socket.
+#[derive(Debug)]
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// Unix.
+    Unix(UnixListener),
+}
+
+/// A connection.
+#[derive(Debug)]
+pub enum Stream {
+    /// TCP.
+    Tcp(TcpStream),
+    /// Unix.
+    Unix(UnixStream),
+}
+
+impl Listener {
+    fn socket(&self) -> io::Result<OwnedFd> {
+        Ok(match self {
+            Self::Tcp(listener) => listener.try_clone()?.into(),
+            Self::Unix(listener) => listener.try_clone()?.into(),
+        })
+    }
+
+    fn accept(&self) -> io::Result<Stream> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nodelay(true)?;
+                Ok(Stream::Tcp(stream))
+            }
+            Self::Unix(listener) => Ok(Stream::Unix(listener.accept()?.0)),
+        }
+    }
+}
+
+impl Stream {
+    fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
+            Self::Unix(stream) => Self::Unix(stream.try_clone()?),
+        })
+    }
+
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.set_read_timeout(timeout),
+            Self::Unix(stream) => stream.set_read_timeout(timeout),
+        }
+    }
+
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.set_write_timeout(timeout),
+            Self::Unix(stream) => stream.set_write_timeout(timeout),
+        }
+    }
+
+    fn shutdown(&self) {
+        // It may be closed already.
+        let _ = match self {
+            Self::Tcp(stream) => stream.shutdown(Shutdown::Both),
+            Self::Unix(stream) => stream.shutdown(Shutdown::Both),
+        };
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.read(into),
+            Self::Unix(stream) => stream.read(into),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.write(bytes),
+            Self::Unix(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Opens a disk of its own for each client, by the export's index.
+pub type OpenDisk = Box<dyn Fn(usize) -> Result<Box<dyn Disk>, DiskError> + Send + Sync>;
+
+/// What is served, and to how many.
+pub struct Service {
+    /// What clients may choose from.
+    pub exports: Vec<Export>,
+    /// The disks behind them.
+    pub open: OpenDisk,
+    /// Connections at the same time; 0 for any number.
+    pub max_connections: usize,
+}
+
+impl std::fmt::Debug for Service {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Service").field("exports", &self.exports).finish_non_exhaustive()
+    }
+}
+
+/// The connections that are open.
+#[derive(Debug, Default)]
+struct Open {
+    next: u64,
+    listener: Option<OwnedFd>,
+    streams: BTreeMap<u64, Stream>,
+    /// Clients that chose an export and left.
+    served: u64,
+    ended: bool,
+}
+
+/// A running server.
+#[derive(Clone, Debug, Default)]
+pub struct Running {
+    open: Arc<(Mutex<Open>, std::sync::Condvar)>,
+}
+
+impl Running {
+    /// Closes every connection, and every later one.
+    pub fn end(&self) {
+        let mut open = lock(&self.open.0);
+        open.ended = true;
+        open.streams.values().for_each(Stream::shutdown);
+        if let Some(listener) = open.listener.take() {
+            // Whoever waits in accept wakes up with an error.
+            let _ = rustix::net::shutdown(listener, rustix::net::Shutdown::Both);
+        }
+        self.open.1.notify_all();
+    }
+
+    /// Waits until a client that had chosen an export has left, and no other is there.
+    pub fn wait_for_last_client(&self) {
+        let mut open = lock(&self.open.0);
+        while !(open.ended || open.served > 0 && open.streams.is_empty()) {
+            open = self.open.1.wait(open).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+
+    /// Takes a place for a connection.
+    fn begin(&self, stream: &Stream, max: usize) -> io::Result<Option<u64>> {
+        let mut open = lock(&self.open.0);
+        if open.ended || (max > 0 && open.streams.len() >= max) {
+            return Ok(None);
+        }
+        let number = open.next;
+        open.next += 1;
+        open.streams.insert(number, stream.try_clone()?);
+        Ok(Some(number))
+    }
+
+    fn leave(&self, number: u64, served: bool) {
+        let mut open = lock(&self.open.0);
+        open.streams.remove(&number);
+        open.served += u64::from(served);
+        self.open.1.notify_all();
+    }
+}
+
+/// Accepts and serves until the listener fails or [`Running::end`] is called. Blocks.
+pub fn serve_all(listener: &Listener, service: &Arc<Service>, running: &Running) -> io::Result<()> {
+    {
+        let mut open = lock(&running.open.0);
+        if open.ended {
+            return Ok(());
+        }
+        open.listener = Some(listener.socket()?);
+    }
+    loop {
+        let stream = match listener.accept() {
+            Ok(stream) => stream,
+            // Gone before it was taken, or no descriptor left: the next may do.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) => {
+                tracing::warn!(%error, "a client is not accepted");
+                std::thread::sleep(BUSY_RETRY);
+                continue;
+            }
+            Err(_) if lock(&running.open.0).ended => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let Some(number) = running.begin(&stream, service.max_connections)? else {
+            tracing::debug!(max = service.max_connections, "a client is one too many");
+            continue;
+        };
+        let (service, here) = (service.clone(), running.clone());
+        let run = move || {
+            let mut served = false;
+            if let Err(error) = serve_client(stream, &service, &mut served) {
+                tracing::debug!(%error, "a client");
+            }
+            here.leave(number, served);
+        };
+        if let Err(error) = std::thread::Builder::new().name("nbd-client".into()).spawn(run) {
+            tracing::warn!(%error, "a client is not served");
+            running.leave(number, false);
+        }
+    }
+}
+
+/// Serves one client until it leaves; `served` says whether it chose an export.
+pub fn serve_client(mut stream: Stream, service: &Service, served: &mut bool) -> Result<(), ServeError> {
+    let mut server = Server::new(service.exports.clone(), Encryption::None);
+    let until = Instant::now() + HANDSHAKE_DEADLINE;
+    stream.set_write_timeout(Some(HANDSHAKE_DEADLINE))?;
+    let index = loop {
+        let next = server.negotiate();
+        send(&mut stream, &mut server)?;
+        match (next?, server.export()) {
+            (_, Some(index)) => break index,
+            (Next::Closed | Next::StartTls, None) => return Ok(()),
+            (Next::Output | Next::Busy, None) => {}
+            (Next::Input, None) => {
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(ServeError::Deadline);
+                }
+                stream.set_read_timeout(Some(left))?;
+                match stream.read(server.room()) {
+                    Ok(0) => return Ok(()),
+                    Ok(bytes) => server.filled(bytes),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(ServeError::Deadline),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+    };
+    *served = true;
+    stream.set_read_timeout(None)?;
+    stream.set_write_timeout(None)?;
+    let mut disk = (service.open)(index).map_err(io::Error::other)?;
+    loop {
+        let next = server.serve(&mut *disk);
+        send(&mut stream, &mut server)?;
+        match next? {
+            Next::Output | Next::StartTls => {}
+            Next::Busy => std::thread::sleep(BUSY_RETRY),
+            Next::Closed => return Ok(()),
+            Next::Input => match stream.read(server.room()) {
+                Ok(0) => return Ok(()),
+                Ok(bytes) => server.filled(bytes),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            },
+        }
+    }
+}
+
+fn send(stream: &mut Stream, server: &mut Server) -> io::Result<()> {
+    if !server.output().is_empty() {
+        stream.write_all(server.output())?;
+        server.sent();
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::MemoryDisk;
+
+    #[test]
+    fn ending_it_wakes_whoever_accepts_and_whoever_reads() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let listener = Listener::Unix(UnixListener::bind(&path).unwrap());
+        let open: OpenDisk = Box::new(|_| Ok(Box::new(MemoryDisk::new(512))));
+        let service = Service { exports: vec![Export::new("disk", 512)], open, max_connections: 0 };
+        let (service, running) = (Arc::new(service), Running::default());
+        let here = running.clone();
+        let server = std::thread::spawn(move || serve_all(&listener, &service, &here));
+        let mut client = UnixStream::connect(path).unwrap();
+        client.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
+        client.read_exact(&mut [0; 28]).unwrap();
+        running.end();
+        assert_eq!(client.read(&mut [0]).unwrap(), 0, "the client is hung up on");
+        server.join().unwrap().unwrap();
+        running.wait_for_last_client();
+    }
+}

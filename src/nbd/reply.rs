@@ -1,0 +1,277 @@
+//! What becomes of a request: it is carried out on a disk, and answered.
+//!
+//! ```text
+//!   simple      one header, and what was read
+//!   structured  chunks of one reply: data, hole, extents, or an error with its text; the last has CHUNK_DONE
+//!   extended    the same with 64-bit lengths and the request's offset
+//! ```
+//!
+//! The trap: a simple reply cannot take its header back. So a disk is asked first and the header is written into the
+//! room kept for it; what a structured read has found out before it failed is thrown away too.
+//!
+//! Source: `doc/proto.md`, "Simple reply message", "Structured reply chunk message", "Structured reply types".
+
+use super::transmission::{Command, Request};
+use super::*;
+use crate::disk::{Disk, Extent};
+
+/// Reads from here on are asked about holes first: below, asking costs more than sending zeroes.
+const HOLES_FROM_BYTES: u32 = 64 << 10;
+/// Extents in one reply; a client asks again for what is left.
+const MAX_EXTENTS: usize = 1024;
+/// State bits of `base:allocation`.
+const STATE_HOLE: u64 = 1 << 0;
+const STATE_ZERO: u64 = 1 << 1;
+
+/// Replies that wait to be sent. It keeps its memory: what is handed out to be filled was zeroed once, not each time.
+#[derive(Debug, Default)]
+pub struct Replies {
+    bytes: Vec<u8>,
+    len: usize,
+}
+
+impl Replies {
+    /// What is to be sent.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+
+    /// How much that is.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is nothing to send.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// All of it was sent. More than `keep_bytes` of memory are given back.
+    pub fn clear(&mut self, keep_bytes: usize) {
+        self.len = 0;
+        if self.bytes.len() > keep_bytes {
+            self.bytes.truncate(keep_bytes);
+            self.bytes.shrink_to(keep_bytes);
+        }
+    }
+
+    /// Room for `len` bytes more; what is in it is anything.
+    fn room(&mut self, len: usize) -> &mut [u8] {
+        let start = self.len;
+        self.len += len;
+        if self.bytes.len() < self.len {
+            self.bytes.resize(self.len.next_power_of_two().max(4096), 0);
+        }
+        &mut self.bytes[start..self.len]
+    }
+
+    pub(super) fn put(&mut self, bytes: &[u8]) {
+        self.room(bytes.len()).copy_from_slice(bytes);
+    }
+}
+
+/// What became of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Served {
+    /// Its reply is in the output.
+    Replied,
+    /// The disk cannot take it now; nothing was done and nothing was said. Serve the same request again later.
+    Busy,
+    /// The client left: close once the output is sent.
+    Disconnect,
+}
+
+/// Carries a request out on `disk` and appends the reply to `out`: what was read and a header, or at most
+/// 1024 extents. A failing disk is the client's news, not an error here. Send `out` before serving much more: a client
+/// that asks without listening would fill it.
+pub fn serve(request: &Request<'_>, framing: &Framing, disk: &mut dyn Disk, out: &mut Replies) -> Served {
+    let start = out.len;
+    let mut reply = Reply { framing, cookie: request.cookie, offset: request.offset, out };
+    match reply.carry_out(&request.command, disk) {
+        Ok(true) => Served::Replied,
+        Ok(false) => Served::Disconnect,
+        Err(Failure::Disk(DiskError::Busy)) => {
+            out.len = start;
+            Served::Busy
+        }
+        Err(failure) => {
+            reply.out.len = start;
+            match failure {
+                Failure::Disk(error) => reply.error(Errno::of(&error), &error.to_string()),
+                Failure::Refused(errno, why) => reply.error(errno, why),
+            }
+            Served::Replied
+        }
+    }
+}
+
+enum Failure {
+    Disk(DiskError),
+    Refused(Errno, &'static str),
+}
+
+impl From<DiskError> for Failure {
+    fn from(error: DiskError) -> Self {
+        Self::Disk(error)
+    }
+}
+
+struct Reply<'a> {
+    framing: &'a Framing,
+    cookie: u64,
+    offset: u64,
+    out: &'a mut Replies,
+}
+
+impl Reply<'_> {
+    /// False when there is nobody to answer.
+    fn carry_out(&mut self, command: &Command<'_>, disk: &mut dyn Disk) -> Result<bool, Failure> {
+        // Should a flush be busy, the whole request is served again: writing the same bytes twice is harmless.
+        let durable = |disk: &mut dyn Disk, fua: bool| if fua { disk.flush() } else { Ok(()) };
+        match *command {
+            Command::Read { offset, len_bytes, whole } => {
+                if self.framing.structured {
+                    self.read_chunks(disk, offset, len_bytes, whole)?;
+                } else {
+                    self.simple(None);
+                    disk.read(offset, self.out.room(len_bytes as usize))?;
+                }
+                return Ok(true);
+            }
+            Command::Status { offset, len_bytes, one } => {
+                self.status(disk, offset, len_bytes, if one { 1 } else { MAX_EXTENTS })?;
+                return Ok(true);
+            }
+            Command::Write { offset, data, fua } => {
+                disk.write(offset, data)?;
+                durable(disk, fua)?;
+            }
+            Command::Zero { offset, len_bytes, how, fua } => {
+                disk.write_zeroes(offset, len_bytes, how)?;
+                durable(disk, fua)?;
+            }
+            Command::Trim { offset, len_bytes, fua } => {
+                disk.trim(offset, len_bytes)?;
+                durable(disk, fua)?;
+            }
+            Command::Flush => disk.flush()?,
+            // The page cache does what it does.
+            Command::Cache => {}
+            Command::Disconnect => return Ok(false),
+            Command::Refused(errno, why) => return Err(Failure::Refused(errno, why)),
+        }
+        if self.framing.extended {
+            self.chunk(CHUNK_DONE, CHUNK_NONE, 0);
+        } else {
+            // Valid for all but reads and extents, and shorter.
+            self.simple(None);
+        }
+        Ok(true)
+    }
+
+    fn simple(&mut self, errno: Option<Errno>) {
+        self.out.put(&SIMPLE_REPLY_MAGIC.to_be_bytes());
+        self.out.put(&errno.map_or(0, Errno::to_wire).to_be_bytes());
+        self.out.put(&self.cookie.to_be_bytes());
+    }
+
+    fn chunk(&mut self, flags: u16, kind: u16, len_bytes: u32) {
+        let magic = if self.framing.extended { EXTENDED_CHUNK_MAGIC } else { CHUNK_MAGIC };
+        self.out.put(&magic.to_be_bytes());
+        self.out.put(&flags.to_be_bytes());
+        self.out.put(&kind.to_be_bytes());
+        self.out.put(&self.cookie.to_be_bytes());
+        if self.framing.extended {
+            self.out.put(&self.offset.to_be_bytes());
+            self.out.put(&u64::from(len_bytes).to_be_bytes());
+        } else {
+            self.out.put(&len_bytes.to_be_bytes());
+        }
+    }
+
+    fn error(&mut self, errno: Errno, why: &str) {
+        if !self.framing.structured {
+            return self.simple(Some(errno));
+        }
+        let why = &why.as_bytes()[..why.floor_char_boundary(MAX_STRING_BYTES)];
+        self.chunk(CHUNK_DONE, CHUNK_ERROR, 6 + why.len() as u32);
+        self.out.put(&errno.to_wire().to_be_bytes());
+        self.out.put(&(why.len() as u16).to_be_bytes());
+        self.out.put(why);
+    }
+
+    fn read_chunks(&mut self, disk: &mut dyn Disk, offset: u64, len_bytes: u32, whole: bool) -> Result<(), DiskError> {
+        if len_bytes == 0 {
+            self.chunk(CHUNK_DONE, CHUNK_NONE, 0);
+            return Ok(());
+        }
+        let mut extents = vec![Extent::data(len_bytes.into())];
+        if !whole && len_bytes >= HOLES_FROM_BYTES {
+            extents = disk.extents(offset, len_bytes.into(), MAX_EXTENTS)?;
+            let known: u64 = extents.iter().map(|extent| extent.len_bytes).sum();
+            if known < u64::from(len_bytes) {
+                extents.push(Extent::data(u64::from(len_bytes) - known));
+            }
+        }
+        let (mut at, last) = (offset, extents.len() - 1);
+        for (index, extent) in extents.iter().enumerate() {
+            let flags = if index == last { CHUNK_DONE } else { 0 };
+            // No longer than the request.
+            let len = extent.len_bytes as u32;
+            if extent.zero {
+                self.chunk(flags, CHUNK_OFFSET_HOLE, 12);
+                self.out.put(&at.to_be_bytes());
+                self.out.put(&len.to_be_bytes());
+            } else {
+                self.chunk(flags, CHUNK_OFFSET_DATA, 8 + len);
+                self.out.put(&at.to_be_bytes());
+                disk.read(at, self.out.room(len as usize))?;
+            }
+            at += extent.len_bytes;
+        }
+        Ok(())
+    }
+
+    fn status(&mut self, disk: &mut dyn Disk, offset: u64, len_bytes: u64, max: usize) -> Result<(), DiskError> {
+        let framing = self.framing;
+        // Lengths of 32 bits end where those bits do, and stay multiples of any block.
+        let len_bytes = if framing.extended { len_bytes } else { len_bytes.min(u64::from(u32::MAX - 0xffff)) };
+        for (index, context) in framing.contexts.iter().enumerate() {
+            let runs: Vec<(u64, u64)> = match context {
+                Context::Allocation => {
+                    let bits =
+                        |extent: &Extent| (u64::from(extent.hole) * STATE_HOLE) | (u64::from(extent.zero) * STATE_ZERO);
+                    disk.extents(offset, len_bytes, max)?.iter().map(|run| (run.len_bytes, bits(run))).collect()
+                }
+                Context::Changed => {
+                    let runs = disk.changed(offset, len_bytes, max)?.unwrap_or_else(|| vec![(len_bytes, true)]);
+                    runs.into_iter().map(|(len, differs)| (len, u64::from(differs))).collect()
+                }
+            };
+            let flags = if index + 1 == framing.contexts.len() { CHUNK_DONE } else { 0 };
+            let count = runs.len() as u32;
+            if framing.extended {
+                self.chunk(flags, CHUNK_BLOCK_STATUS_EXT, 8 + 16 * count);
+                self.out.put(&context.id().to_be_bytes());
+                self.out.put(&count.to_be_bytes());
+            } else {
+                self.chunk(flags, CHUNK_BLOCK_STATUS, 4 + 8 * count);
+                self.out.put(&context.id().to_be_bytes());
+            }
+            for (len, bits) in runs {
+                if framing.extended {
+                    self.out.put(&len.to_be_bytes());
+                    self.out.put(&bits.to_be_bytes());
+                } else {
+                    self.out.put(&(len as u32).to_be_bytes());
+                    self.out.put(&(bits as u32).to_be_bytes());
+                }
+            }
+        }
+        Ok(())
+    }
+}

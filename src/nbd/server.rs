@@ -1,0 +1,185 @@
+//! One client of a server, from its first byte to its last: bytes in, bytes out, and a disk.
+//!
+//! ```text
+//!   room(), filled(n) ─▶ negotiate() ─▶ export() ─▶ serve(disk) ─▶ Next ── Input    read more
+//!                                                                       ── Output   send output(), then sent()
+//!                                                                       ── Busy     the disk is; later again
+//!                                          ── StartTls  send, put TLS on the socket, then encrypted()
+//!                                                                       ── Closed   send what there is, and close
+//! ```
+//!
+//! Requests are carried out in order, and their replies collected until the input is used up or there are
+//! [`REPLY_BATCH_BYTES`] of them. The trap is memory that a client chooses: it holds one request of at most 32 MiB here
+//! and one batch of replies, and both shrink again.
+
+use super::handshake::{Encryption, Export, Handshake, Negotiated};
+use super::reply::{Replies, Served, serve};
+use super::transmission::Decoder;
+use super::*;
+use crate::disk::Disk;
+use bytes::BytesMut;
+
+/// Bytes of replies collected before they are sent.
+pub const REPLY_BATCH_BYTES: usize = 1 << 20;
+/// Bytes asked of the socket at once.
+const READ_BYTES: usize = 256 << 10;
+/// Buffers keep this much for a client that is quiet.
+const KEPT_BYTES: usize = 2 << 20;
+
+/// What is to be done next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Next {
+    /// More bytes are needed.
+    Input,
+    /// There is something to send, and then more to do.
+    Output,
+    /// The disk cannot take the next request yet.
+    Busy,
+    /// The connection is to be encrypted.
+    StartTls,
+    /// The client left.
+    Closed,
+}
+
+/// Bytes that arrived. It keeps its memory.
+#[derive(Debug, Default)]
+struct Input {
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Input {
+    fn room(&mut self, wanted_bytes: usize) -> &mut [u8] {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+            if self.bytes.len() > KEPT_BYTES && wanted_bytes <= KEPT_BYTES {
+                self.bytes = Vec::new();
+            }
+        }
+        let needed = wanted_bytes.saturating_sub(self.end - self.start).max(READ_BYTES);
+        if self.bytes.len() - self.end < needed {
+            self.bytes.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+            if self.bytes.len() - self.end < needed {
+                self.bytes.resize(self.end + needed, 0);
+            }
+        }
+        &mut self.bytes[self.end..]
+    }
+}
+
+#[derive(Debug)]
+enum Phase {
+    Handshake(Box<Handshake>),
+    Transmission(Decoder),
+}
+
+/// One client.
+#[derive(Debug)]
+pub struct Server {
+    phase: Phase,
+    input: Input,
+    replies: Replies,
+    /// The chosen export.
+    export: Option<usize>,
+}
+
+impl Server {
+    /// A client that has just connected.
+    #[must_use]
+    pub fn new(exports: Vec<Export>, encryption: Encryption) -> Self {
+        let handshake = Handshake::new(exports).with_encryption(encryption);
+        Self {
+            phase: Phase::Handshake(Box::new(handshake)),
+            input: Input::default(),
+            replies: Replies::default(),
+            export: None,
+        }
+    }
+
+    /// Where bytes of the client go; then say [`Self::filled`].
+    pub fn room(&mut self) -> &mut [u8] {
+        let wanted = match &self.phase {
+            Phase::Transmission(decoder) => decoder.wants_bytes(),
+            Phase::Handshake(_) => 0,
+        };
+        self.input.room(wanted)
+    }
+
+    /// That many bytes arrived.
+    pub fn filled(&mut self, bytes: usize) {
+        self.input.end = (self.input.end + bytes).min(self.input.bytes.len());
+    }
+
+    /// What is to be sent.
+    #[must_use]
+    pub fn output(&self) -> &[u8] {
+        self.replies.as_slice()
+    }
+
+    /// All of [`Self::output`] was sent.
+    pub fn sent(&mut self) {
+        self.replies.clear(KEPT_BYTES);
+    }
+
+    /// Which export the client chose, once it has: an index into the list given to [`Self::new`].
+    #[must_use]
+    pub fn export(&self) -> Option<usize> {
+        self.export
+    }
+
+    /// The connection is encrypted from here on.
+    pub fn encrypted(&mut self) {
+        if let Phase::Handshake(handshake) = &mut self.phase {
+            handshake.encrypted();
+            // What came behind the option came in the clear.
+            self.input = Input::default();
+        }
+    }
+
+    /// Carries out what has arrived, once an export is chosen. After an error send what there is, and close.
+    pub fn serve(&mut self, disk: &mut dyn Disk) -> Result<Next, NbdError> {
+        let Phase::Transmission(decoder) = &mut self.phase else { return Ok(Next::Input) };
+        let mut rest = &self.input.bytes[self.input.start..self.input.end];
+        loop {
+            let (place, before) = (decoder.place(), rest);
+            let request = decoder.decode(&mut rest)?;
+            self.input.start = self.input.end - rest.len();
+            let Some(request) = request else {
+                return Ok(if self.replies.is_empty() { Next::Input } else { Next::Output });
+            };
+            match serve(&request, decoder.framing(), disk, &mut self.replies) {
+                Served::Replied if self.replies.len() < REPLY_BATCH_BYTES => {}
+                Served::Replied => return Ok(Next::Output),
+                Served::Busy => {
+                    decoder.rewind(place);
+                    self.input.start = self.input.end - before.len();
+                    return Ok(if self.replies.is_empty() { Next::Busy } else { Next::Output });
+                }
+                Served::Disconnect => return Ok(Next::Closed),
+            }
+        }
+    }
+
+    /// Goes on with the negotiation, until an export is chosen. After an error send what there is, and close.
+    pub fn negotiate(&mut self) -> Result<Next, NbdError> {
+        let Phase::Handshake(handshake) = &mut self.phase else { return Ok(Next::Output) };
+        let mut input = BytesMut::from(&self.input.bytes[self.input.start..self.input.end]);
+        let progress = handshake.handle_input(&mut input);
+        self.input.start = self.input.end - input.len();
+        while let Some(bytes) = handshake.poll_output() {
+            self.replies.put(&bytes);
+        }
+        match progress? {
+            None => Ok(if self.replies.is_empty() { Next::Input } else { Next::Output }),
+            Some(Negotiated::StartTls) => Ok(Next::StartTls),
+            Some(Negotiated::Export { index, framing }) => {
+                self.phase = Phase::Transmission(Decoder::new(&handshake.exports()[index], framing));
+                self.export = Some(index);
+                Ok(Next::Output)
+            }
+        }
+    }
+}

@@ -1,0 +1,358 @@
+//! `xl-colo nbd` as scripts meet it: qemu-nbd's letters, other people's clients, illegal requests, and how it ends.
+
+use crate::common::{PATIENCE, XL_COLO, installed, one_line, run, xl_colo};
+use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+const MIB: usize = 1 << 20;
+
+/// A server on a Unix socket, in a folder of its own.
+struct Nbd {
+    dir: TempDir,
+    child: Child,
+}
+
+impl Nbd {
+    /// Serves an image of `bytes` with these arguments, and waits until clients can connect.
+    fn serve(bytes: &[u8], args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("image"), bytes).unwrap();
+        Self::serve_in(dir, args)
+    }
+
+    fn serve_in(dir: TempDir, args: &[&str]) -> Self {
+        let (image, socket) = (dir.path().join("image"), dir.path().join("sock"));
+        let mut command = Command::new(XL_COLO);
+        command.arg("nbd").args(args).arg("-k").arg(&socket).arg(image).stdin(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        wait("the socket", || socket.exists() || child.try_wait().unwrap().is_some());
+        assert!(socket.exists(), "it ended");
+        Self { dir, child }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("sock")
+    }
+
+    fn uri(&self) -> String {
+        format!("nbd+unix:///?socket={}", self.socket().display())
+    }
+
+    fn image(&self) -> Vec<u8> {
+        std::fs::read(self.path("image")).unwrap()
+    }
+
+    fn ends(&mut self) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.success();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        false
+    }
+
+    fn terminate(&self) {
+        let pid = rustix::process::Pid::from_raw(self.child.id() as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+}
+
+impl Drop for Nbd {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn wait(what: &str, mut is: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is() {
+        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Bytes that differ from place to place, with a hole.
+fn pattern(len: usize) -> Vec<u8> {
+    let mut bytes: Vec<u8> = (0..len).map(|at| (at / 509 + at % 251) as u8).collect();
+    bytes[MIB..2 * MIB].fill(0);
+    bytes
+}
+
+async fn succeeds(program: &str, args: &[&str]) -> String {
+    let output = run(program, args).await;
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{program} {args:?}: {stdout}{}", String::from_utf8_lossy(&output.stderr));
+    stdout
+}
+
+/// The kernel's count, which does not see a hole.
+fn allocated_bytes(path: &str) -> u64 {
+    std::fs::metadata(path).unwrap().blocks() * 512
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nbdinfo_sees_everything_that_is_offered() {
+    if installed("nbdinfo").is_none() {
+        return;
+    }
+    let nbd = Nbd::serve(&pattern(4 * MIB), &["-t", "-e", "0", "-x", "vm disk", "-D", "for people"]);
+    let uri = format!("nbd+unix:///vm%20disk?socket={}", nbd.socket().display());
+    let info: serde_json::Value = serde_json::from_str(&succeeds("nbdinfo", &["--json", &uri]).await).unwrap();
+    assert_eq!((&info["protocol"], &info["structured"]), (&"newstyle-fixed".into(), &true.into()), "{info:#}");
+    let export = &info["exports"][0];
+    assert_eq!(export["export-size"], 4 * MIB);
+    assert_eq!(export["description"], "for people");
+    assert_eq!(export["contexts"], serde_json::json!(["base:allocation"]));
+    for can in ["flush", "fua", "trim", "zero", "fast_zero", "df", "multi_conn", "cache"] {
+        assert_eq!(export[format!("can_{can}")], true, "{can}: {info:#}");
+    }
+    assert_eq!(export["is_read_only"], false);
+    assert_eq!(export["block_size_maximum"], 32 * MIB);
+    let list = succeeds("nbdinfo", &["--list", "--json", &nbd.uri()]).await;
+    assert!(list.contains("vm disk"), "{list}");
+    let missing = run("nbdinfo", &[&format!("nbd+unix:///nope?socket={}", nbd.socket().display())]).await;
+    assert!(!missing.status.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn holes_are_seen_copied_and_made() {
+    if installed("nbdcopy").is_none() || installed("qemu-img").is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image").display().to_string();
+    std::fs::File::create(&image).unwrap().set_len(8 * MIB as u64).unwrap();
+    let nbd = Nbd::serve_in(dir, &["-t", "-e", "0", "--discard=unmap", "--detect-zeroes=unmap"]);
+    let (source, back) = (nbd.path("source"), nbd.path("back"));
+    let mut bytes = pattern(8 * MIB);
+    bytes[5 * MIB..7 * MIB].fill(0);
+    std::fs::write(&source, &bytes).unwrap();
+    let sparse = || allocated_bytes(&image) <= 5 * MIB as u64;
+    succeeds("nbdcopy", &["--connections=4", &source, &nbd.uri()]).await;
+    assert!(nbd.image() == bytes && sparse(), "{}", allocated_bytes(&image));
+    let map = succeeds("nbdinfo", &["--map", "--json", &nbd.uri()]).await;
+    let map: serde_json::Value = serde_json::from_str(&map).unwrap();
+    let kinds: Vec<_> =
+        map.as_array().unwrap().iter().map(|run| (run["offset"].as_u64(), run["type"].as_u64())).collect();
+    let at = |mib: usize| Some((mib * MIB) as u64);
+    let expected = [(at(0), Some(0)), (at(1), Some(3)), (at(2), Some(0)), (at(5), Some(3)), (at(7), Some(0))];
+    assert_eq!(kinds, expected);
+    succeeds("nbdcopy", &[&nbd.uri(), &back]).await;
+    assert!(std::fs::read(&back).unwrap() == bytes && allocated_bytes(&back) <= 5 * MIB as u64);
+    succeeds("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", &source, &nbd.uri()]).await;
+    assert!(nbd.image() == bytes && sparse());
+    succeeds("qemu-io", &["-f", "raw", "-d", "unmap", "-c", "discard 2M 3M", &nbd.uri()]).await;
+    bytes[2 * MIB..5 * MIB].fill(0);
+    assert!(nbd.image() == bytes && allocated_bytes(&image) <= 2 * MIB as u64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fio_verifies_what_it_wrote_over_four_connections() {
+    if installed("fio").is_none() {
+        return;
+    }
+    let nbd = Nbd::serve(&vec![0; 16 * MIB], &["-t", "-e", "0"]);
+    let uri = format!("--uri=nbd+unix:///?socket={}", nbd.socket().display());
+    let common = ["--ioengine=nbd", &uri, "--name=job", "--verify=crc32c", "--verify_fatal=1", "--output-format=terse"];
+    for (kind, block, depth) in [("randwrite", "4k", "32"), ("write", "1m", "4"), ("randrw", "512", "64")] {
+        let kind = [format!("--rw={kind}"), format!("--bs={block}"), format!("--iodepth={depth}")];
+        let kind: Vec<&str> = kind.iter().map(String::as_str).collect();
+        // Each connection has a part of the image of its own.
+        let parts = ["--numjobs=4", "--size=4m", "--offset_increment=4m", "--group_reporting"];
+        succeeds("fio", &[&common[..], &parts, &kind].concat()).await;
+    }
+    assert!(nbd.image().iter().any(|byte| *byte != 0));
+}
+
+/// With strict mode off libnbd sends anything.
+const ILLEGAL: &str = r#"
+import errno, sys
+h = nbd.NBD()
+h.set_strict_mode(0)
+h.add_meta_context("base:allocation")
+h.connect_uri(sys.argv[1])
+size = h.get_size()
+def refused(what, wanted, call):
+    try:
+        call()
+    except nbd.Error as error:
+        assert error.errnum == wanted, (what, error.errno, wanted)
+    else:
+        raise AssertionError(what + " was not refused")
+    assert h.pread(4, 0) == b"\0\1\2\3", what
+refused("read past the end", errno.EINVAL, lambda: h.pread(2, size - 1))
+refused("read far past the end", errno.EINVAL, lambda: h.pread(1, (1 << 64) - 1))
+refused("write past the end", errno.ENOSPC, lambda: h.pwrite(b"xx", size - 1))
+refused("zero past the end", errno.ENOSPC, lambda: h.zero(2, size - 1))
+refused("trim past the end", errno.EINVAL, lambda: h.trim(2, size - 1))
+refused("cache past the end", errno.EINVAL, lambda: h.cache(2, size - 1))
+refused("status past the end", errno.EINVAL, lambda: h.block_status(2, size - 1, lambda *a: 0))
+refused("status of nothing", errno.EINVAL, lambda: h.block_status(0, 0, lambda *a: 0))
+refused("a flag nobody knows", errno.EINVAL, lambda: h.pread(1, 0, 1 << 9))
+refused("a flag of another request", errno.EINVAL, lambda: h.trim(1, 0, nbd.CMD_FLAG_DF))
+assert h.pread(0, size) == b""
+h.pwrite(b"", size)
+assert h.pread(1, size - 1, nbd.CMD_FLAG_DF)
+h.pwrite(b"y" * 512, 4096, nbd.CMD_FLAG_FUA)
+h.zero(256, 4096, nbd.CMD_FLAG_NO_HOLE | nbd.CMD_FLAG_FUA)
+assert h.pread(512, 4096) == b"\0" * 256 + b"y" * 256
+h.flush()
+h.cache(4096, 0)
+h.shutdown()
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_illegal_request_is_refused_and_the_next_one_served() {
+    if installed("nbdsh").is_none() {
+        return;
+    }
+    let nbd = Nbd::serve(&(0..64 * 1024).map(|at| at as u8).collect::<Vec<_>>(), &["-t", "-e", "0"]);
+    let script = format!("import nbd\n{ILLEGAL}");
+    // The system's own Python: libnbd's module is there.
+    succeeds("/usr/bin/python3", &["-c", &script, &nbd.uri()]).await;
+    // And a client that hangs up in the middle of a write.
+    let mut rude = UnixStream::connect(nbd.socket()).unwrap();
+    rude.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
+    let mut greeting = [0; 28];
+    rude.read_exact(&mut greeting).unwrap();
+    let mut write = b"\x25\x60\x95\x13\0\0\0\x01cookie!!\0\0\0\0\0\0\0\0\0\x01\0\0".to_vec();
+    write.extend([9; 1000]);
+    rude.write_all(&write).unwrap();
+    drop(rude);
+    assert_eq!(succeeds("nbdinfo", &["--size", &nbd.uri()]).await.trim(), "65536");
+    assert_eq!(nbd.image()[..4], [0, 1, 2, 3], "half a write is none");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_ends_with_its_last_client_unless_told_to_stay() {
+    if installed("nbdinfo").is_none() {
+        return;
+    }
+    let mut once = Nbd::serve(&[1; 4096], &[]);
+    // A list alone is no client.
+    let mut lister = UnixStream::connect(once.socket()).unwrap();
+    lister.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x02\0\0\0\0").unwrap();
+    let _ = lister.read_to_end(&mut Vec::new());
+    drop(lister);
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(once.child.try_wait().unwrap().is_none(), "it is still there");
+    succeeds("nbdinfo", &["--size", &once.uri()]).await;
+    assert!(once.ends() && !once.socket().exists());
+
+    let mut stays = Nbd::serve(&[1; 4096], &["-t"]);
+    for _ in 0..2 {
+        succeeds("nbdinfo", &["--size", &stays.uri()]).await;
+    }
+    stays.terminate();
+    assert!(stays.ends() && !stays.socket().exists(), "SIGTERM ends it, and its socket is gone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_client_too_many_is_turned_away_and_a_silent_one_harms_nobody() {
+    let nbd = Nbd::serve(&[1; 4096], &["-t", "-e", "2"]);
+    let greeted = |stream: &mut UnixStream| stream.read_exact(&mut [0; 18]).is_ok();
+    let mut clients: Vec<_> = (0..2).map(|_| UnixStream::connect(nbd.socket()).unwrap()).collect();
+    assert!(clients.iter_mut().all(greeted), "two have a place");
+    let mut third = UnixStream::connect(nbd.socket()).unwrap();
+    assert!(!greeted(&mut third), "the third has none");
+    drop(clients.pop());
+    let again = || greeted(&mut UnixStream::connect(nbd.socket()).unwrap());
+    wait("a place that became free", again);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn letters_mean_what_qemu_nbds_mean() {
+    if installed("nbdinfo").is_none() || installed("qemu-io").is_none() {
+        return;
+    }
+    let bytes = pattern(4 * MIB);
+    let read_only = Nbd::serve(&bytes, &["-t", "-r", "-o", "512", "-e", "0", "--cache", "writethrough"]);
+    assert_eq!(succeeds("nbdinfo", &["--size", &read_only.uri()]).await.trim(), (4 * MIB - 512).to_string());
+    succeeds("nbdinfo", &["--is", "readonly", &read_only.uri()]).await;
+    let copy = read_only.path("copy");
+    succeeds("nbdcopy", &[&read_only.uri(), &copy]).await;
+    assert!(std::fs::read(copy).unwrap() == bytes[512..]);
+
+    // Readers share an image, a writer has it alone.
+    let image = read_only.path("image");
+    let socket = read_only.path("second");
+    let said = one_line(&xl_colo(&["nbd", "-k", &socket, &image]).await, 1);
+    assert!(said.contains("is in use"), "{said}");
+    let said = one_line(&xl_colo(&["nbd", "-r", "-k", &read_only.path("sock"), &image]).await, 1);
+    assert!(said.contains("in use"), "a socket that is served stays: {said}");
+    let said = one_line(&xl_colo(&["nbd", "-k", &socket, "-o", "4194305", "-r", &image]).await, 1);
+    assert!(said.contains("--offset 4194305 is outside"), "{said}");
+    let said = one_line(&xl_colo(&["nbd", "-k", &socket, "/nonexistent/image"]).await, 1);
+    assert!(said.contains("/nonexistent/image"), "{said}");
+
+    // Without --discard the space stays, as with qemu-nbd.
+    let kept = Nbd::serve(&bytes, &["-t", "-e", "0"]);
+    let before = allocated_bytes(&kept.path("image"));
+    succeeds("qemu-io", &["-f", "raw", "-d", "unmap", "-c", "discard 2M 2M", &kept.uri()]).await;
+    assert_eq!(allocated_bytes(&kept.path("image")), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fork_returns_when_clients_can_connect_and_says_who_serves() {
+    if installed("nbdinfo").is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(path("image"), [1; 4096]).unwrap();
+    let output = xl_colo(&["nbd", "--fork", "--pid-file", &path("pid"), "-k", &path("sock"), &path("image")]).await;
+    assert!(output.status.success());
+    let pid: i32 = std::fs::read_to_string(path("pid")).unwrap().trim().parse().unwrap();
+    assert!(Path::new(&format!("/proc/{pid}")).exists() && pid > 1);
+    succeeds("nbdinfo", &["--size", &format!("nbd+unix:///?socket={}", path("sock"))]).await;
+    wait("the server to leave with its client", || !Path::new(&path("pid")).exists());
+    let output = xl_colo(&["nbd", "--fork", "-k", &path("sock"), &path("missing")]).await;
+    assert_eq!(output.status.code(), Some(1), "what went wrong in the background is the caller's to know");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_is_passed_is_served() {
+    if installed("nbdinfo").is_none() {
+        return;
+    }
+    for family in ["AF_UNIX", "AF_INET"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        std::fs::write(path("image"), [1; 4096]).unwrap();
+        // What systemd does: descriptor 3, and whose it is.
+        let activate = r#"
+import os, socket, sys
+family, where, program = sys.argv[1], sys.argv[2], sys.argv[3:]
+s = socket.socket(getattr(socket, family))
+s.bind(where + "/sock" if family == "AF_UNIX" else ("127.0.0.1", 0))
+s.listen()
+open(where + "/uri.new", "w").write("nbd+unix:///?socket=" + where + "/sock" if family == "AF_UNIX" else "nbd://127.0.0.1:%d" % s.getsockname()[1])
+os.rename(where + "/uri.new", where + "/uri")
+os.dup2(s.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(program[0], program)
+"#;
+        let where_ = dir.path().display().to_string();
+        let mut child = Command::new("/usr/bin/python3")
+            .args(["-c", activate, family, &where_, XL_COLO, "nbd", &path("image")])
+            .spawn()
+            .unwrap();
+        wait("the socket", || Path::new(&path("uri")).exists());
+        let uri = std::fs::read_to_string(path("uri")).unwrap();
+        assert_eq!(succeeds("nbdinfo", &["--size", &uri]).await.trim(), "4096");
+        wait("the end", || child.try_wait().unwrap().is_some());
+    }
+}

@@ -129,6 +129,13 @@ pub trait Disk: Send {
         Ok(vec![Extent::data(len_bytes)])
     }
 
+    /// How many of the `len_bytes` bytes from `offset` on are known to be a hole that reads as zeroes, at the least: a
+    /// question that costs next to nothing.
+    fn leading_hole_bytes(&mut self, offset: u64, len_bytes: u64) -> u64 {
+        let _ = (offset, len_bytes);
+        0
+    }
+
     /// Which bytes differ from the last checkpoint, like [`Self::extents`]: runs of (length, differs). `None` for a
     /// disk that has no checkpoints.
     fn changed(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<Option<Vec<(u64, bool)>>, DiskError> {
@@ -315,6 +322,15 @@ impl Disk for FileDisk {
         Ok(())
     }
 
+    /// Where the hole ends, and not where the data does: to find that, tmpfs looks at every page up to there.
+    fn leading_hole_bytes(&mut self, offset: u64, len_bytes: u64) -> u64 {
+        match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data_at) => data_at.saturating_sub(offset).min(len_bytes),
+            Err(Errno::NXIO) => len_bytes,
+            Err(_) => 0,
+        }
+    }
+
     fn extents(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<Vec<Extent>, DiskError> {
         check_range(self.size_bytes, offset, len_bytes)?;
         let (end, mut at, mut found) = (offset + len_bytes, offset, Vec::new());
@@ -387,6 +403,9 @@ mod tests {
         let all = [hole(64 << 10), Extent::data(128 << 10), hole(832 << 10)];
         assert_eq!(disk.extents(0, 1 << 20, 9).unwrap(), all);
         assert_eq!(disk.extents(0, 1 << 20, 2).unwrap(), all[..2]);
+        let leading = [(0, 1), (0, 1 << 20), (64 << 10, 1 << 20), (200 << 10, 1 << 20)];
+        let leading = leading.map(|(offset, len_bytes)| disk.leading_hole_bytes(offset, len_bytes));
+        assert_eq!(leading, [1, 64 << 10, 0, 1 << 20]);
         assert_eq!(disk.extents(100 << 10, 8 << 10, 9).unwrap(), [Extent::data(8 << 10)]);
         disk.write_zeroes(96 << 10, 32 << 10, Zeroing { keep_allocated: false, fast_only: true }).unwrap();
         let kinds: Vec<_> = disk.extents(64 << 10, 128 << 10, 9).unwrap();

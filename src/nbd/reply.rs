@@ -15,7 +15,7 @@ use super::transmission::{Command, Request};
 use super::*;
 use crate::disk::{Disk, Extent};
 
-/// Reads from here on are asked about holes first: below, asking costs more than sending zeroes.
+/// Reads of at least so many bytes are asked first whether they begin in a hole: below, asking costs more than zeroes.
 const HOLES_FROM_BYTES: u32 = 64 << 10;
 /// Extents in one reply; a client asks again for what is left.
 const MAX_EXTENTS: usize = 1024;
@@ -209,29 +209,20 @@ impl Reply<'_> {
             self.chunk(CHUNK_DONE, CHUNK_NONE, 0);
             return Ok(());
         }
-        let mut extents = vec![Extent::data(len_bytes.into())];
-        if !whole && len_bytes >= HOLES_FROM_BYTES {
-            extents = disk.extents(offset, len_bytes.into(), MAX_EXTENTS)?;
-            let known: u64 = extents.iter().map(|extent| extent.len_bytes).sum();
-            if known < u64::from(len_bytes) {
-                extents.push(Extent::data(u64::from(len_bytes) - known));
-            }
+        let asked = !whole && len_bytes >= HOLES_FROM_BYTES;
+        let hole_bytes = if asked { disk.leading_hole_bytes(offset, len_bytes.into()) } else { 0 };
+        // No longer than the request.
+        let hole_bytes = (hole_bytes as u32).min(len_bytes);
+        if hole_bytes > 0 {
+            self.chunk(if hole_bytes == len_bytes { CHUNK_DONE } else { 0 }, CHUNK_OFFSET_HOLE, 12);
+            self.out.put(&offset.to_be_bytes());
+            self.out.put(&hole_bytes.to_be_bytes());
         }
-        let (mut at, last) = (offset, extents.len() - 1);
-        for (index, extent) in extents.iter().enumerate() {
-            let flags = if index == last { CHUNK_DONE } else { 0 };
-            // No longer than the request.
-            let len = extent.len_bytes as u32;
-            if extent.zero {
-                self.chunk(flags, CHUNK_OFFSET_HOLE, 12);
-                self.out.put(&at.to_be_bytes());
-                self.out.put(&len.to_be_bytes());
-            } else {
-                self.chunk(flags, CHUNK_OFFSET_DATA, 8 + len);
-                self.out.put(&at.to_be_bytes());
-                disk.read(at, self.out.room(len as usize))?;
-            }
-            at += extent.len_bytes;
+        if hole_bytes < len_bytes {
+            let (offset, len_bytes) = (offset + u64::from(hole_bytes), len_bytes - hole_bytes);
+            self.chunk(CHUNK_DONE, CHUNK_OFFSET_DATA, 8 + len_bytes);
+            self.out.put(&offset.to_be_bytes());
+            disk.read(offset, self.out.room(len_bytes as usize))?;
         }
         Ok(())
     }

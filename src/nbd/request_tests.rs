@@ -202,14 +202,16 @@ fn holes_cost_no_bytes_unless_the_client_wants_one_chunk() {
     let (_dir, mut disk) = sparse();
     let mut decoder = Decoder::new(&Export::new("", 3 * K64), structured(&[]));
     let hole = |at: u64| [&at.to_be_bytes()[..], &(K64 as u32).to_be_bytes()].concat();
-    let data = [&K64.to_be_bytes()[..], &[7; 64 << 10]].concat();
-    let chunks = [chunk(0, 2, 9, &hole(0)), chunk(0, 1, 9, &data), chunk(1, 2, 9, &hole(2 * K64))].concat();
+    let data = [&K64.to_be_bytes()[..], &[7; 64 << 10], &[0; 64 << 10]].concat();
+    let chunks = [chunk(0, 2, 9, &hole(0)), chunk(1, 1, 9, &data)].concat();
     let said = request(0, CMD_READ, 9, 0, 3 * K64 as u32);
     assert!(converse(&mut decoder, &mut disk, &said) == chunks);
     let whole = converse(&mut decoder, &mut disk, &request(CMD_FLAG_DF, CMD_READ, 9, 0, 3 * K64 as u32));
     let mut expected = vec![0; 8 + 3 * K64 as usize];
     expected[8 + K64 as usize..][..K64 as usize].fill(7);
     assert!(whole == chunk(1, 1, 9, &expected));
+    let last = converse(&mut decoder, &mut disk, &request(0, CMD_READ, 9, 2 * K64, K64 as u32));
+    assert_eq!(last, chunk(1, 2, 9, &hole(2 * K64)));
     let nothing = converse(&mut decoder, &mut disk, &request(0, CMD_READ, 9, 5, 0));
     assert_eq!(nothing, chunk(1, 0, 9, &[]));
 }

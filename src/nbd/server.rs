@@ -19,10 +19,13 @@ use super::*;
 use crate::disk::Disk;
 use bytes::BytesMut;
 
-/// Bytes of replies collected before they are sent.
-pub const REPLY_BATCH_BYTES: usize = 1 << 20;
-/// Bytes asked of the socket at once.
-const READ_BYTES: usize = 256 << 10;
+/// Bytes of replies collected before they are sent: enough to make a system call cheap, and little enough that the
+/// client works on the first while the next are made.
+pub const REPLY_BATCH_BYTES: usize = 128 << 10;
+/// The least that is asked of the socket at once.
+const READ_BYTES: usize = 64 << 10;
+/// How large the input begins. Memory that nothing arrives in is never touched.
+const INPUT_BYTES: usize = 1 << 20;
 /// Buffers keep this much for a client that is quiet.
 const KEPT_BYTES: usize = 2 << 20;
 
@@ -63,7 +66,7 @@ impl Input {
             self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
             if self.bytes.len() - self.end < needed {
-                self.bytes.resize(self.end + needed, 0);
+                self.bytes.resize((self.end + needed).max(INPUT_BYTES), 0);
             }
         }
         &mut self.bytes[self.end..]

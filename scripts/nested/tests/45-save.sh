@@ -13,7 +13,7 @@ memory = 128
 maxmem = 128
 vcpus = 1
 kernel = "/boot/vmlinux"
-ramdisk = "/boot/guest.cpio"
+ramdisk = "/boot/guest.cpio.gz"
 extra = "console=hvc0 quiet loglevel=4 mitigations=off guest.ip=10.77.0.2/24"
 on_crash = "preserve"'
 

@@ -321,6 +321,10 @@ impl Disk for Served {
         if self.discard { self.disk.trim(at, len_bytes) } else { Ok(()) }
     }
 
+    fn leading_hole_bytes(&mut self, offset: u64, len_bytes: u64) -> u64 {
+        self.at(offset, len_bytes).map_or(0, |at| self.disk.leading_hole_bytes(at, len_bytes))
+    }
+
     fn extents(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<Vec<Extent>, DiskError> {
         let at = self.at(offset, len_bytes)?;
         self.disk.extents(at, len_bytes, max)

@@ -15,6 +15,7 @@ mod image;
 mod nbd_command;
 mod nbd_interop;
 mod partition;
+mod qemu_replication;
 mod sim;
 mod tidy;
 mod unprotect;

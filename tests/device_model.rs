@@ -12,7 +12,7 @@
 
 #[path = "../xen/src/qmp/mod.rs"]
 #[allow(dead_code, unused_imports, reason = "package xen exports more than is driven here")]
-mod qmp;
+pub(crate) mod qmp;
 
 use crate::common::{PATIENCE, installed};
 use qmp::{Client, DeviceModel, Image, QmpError};

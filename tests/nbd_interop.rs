@@ -3,9 +3,10 @@
 //! Data is compared byte for byte. Where a program is not installed the test says that it is skipped; continuous
 //! integration installs them (`qemu-utils libnbd-bin nbdkit`).
 
+use crate::common::conversation::Conversation;
 use crate::common::peer::soon;
-use crate::common::{installed, run, until};
-use bytes::{Bytes, BytesMut};
+use crate::common::{installed, run};
+use bytes::Bytes;
 use nbd::client::NbdClient;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
@@ -13,12 +14,11 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::task::JoinHandle;
-use xen_colo::daemon::address::{Address, Link};
+use xen_colo::daemon::address::Address;
 use xen_colo::daemon::nbd::serve_connection;
 use xen_colo::disk::{Disk, FileDisk};
-use xen_colo::nbd::client::{Client, Limits};
 use xen_colo::replica::epochs::{PrimaryView, Replica, ReplicaConfig};
 
 const EXPORT: &str = "disk0";
@@ -229,61 +229,6 @@ async fn a_replica_refuses_the_writes_of_an_old_generation() {
     let mut disk = vec![0; SIZE as usize];
     survivor.guest_read(0, &mut disk).unwrap();
     assert!(disk == pattern(SIZE), "the survivor's disk is its last checkpoint");
-}
-
-/// Our client machine on a socket.
-struct Conversation {
-    client: Client,
-    link: Link,
-    input: BytesMut,
-}
-
-type Outcome = Result<Bytes, String>;
-
-impl Conversation {
-    async fn open(address: Address, export: &str) -> Self {
-        let link = until("the server listens", async || address.connect().await.map_err(|e| e.to_string())).await;
-        let client = Client::new(export, Limits::default()).unwrap();
-        let mut it = Self { client, link, input: BytesMut::new() };
-        while it.client.export().is_none() {
-            it.step().await;
-        }
-        it
-    }
-
-    /// Sends what waits, and takes something that arrives.
-    async fn step(&mut self) {
-        while let Some(bytes) = self.client.poll_output() {
-            soon("the server reads", self.link.write_all(&bytes)).await.unwrap();
-        }
-        let read = soon("the server answers", self.link.read_buf(&mut self.input)).await.unwrap();
-        assert!(read > 0, "the server hung up");
-        self.client.handle_input(&mut self.input).unwrap();
-    }
-
-    /// Waits for as many completions, and returns them in the order of their cookies.
-    async fn completes(&mut self, count: usize) -> Vec<Outcome> {
-        let mut done = Vec::new();
-        while done.len() < count {
-            match self.client.poll_completion() {
-                Some(completion) => done.push(completion),
-                None => self.step().await,
-            }
-        }
-        done.sort_by_key(|completion| completion.cookie);
-        let outcome = |it: xen_colo::nbd::client::Completion| it.result.map(|()| it.data).map_err(|e| format!("{e:?}"));
-        done.into_iter().map(outcome).collect()
-    }
-
-    async fn writes(&mut self, offset: u64, data: Vec<u8>) -> Outcome {
-        self.client.write(offset, data.into()).unwrap();
-        self.completes(1).await.remove(0)
-    }
-
-    async fn reads(&mut self, offset: u64, len_bytes: u32) -> Outcome {
-        self.client.read(offset, len_bytes).unwrap();
-        self.completes(1).await.remove(0)
-    }
 }
 
 /// What our client does to any server: pipelined writes, overlapping ones in order, a flush, and reads of it all.

@@ -3,6 +3,7 @@
 //! ```text
 //!  world    switch, edge and arbiter in this process; the hosts are children     load    clients that remember promises
 //!  host     one `xl-colo host` child: status, orders, signals                    peer    a scripted host, one step at a time
+//!  conversation  our NBD client on a socket
 //!  wire     a proxy that can go silent, close, and heal
 //! ```
 //!
@@ -10,6 +11,7 @@
 //! [`WORLDS_MAX`] worlds run at once: hosts that starve each other lose heartbeats, which is right of them and
 //! proves nothing.
 
+pub mod conversation;
 pub mod host;
 pub mod load;
 pub mod peer;

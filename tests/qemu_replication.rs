@@ -1,0 +1,315 @@
+//! Disk replication with a stock QEMU at the other end, in both roles, without a guest (`-machine none`).
+//!
+//! ```text
+//!  QEMU: quorum ─ local image
+//!             └─ replication(primary) ─ NBD ─▶ our server ─▶ our replica      xen-set-replication,
+//!                                                                            xen-colo-do-checkpoint
+//!  our mirror ─ local image                                                    between the two
+//!         └─ our NBD client ─▶ QEMU: NBD server ─▶ secondary image ◀─ replication(secondary) ─ active, hidden
+//! ```
+//!
+//! The order at a checkpoint is libxl's: the primary's writes are on the wire before the secondary seals. Data is
+//! compared byte for byte. Source: qemu `docs/block-replication.txt`, `block/replication.c`.
+
+use crate::common::conversation::Conversation;
+use crate::common::{PATIENCE, installed, run, until};
+use crate::device_model::qmp::Client;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use xen_colo::daemon::address::Address;
+use xen_colo::daemon::nbd::serve_connection;
+use xen_colo::disk::{Disk, FileDisk};
+use xen_colo::nbd::client::Completion;
+use xen_colo::replica::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig, Stage};
+use xen_colo::replica::mirror::Mirror;
+
+const SIZE: usize = 8 << 20;
+const EXPORT: &str = "disk0";
+
+/// A QEMU without a machine, killed at the end.
+struct Qemu {
+    child: Child,
+    monitor: Client,
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Qemu {
+    fn start(dir: &Path, drives: &[String]) -> Option<Self> {
+        let program = installed("qemu-system-x86_64")?;
+        let socket = dir.join("qmp");
+        let drives = drives.iter().flat_map(|drive| ["-drive", drive.as_str()]);
+        let child = Command::new(program)
+            .args(["-machine", "none", "-S", "-nodefaults", "-display", "none"])
+            .args(drives)
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let begun = Instant::now();
+        while !socket.exists() {
+            assert!(begun.elapsed() < PATIENCE, "QEMU does not start");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let mut qemu = Self { child, monitor: Client::connect(&socket, PATIENCE).unwrap() };
+        let known = qemu.order("query-commands", json!({}));
+        if !known.to_string().contains("\"xen-set-replication\"") {
+            eprintln!("SKIP: this qemu-system-x86_64 is built without replication");
+            return None;
+        }
+        Some(qemu)
+    }
+
+    /// Blocks for as long as QEMU does, which may be waiting for our server: on a thread that may.
+    fn order(&mut self, command: &str, arguments: Value) -> Value {
+        let done = tokio::task::block_in_place(|| self.monitor.execute(command, arguments));
+        done.unwrap_or_else(|error| panic!("{command}: {error}"))
+    }
+
+    /// A line for people; what it says is an error or nothing.
+    fn line(&mut self, line: &str) -> String {
+        self.order("human-monitor-command", json!({"command-line": line})).as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Serves drives on a socket, to look at them and to write as a guest would.
+    fn serve(&mut self, socket: &Path, drives: &[&str]) {
+        self.order("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": socket}}}));
+        for drive in drives {
+            self.order("nbd-server-add", json!({"device": drive, "writable": true}));
+        }
+    }
+}
+
+/// A guest's disk, over QEMU's own NBD server.
+struct Drive(Conversation);
+
+impl Drive {
+    async fn open(socket: &Path, name: &str) -> Self {
+        Self(Conversation::open(Address::Unix(socket.to_owned()), name).await)
+    }
+
+    async fn write(&mut self, value: u8, offset: usize, len: usize) {
+        self.0.writes(offset as u64, vec![value; len]).await.unwrap();
+    }
+
+    async fn whole(&mut self) -> Vec<u8> {
+        self.0.reads(0, SIZE as u32).await.unwrap().to_vec()
+    }
+}
+
+/// Where two disks differ first; for an assertion that says more than that they do.
+fn difference(is: &[u8], wanted: &[u8]) -> Option<String> {
+    let at = is.iter().zip(wanted).position(|(a, b)| a != b)?;
+    Some(format!("byte {at} is {:#x}, not {:#x}", is[at], wanted[at]))
+}
+
+fn paths(dir: &TempDir) -> impl Fn(&str) -> PathBuf {
+    let dir = dir.path().to_owned();
+    move |name| dir.join(name)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stock_primary_replicates_into_our_replica() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = paths(&dir);
+    std::fs::write(path("primary"), vec![0x11; SIZE]).unwrap();
+    std::fs::write(path("secondary"), vec![0x11; SIZE]).unwrap();
+    let base = FileDisk::open(&path("secondary")).unwrap();
+    let replica = Arc::new(Mutex::new(Replica::new(Box::new(base), ReplicaConfig::default())));
+    // Both images hold the same bytes, as QEMU demands before it starts.
+    replica.lock().unwrap().start_sync(1).unwrap();
+    replica.lock().unwrap().seal().unwrap();
+    let listener = Address::Unix(path("nbd")).listen().await.unwrap();
+    let served = replica.clone();
+    let server = tokio::spawn(async move {
+        let link = listener.accept().await.unwrap();
+        let view = PrimaryView { replica: served, generation: 1 };
+        serve_connection(link, EXPORT.into(), Box::new(view)).await
+    });
+    let file = format!("driver=raw,file.driver=file,file.filename={}", path("primary").display());
+    let quorum = format!(
+        "if=none,id=disk,driver=quorum,vote-threshold=1,read-pattern=fifo,{}",
+        file.split(',').map(|part| format!("children.0.{part}")).collect::<Vec<_>>().join(",")
+    );
+    let Some(mut qemu) = Qemu::start(dir.path(), &[quorum]) else { return };
+    let nbd = path("nbd").display().to_string();
+    let said = qemu.line(&format!(
+        "drive_add -n buddy driver=replication,mode=primary,node-name=replica,file.driver=nbd,file.server.type=unix,\
+         file.server.path={nbd},file.export={EXPORT}"
+    ));
+    assert!(said.trim().is_empty(), "{said}");
+    qemu.order("x-blockdev-change", json!({"parent": "disk", "node": "replica"}));
+    qemu.order("xen-set-replication", json!({"enable": true, "primary": true}));
+
+    qemu.serve(&path("drives"), &["disk"]);
+    let mut disk = Drive::open(&path("drives"), "disk").await;
+    let mut guest = GuestView(replica.clone());
+    let mut expected = vec![0x11; SIZE];
+    let whole = |guest: &mut GuestView| {
+        let mut bytes = vec![0; SIZE];
+        guest.read(0, &mut bytes).unwrap();
+        bytes
+    };
+    for round in 1..=5_u8 {
+        // Pieces of sectors and of clusters, one over another, zeroes, and one at the very end.
+        for (offset, len) in [(512, 1536), (65536 + 512, 3 << 20), (1 << 20, 512), (SIZE - 4096, 4096)] {
+            let offset = offset + usize::from(round) * if offset > SIZE / 2 { 0 } else { 512 };
+            disk.write(round, offset, len).await;
+            expected[offset..offset + len].fill(round);
+        }
+        disk.write(0, 5 << 20, 65536).await;
+        expected[5 << 20..][..65536].fill(0);
+        disk.0.client.flush().unwrap();
+        disk.0.completes(1).await.remove(0).unwrap();
+        if round == 3 {
+            // What guest B wrote itself is gone with the next checkpoint.
+            guest.write(2 << 20, &[0xbb; 700]).unwrap();
+        }
+        let before = whole(&mut guest);
+        assert!(before != expected, "the primary's writes are not to be seen before the checkpoint");
+        qemu.order("xen-colo-do-checkpoint", json!({}));
+        replica.lock().unwrap().seal().unwrap();
+        assert_eq!(difference(&whole(&mut guest), &expected), None, "round {round}");
+        while replica.lock().unwrap().apply_some(1 << 20).unwrap() {}
+    }
+    let status = qemu.order("query-xen-replication-status", json!({}));
+    assert_eq!(status["error"], false, "{status}");
+    assert!(std::fs::read(path("primary")).unwrap() == expected);
+
+    // Written, never checkpointed: rolled back by the takeover, which refuses the old primary's later writes.
+    disk.write(0xee, 0, 65536).await;
+    replica.lock().unwrap().takeover(2).unwrap();
+    disk.write(0xef, 65536, 65536).await;
+    guest.write(100, &[0x77; 50]).unwrap();
+    expected[100..150].fill(0x77);
+    until("the layers are merged", async || match replica.lock().unwrap().apply_some(1 << 20) {
+        Ok(true) => Err("more"),
+        done => done.map(drop).map_err(|_| "failed"),
+    })
+    .await;
+    assert_eq!(difference(&whole(&mut guest), &expected), None);
+    assert_eq!(replica.lock().unwrap().status().stage, Stage::Done);
+    assert!(std::fs::read(path("secondary")).unwrap() == expected);
+    assert!(replica.lock().unwrap().status().fenced_writes > 0);
+    let status = qemu.order("query-xen-replication-status", json!({}));
+    assert_eq!(status["error"], true, "the old primary knows that its writes went nowhere: {status}");
+    drop(qemu);
+    server.await.unwrap().unwrap();
+}
+
+/// Our primary: a mirror whose writes go to a stock secondary.
+struct Primary {
+    mirror: Mirror,
+    wire: Conversation,
+}
+
+impl Primary {
+    /// Sends everything the mirror lets go, and tells it what came of it.
+    async fn forward(&mut self) {
+        let mut sent = std::collections::BTreeMap::new();
+        loop {
+            while let Some(write) = self.mirror.poll_forward() {
+                sent.insert(self.wire.client.write(write.offset, write.data).unwrap(), write.seq);
+            }
+            if sent.is_empty() {
+                return;
+            }
+            match self.wire.client.poll_completion() {
+                Some(Completion { cookie, result, .. }) => {
+                    let seq = sent.remove(&cookie).unwrap();
+                    self.mirror.handle_acked(seq, Ok(result.unwrap()));
+                }
+                None => self.wire.step().await,
+            }
+        }
+    }
+
+    /// Ends an epoch, as a capture does, and sees it over.
+    async fn checkpoint(&mut self) {
+        let ended = self.mirror.mark();
+        self.mirror.allow(ended);
+        self.forward().await;
+        assert!(self.mirror.drained(ended));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn our_primary_replicates_into_a_stock_secondary() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = paths(&dir);
+    if installed("qemu-img").is_none() {
+        return;
+    }
+    std::fs::write(path("primary"), vec![0x11; SIZE]).unwrap();
+    std::fs::write(path("secondary"), vec![0x11; SIZE]).unwrap();
+    for overlay in ["active", "hidden"] {
+        let file = path(overlay).display().to_string();
+        assert!(run("qemu-img", &["create", "-q", "-f", "qcow2", &file, &SIZE.to_string()]).await.status.success());
+    }
+    let at = |name: &str| path(name).display().to_string();
+    let drives = [
+        format!("if=none,id=local,format=raw,file={}", at("secondary")),
+        format!(
+            "if=none,id=top,driver=replication,mode=secondary,top-id=top,file.driver=qcow2,file.file.driver=file,\
+             file.file.filename={},file.backing.driver=qcow2,file.backing.file.driver=file,\
+             file.backing.file.filename={},file.backing.backing=local",
+            at("active"),
+            at("hidden")
+        ),
+    ];
+    let Some(mut qemu) = Qemu::start(dir.path(), &drives) else { return };
+    qemu.serve(&path("nbd"), &["local", "top"]);
+    qemu.order("xen-set-replication", json!({"enable": true, "primary": false}));
+
+    let wire = Conversation::open(Address::Unix(path("nbd")), "local").await;
+    let local = FileDisk::open(&path("primary")).unwrap();
+    let mut primary = Primary { mirror: Mirror::new(Box::new(local), 64 << 20), wire };
+    primary.mirror.attach(false);
+    while primary.mirror.next_sync_chunk().unwrap() != xen_colo::replica::mirror::SyncStep::Finished {
+        primary.forward().await;
+    }
+    primary.forward().await;
+    primary.checkpoint().await;
+    qemu.order("xen-colo-do-checkpoint", json!({}));
+    let mut top = Drive::open(&path("nbd"), "top").await;
+    let mut last = vec![0x11; SIZE];
+    assert_eq!(difference(&top.whole().await, &last), None);
+
+    const H: usize = SIZE / 2;
+    for round in 0x21..0x24_u8 {
+        primary.mirror.write(H as u64 + 512, &vec![round; H - 512]).unwrap();
+        // Guest B's own writes, on top of the last checkpoint.
+        top.write(0x33, 0, 65536).await;
+        primary.checkpoint().await;
+        let mut seen = last.clone();
+        seen[..65536].fill(0x33);
+        assert_eq!(difference(&top.whole().await, &seen), None, "before checkpoint {round:#x}");
+        qemu.order("xen-colo-do-checkpoint", json!({}));
+        last[H + 512..].fill(round);
+        assert_eq!(difference(&top.whole().await, &last), None, "after checkpoint {round:#x}");
+    }
+    let status = qemu.order("query-xen-replication-status", json!({}));
+    assert_eq!(status["error"], false, "{status}");
+    // Rolled back, but for what guest B wrote.
+    primary.mirror.write(0, &[0xee; 4096]).unwrap();
+    primary.checkpoint().await;
+    top.write(0x44, 8192, 512).await;
+    last[8192..8704].fill(0x44);
+    drop(primary);
+    qemu.order("nbd-server-remove", json!({"name": "local", "mode": "hard"}));
+    qemu.order("xen-set-replication", json!({"enable": false, "primary": false, "failover": true}));
+    assert_eq!(difference(&top.whole().await, &last), None, "after the takeover");
+    until("QEMU has committed", async || {
+        difference(&std::fs::read(path("secondary")).unwrap(), &last).map_or(Ok(()), Err)
+    })
+    .await;
+}

@@ -23,6 +23,7 @@ use tempfile::TempDir;
 use xen_colo::daemon::address::Address;
 use xen_colo::daemon::nbd::serve_connection;
 use xen_colo::disk::{Disk, FileDisk};
+use xen_colo::mutant::{self, Mutant};
 use xen_colo::nbd::client::Completion;
 use xen_colo::replica::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig, Stage};
 use xen_colo::replica::mirror::Mirror;
@@ -119,6 +120,23 @@ fn paths(dir: &TempDir) -> impl Fn(&str) -> PathBuf {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stock_primary_replicates_into_our_replica() {
+    if let Some(outcome) = stock_primary().await {
+        assert_eq!(outcome, Ok(()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_keeps_its_guests_writes_is_caught() {
+    mutant::plant(Some(Mutant::KeepActiveAtCheckpoint));
+    let outcome = stock_primary().await;
+    mutant::plant(None);
+    if let Some(outcome) = outcome {
+        assert_eq!(outcome, Err("round 3: byte 2097152 is 0xbb, not 0x3".into()));
+    }
+}
+
+/// The first difference, or None where there is no such QEMU.
+async fn stock_primary() -> Option<Result<(), String>> {
     let dir = tempfile::tempdir().unwrap();
     let path = paths(&dir);
     std::fs::write(path("primary"), vec![0x11; SIZE]).unwrap();
@@ -140,7 +158,7 @@ async fn a_stock_primary_replicates_into_our_replica() {
         "if=none,id=disk,driver=quorum,vote-threshold=1,read-pattern=fifo,{}",
         file.split(',').map(|part| format!("children.0.{part}")).collect::<Vec<_>>().join(",")
     );
-    let Some(mut qemu) = Qemu::start(dir.path(), &[quorum]) else { return };
+    let mut qemu = Qemu::start(dir.path(), &[quorum])?;
     let nbd = path("nbd").display().to_string();
     let said = qemu.line(&format!(
         "drive_add -n buddy driver=replication,mode=primary,node-name=replica,file.driver=nbd,file.server.type=unix,\
@@ -178,7 +196,9 @@ async fn a_stock_primary_replicates_into_our_replica() {
         assert!(before != expected, "the primary's writes are not to be seen before the checkpoint");
         qemu.order("xen-colo-do-checkpoint", json!({}));
         replica.lock().unwrap().seal().unwrap();
-        assert_eq!(difference(&whole(&mut guest), &expected), None, "round {round}");
+        if let Some(difference) = difference(&whole(&mut guest), &expected) {
+            return Some(Err(format!("round {round}: {difference}")));
+        }
         while replica.lock().unwrap().apply_some(1 << 20).unwrap() {}
     }
     let status = qemu.order("query-xen-replication-status", json!({}));
@@ -204,6 +224,7 @@ async fn a_stock_primary_replicates_into_our_replica() {
     assert_eq!(status["error"], true, "the old primary knows that its writes went nowhere: {status}");
     drop(qemu);
     server.await.unwrap().unwrap();
+    Some(Ok(()))
 }
 
 /// Our primary: a mirror whose writes go to a stock secondary.
@@ -226,7 +247,8 @@ impl Primary {
             match self.wire.client.poll_completion() {
                 Some(Completion { cookie, result, .. }) => {
                     let seq = sent.remove(&cookie).unwrap();
-                    self.mirror.handle_acked(seq, Ok(result.unwrap()));
+                    result.unwrap();
+                    self.mirror.handle_acked(seq, Ok(()));
                 }
                 None => self.wire.step().await,
             }

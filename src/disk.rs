@@ -10,6 +10,8 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Why a disk operation failed.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +43,13 @@ pub enum DiskError {
         theirs: u64,
         /// The generation in force.
         ours: u64,
+    },
+    /// A flush failed before: what was written since the last good one may be lost, and no later flush can bring it
+    /// back, since the kernel has dropped it (fsync on Linux reports an error once).
+    #[error("{what}: a flush of it failed before, and what was written then may be lost; check the medium, and resync")]
+    FlushFailed {
+        /// Which file.
+        what: String,
     },
     /// The medium has no such operation, and doing it by hand was not wanted.
     #[error("not supported here")]
@@ -212,6 +221,8 @@ pub struct FileDisk {
     file: File,
     path: PathBuf,
     size_bytes: u64,
+    /// A flush has failed, through any handle: nothing is written any more.
+    flush_failed: Arc<AtomicBool>,
 }
 
 impl FileDisk {
@@ -226,7 +237,7 @@ impl FileDisk {
         match OpenOptions::new().read(true).write(true).create_new(true).open(path) {
             Ok(file) => {
                 file.set_len(size_bytes).map_err(|e| DiskError::io(what(), e))?;
-                Ok(Self { file, path: path.to_owned(), size_bytes })
+                Ok(Self { file, path: path.to_owned(), size_bytes, flush_failed: Arc::default() })
             }
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Self::open(path),
             Err(e) => Err(DiskError::io(what(), e)),
@@ -245,7 +256,7 @@ impl FileDisk {
         let file = options.open(path).map_err(|e| DiskError::io(what(), e))?;
         // Seeking to the end gives the size of a block device too, where the metadata says 0.
         let size_bytes = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(|e| DiskError::io(what(), e))?;
-        Ok(Self { file, path: path.to_owned(), size_bytes })
+        Ok(Self { file, path: path.to_owned(), size_bytes, flush_failed: Arc::default() })
     }
 
     /// Locks the image against other processes that do so too: many may read, or one may write. False when another has
@@ -262,7 +273,15 @@ impl FileDisk {
     /// A second handle on the same open image.
     pub fn try_clone(&self) -> Result<Self, DiskError> {
         let file = self.file.try_clone().map_err(|e| DiskError::io(format!("reopen {}", self.path.display()), e))?;
-        Ok(Self { file, path: self.path.clone(), size_bytes: self.size_bytes })
+        Ok(Self { file, path: self.path.clone(), size_bytes: self.size_bytes, flush_failed: self.flush_failed.clone() })
+    }
+
+    /// Whether what is written can still become durable.
+    fn check_flushes(&self) -> Result<(), DiskError> {
+        match self.flush_failed.load(Ordering::Relaxed) {
+            false => Ok(()),
+            true => Err(DiskError::FlushFailed { what: self.path.display().to_string() }),
+        }
     }
 
     fn failed(&self, doing: &'static str) -> impl Fn(io::Error) -> DiskError {
@@ -291,15 +310,21 @@ impl Disk for FileDisk {
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         check_range(self.size_bytes, offset, bytes.len() as u64)?;
+        self.check_flushes()?;
         self.file.write_all_at(bytes, offset).map_err(self.failed("write"))
     }
 
     fn flush(&mut self) -> Result<(), DiskError> {
-        self.file.sync_data().map_err(self.failed("flush"))
+        self.check_flushes()?;
+        self.file.sync_data().map_err(|error| {
+            self.flush_failed.store(true, Ordering::Relaxed);
+            self.failed("flush")(error)
+        })
     }
 
     fn write_zeroes(&mut self, offset: u64, len_bytes: u64, how: Zeroing) -> Result<(), DiskError> {
         check_range(self.size_bytes, offset, len_bytes)?;
+        self.check_flushes()?;
         if len_bytes == 0 {
             return Ok(());
         }
@@ -315,6 +340,7 @@ impl Disk for FileDisk {
 
     fn trim(&mut self, offset: u64, len_bytes: u64) -> Result<(), DiskError> {
         check_range(self.size_bytes, offset, len_bytes)?;
+        self.check_flushes()?;
         // A file system that cannot keeps the space: trimming is a hint.
         if len_bytes > 0 {
             self.allocate(FallocateFlags::PUNCH_HOLE, offset, len_bytes)?;
@@ -391,6 +417,20 @@ mod tests {
         assert_eq!(extents.iter().map(|extent| extent.len_bytes).sum::<u64>(), 3192);
         assert!(disk.extents(8191, 2, 8).is_err());
         disk.write(4000, &[7; 200]).unwrap();
+    }
+
+    #[test]
+    fn after_a_failed_flush_nothing_is_written_through_any_handle() {
+        // A device that takes everything and cannot be flushed.
+        let mut disk = FileDisk::open(Path::new("/dev/null")).unwrap();
+        let mut other = disk.try_clone().unwrap();
+        other.write(0, &[]).unwrap();
+        assert!(matches!(disk.flush(), Err(DiskError::Io { .. })));
+        let how = Zeroing::default();
+        let refused =
+            [other.write(0, &[]), other.flush(), other.write_zeroes(0, 0, how), other.trim(0, 0), disk.flush()];
+        assert!(refused.iter().all(|refused| matches!(refused, Err(DiskError::FlushFailed { .. }))), "{refused:?}");
+        other.read(0, &mut []).unwrap();
     }
 
     #[test]

@@ -356,3 +356,105 @@ os.execv(program[0], program)
         wait("the end", || child.try_wait().unwrap().is_some());
     }
 }
+
+/// A client that has read the greeting and chosen the export, if it is let.
+fn chosen(socket: &Path) -> Option<UnixStream> {
+    let mut stream = UnixStream::connect(socket).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").ok()?;
+    stream.read_exact(&mut [0; 28]).ok()?;
+    Some(stream)
+}
+
+/// Resident memory of a process.
+fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_connections_cost_bounded_memory_and_no_client_that_has_a_place() {
+    let nbd = Nbd::serve(&[7; 4096], &["-t", "-e", "64"]);
+    let mut first = chosen(&nbd.socket()).unwrap();
+    let (mut kept, mut turned_away) = (Vec::new(), 0);
+    for _ in 0..10_000 {
+        match chosen(&nbd.socket()) {
+            Some(stream) => kept.push(stream),
+            None => turned_away += 1,
+        }
+    }
+    assert_eq!((kept.len(), turned_away), (63, 10_000 - 63));
+    let kib = resident_kib(nbd.child.id());
+    assert!(kib < 128 * 1024, "{kib} KiB for 64 clients");
+    // The one that was there before is served as ever.
+    first.write_all(b"\x25\x60\x95\x13\0\0\0\0cookie!!\0\0\0\0\0\0\0\0\0\0\0\x04").unwrap();
+    let mut reply = [0; 20];
+    first.read_exact(&mut reply).unwrap();
+    assert_eq!(&reply, b"\x67\x44\x66\x98\0\0\0\0cookie!!\x07\x07\x07\x07");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_descriptors_goes_on_when_it_has_some_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(path("image"), [7; 4096]).unwrap();
+    let script = "ulimit -n 64; exec \"$0\" nbd -t -e 0 -k \"$1\" \"$2\"";
+    let mut child = Command::new("sh").args(["-c", script, XL_COLO, &path("sock"), &path("image")]).spawn().unwrap();
+    wait("the socket", || Path::new(&path("sock")).exists());
+    let socket = PathBuf::from(path("sock"));
+    let crowd: Vec<_> = (0..200).filter_map(|_| UnixStream::connect(&socket).ok()).collect();
+    assert!(crowd.len() > 64, "more than it has descriptors for");
+    drop(crowd);
+    wait("a client is served", || chosen(&socket).is_some());
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_does_not_finish_its_handshake_loses_its_place() {
+    let nbd = Nbd::serve(&[7; 4096], &["-t", "-e", "1"]);
+    let mut silent = UnixStream::connect(nbd.socket()).unwrap();
+    // One byte now and then does not buy time.
+    let mut drip = silent.try_clone().unwrap();
+    let begun = Instant::now();
+    let dripping = std::thread::spawn(move || {
+        while drip.write_all(b"\0").is_ok() && begun.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    });
+    wait("its place is free", || chosen(&nbd.socket()).is_some());
+    let _ = silent.read_to_end(&mut Vec::new());
+    dripping.join().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_medium_that_fails_is_the_clients_news() {
+    if installed("qemu-io").is_none() {
+        return;
+    }
+    // A limit on file sizes fails writes behind it, and needs no root.
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image").display().to_string();
+    std::fs::write(&image, vec![1; 2 * MIB]).unwrap();
+    let sock = dir.path().join("sock");
+    let script = "ulimit -f 1024; trap '' XFSZ; exec \"$0\" nbd -t -e 0 -k \"$1\" \"$2\"";
+    let at = sock.display().to_string();
+    let mut child = Command::new("sh").args(["-c", script, XL_COLO, &at, &image]).spawn().unwrap();
+    wait("the socket", || sock.exists());
+    let uri = format!("nbd+unix:///?socket={at}");
+    // 1024 blocks of 512 bytes is where this process may write no more.
+    let io = |command: &'static str| {
+        let uri = uri.clone();
+        async move {
+            let output = run("qemu-io", &["-f", "raw", "-c", command, "-c", "read -P 1 0 512", &uri]).await;
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        }
+    };
+    let refused = io("write 1M 64k").await;
+    assert!(refused.contains("write failed") && refused.contains("read 512/512"), "{refused}");
+    let taken = io("write -P 1 4k 64k").await;
+    assert!(taken.contains("wrote 65536/65536") && taken.contains("read 512/512"), "{taken}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}

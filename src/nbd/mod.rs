@@ -308,7 +308,7 @@ impl Errno {
             DiskError::NoSpace { .. } => Self::NoSpace,
             DiskError::Fenced { .. } => Self::NotPermitted,
             DiskError::NotSupported => Self::NotSupported,
-            DiskError::Io { .. } | DiskError::Busy => Self::Io,
+            DiskError::Io { .. } | DiskError::FlushFailed { .. } | DiskError::Busy => Self::Io,
         }
     }
 }

@@ -134,12 +134,12 @@ fn exchanged_frames_are_found() {
     });
     let (frames, total) = (present(), g.info().total_pages);
     g.store.write(&target, &(kib - 12 * 1024).to_string()).expect("deflate");
-    until("the guest gives 6 MiB back", Duration::from_secs(30), || present() + 1536 < frames);
+    until("the guest gives 6 MiB back", Duration::from_secs(120), || present() + 1536 < frames);
     // Held by the cache, they are the guest's still.
     let held = g.info().total_pages;
     g.store.write(&target, &old).expect("inflate");
     let low = present();
-    until("the guest gets some back", Duration::from_secs(30), || present() > low + 64);
+    until("the guest gets some back", Duration::from_secs(120), || present() > low + 64);
     g.paused(|| {
         let now = g.info().total_pages;
         println!("frames {frames} -> {low} -> {}, total {total} -> {held} -> {now}", present());

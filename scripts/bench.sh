@@ -2,6 +2,7 @@
 # Measurements, as ratios against a reference in the same run:
 #   bench.sh checkpoint   how long a guest stands still, against a memory copy and against the classic order
 #   bench.sh idle         what a protected idle guest costs each host, in percent of one core
+#   bench.sh nbd          our NBD server against qemu-nbd and nbdkit (10 minutes)
 #   bench.sh xen          our engine against Xen's own, for xl save and for Remus, on nested Xen hosts (20 minutes)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,7 +13,7 @@ readonly IDLE_AIM_PERCENT=5
 readonly START_SECONDS=60
 
 usage() {
-	sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" >&2
+	sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}" >&2
 	exit 2
 }
 
@@ -66,6 +67,7 @@ idle() {
 case "${1:-}" in
 checkpoint) exec cargo bench --bench checkpoint ;;
 idle) idle ;;
+nbd) exec scripts/bench-nbd.sh ;;
 xen)
 	cargo build --release --quiet --features xen
 	exec scripts/nested/bench

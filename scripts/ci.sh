@@ -11,8 +11,9 @@ export XEN_COLO_SEEDS=${XEN_COLO_SEEDS:-20000}
 readonly LOGS=target/ci
 readonly BINARY=target/release/xl-colo
 readonly START_SECONDS=60
-# Left out for their time: 25-disk-lost, 30-hvm (the demos boot that guest too), 45-save (ten minutes) and 60-on-xen.
-readonly NESTED_TESTS=(10-hosts 20-pvh 40-hotplug-errors 50-power-cut 70-protect)
+# Left out for their time: 25-disk-lost, 30-hvm (the demos boot that guest too), 45-save (ten minutes), 60-on-xen and
+# 90-hvm-reload (eight minutes).
+readonly NESTED_TESTS=(10-hosts 20-pvh 40-hotplug-errors 50-power-cut 70-protect 80-refusals)
 FEATURES=(--features xen)
 
 passed=0
@@ -70,7 +71,7 @@ docs() {
 
 lint_scripts() {
 	if command -v shellcheck >/dev/null; then
-		shellcheck -x scripts/*.sh .ci/run scripts/nested/{nested,test,demo,*.sh} scripts/nested/dom0/* \
+		shellcheck -x scripts/*.sh .ci/run scripts/nested/{nested,test,demo,bench,*.sh} scripts/nested/dom0/* \
 			scripts/nested/tests/*.sh scripts/nested/guest/init scripts/hotplug/*
 	else
 		echo "SKIP: shellcheck is not installed; the scripts are not checked"

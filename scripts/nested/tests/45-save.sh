@@ -88,9 +88,9 @@ host a "cat >/tmp/hang <<'END'
 $hanging
 END
 	LIBXL_SAVE_HELPER=/usr/sbin/xl-colo xl migrate -s '' plain 'bash /tmp/hang' >/tmp/xl.log 2>&1 </dev/null &
-	for _ in {1..100}; do pid=\$(pgrep -f -- '^[^ ]*xl-colo --save-domain') && break; sleep 0.1; done
+	for _ in {1..100}; do pid=\$(pidof xl-colo) && break; sleep 0.1; done
 	sleep 3; kill -TERM \$pid; for _ in {1..50}; do [[ -d /proc/\$pid ]] || break; sleep 0.1; done
-	! [[ -d /proc/\$pid ]]; code=\$?; pkill -x sleep; wait; exit \$code"
+	! [[ -d /proc/\$pid ]]; code=\$?; kill \$(pidof sleep); wait; exit \$code"
 echo "ok: a helper that writes to nobody ends when it is told to"
 lives "after a cancelled migration"
 migrate ours ours

@@ -8,6 +8,7 @@ use crate::colo::hello::{Mode, ResumeOrder};
 use crate::daemon::address::Address;
 use crate::daemon::arbiter::Arbiter;
 use crate::daemon::control;
+use crate::daemon::nbd::tls::Credentials;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -130,6 +131,12 @@ pub struct NbdArgs {
     /// How the image is read and written: threads is the only way here
     #[arg(long, value_name = "MODE", value_parser = ["threads", "native", "io_uring"])]
     pub aio: Option<String>,
+    /// Certificates: tls-creds-x509,id=ID,endpoint=server,dir=DIR[,verify-peer=on|off]
+    #[arg(long, value_name = "OBJECT")]
+    pub object: Option<Credentials>,
+    /// Serve nobody in the clear; the --object of this id has the certificates
+    #[arg(long, value_name = "ID", requires = "object")]
+    pub tls_creds: Option<String>,
     /// Go to the background once clients can connect
     #[arg(long)]
     pub fork: bool,

@@ -74,6 +74,13 @@ async fn serve_nbd(args: NbdArgs) -> ExitCode {
         Some(path) => Where::Unix(path),
         None => Where::Tcp(args.bind, args.port),
     };
+    let tls = match (args.tls_creds, args.object) {
+        (Some(id), Some(object)) if object.id != id => {
+            return fail(cli::EXIT_FAILED, &format!("no --object has the id {id:?}; there is {:?}", object.id));
+        }
+        (Some(_), object) => object,
+        (None, _) => None,
+    };
     let config = Config {
         image: args.image,
         at,
@@ -92,6 +99,7 @@ async fn serve_nbd(args: NbdArgs) -> ExitCode {
         detect_zeroes: args.detect_zeroes != "off",
         unmap_zeroes: args.detect_zeroes == "unmap",
         pid_file: args.pid_file,
+        tls,
     };
     match export::run(config).await {
         Ok(()) => ExitCode::SUCCESS,

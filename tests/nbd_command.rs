@@ -12,14 +12,14 @@ use tempfile::TempDir;
 const MIB: usize = 1 << 20;
 
 /// A server on a Unix socket, in a folder of its own.
-struct Nbd {
+pub(crate) struct Nbd {
     dir: TempDir,
     child: Child,
 }
 
 impl Nbd {
     /// Serves an image of `bytes` with these arguments, and waits until clients can connect.
-    fn serve(bytes: &[u8], args: &[&str]) -> Self {
+    pub(crate) fn serve(bytes: &[u8], args: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("image"), bytes).unwrap();
         Self::serve_in(dir, args)
@@ -35,11 +35,11 @@ impl Nbd {
         Self { dir, child }
     }
 
-    fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         self.dir.path().join(name).display().to_string()
     }
 
-    fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.dir.path().join("sock")
     }
 
@@ -90,7 +90,7 @@ fn pattern(len: usize) -> Vec<u8> {
     bytes
 }
 
-async fn succeeds(program: &str, args: &[&str]) -> String {
+pub(crate) async fn succeeds(program: &str, args: &[&str]) -> String {
     let output = run(program, args).await;
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{program} {args:?}: {stdout}{}", String::from_utf8_lossy(&output.stderr));
@@ -358,7 +358,7 @@ os.execv(program[0], program)
 }
 
 /// A client that has read the greeting and chosen the export, if it is let.
-fn chosen(socket: &Path) -> Option<UnixStream> {
+pub(crate) fn chosen(socket: &Path) -> Option<UnixStream> {
     let mut stream = UnixStream::connect(socket).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").ok()?;

@@ -6,6 +6,7 @@
 
 pub mod export;
 pub mod threads;
+pub mod tls;
 
 use super::address::Link;
 use crate::disk::Disk;

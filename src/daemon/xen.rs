@@ -80,7 +80,7 @@ async fn export<D: Disk + Clone + Sync + 'static>(socket: &Path, name: &str, dis
     let exports = vec![Export::new(name, disk.size_bytes())];
     let open = Box::new(move |_| Ok(Box::new(disk.clone()) as Box<dyn Disk>));
     let (service, running) =
-        (Arc::new(Service { exports, open, max_connections: DISK_CLIENTS_MAX }), Running::default());
+        (Arc::new(Service { exports, open, max_connections: DISK_CLIENTS_MAX, tls: None }), Running::default());
     let here = running.clone();
     let serve = move || {
         if let Err(error) = serve_all(&threads::Listener::Unix(listener), &service, &here) {

@@ -5,6 +5,7 @@
 //! `--fork` returns once clients can connect.
 
 use super::threads::{Listener, Running, Service, serve_all};
+use super::tls::{self, Credentials, TlsError};
 use crate::daemon::links::lock;
 use crate::disk::{Disk, DiskError, Extent, FileDisk, Zeroing, check_range};
 use crate::nbd::MAX_STRING_BYTES;
@@ -72,6 +73,8 @@ pub struct Config {
     pub unmap_zeroes: bool,
     /// Where the process's number is written.
     pub pid_file: Option<PathBuf>,
+    /// Certificates; with them nobody is served in the clear.
+    pub tls: Option<Credentials>,
 }
 
 /// Why an image is not served.
@@ -98,6 +101,9 @@ pub enum ExportError {
         /// How it was to be opened.
         read_only: bool,
     },
+    /// The certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The name or the description is longer than the protocol can carry.
     #[error("the export's {0} is longer than {MAX_STRING_BYTES} bytes")]
     TooLong(&'static str),
@@ -153,7 +159,9 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
     let mut last = disk.try_clone()?;
     let disk = Mutex::new(disk);
     let open = move |_| Ok(Box::new(lock(&disk).try_clone()?) as Box<dyn Disk>);
-    let service = Service { exports: vec![export], open: Box::new(open), max_connections: config.max_connections };
+    let tls = config.tls.as_ref().map(tls::load).transpose()?;
+    let max_connections = config.max_connections;
+    let service = Service { exports: vec![export], open: Box::new(open), max_connections, tls };
     let (service, running) = (Arc::new(service), Running::default());
     let (listener, socket) = listen(&config.at)?;
     if let Some(path) = &config.pid_file {

@@ -15,6 +15,7 @@ use crate::daemon::links::lock;
 use crate::disk::{Disk, DiskError};
 use crate::nbd::handshake::{Encryption, Export};
 use crate::nbd::server::{Next, Server};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -117,6 +118,52 @@ impl Write for Stream {
 /// Opens a disk of its own for each client, by the export's index.
 pub type OpenDisk = Box<dyn Fn(usize) -> Result<Box<dyn Disk>, DiskError> + Send + Sync>;
 
+/// A client's bytes, in the clear or not.
+enum Transport {
+    Plain(Stream),
+    Tls(Box<StreamOwned<ServerConnection, Stream>>),
+}
+
+impl Transport {
+    fn stream(&self) -> &Stream {
+        match self {
+            Self::Plain(stream) => stream,
+            Self::Tls(stream) => stream.get_ref(),
+        }
+    }
+
+    /// The client's next bytes are its TLS hello.
+    fn encrypt(self, config: &Arc<ServerConfig>) -> io::Result<Self> {
+        let connection = ServerConnection::new(config.clone()).map_err(io::Error::other)?;
+        match self {
+            Self::Plain(stream) => Ok(Self::Tls(Box::new(StreamOwned::new(connection, stream)))),
+            Self::Tls(_) => Err(io::Error::other("it is encrypted already")),
+        }
+    }
+
+    /// 0 when the client has left, politely or not.
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let read = match self {
+                Self::Plain(stream) => stream.read(into),
+                Self::Tls(stream) => stream.read(into),
+            };
+            match read {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
+                read => return read,
+            }
+        }
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Plain(stream) => stream.write_all(bytes),
+            Self::Tls(stream) => stream.write_all(bytes).and_then(|()| stream.flush()),
+        }
+    }
+}
+
 /// What is served, and to how many.
 pub struct Service {
     /// What clients may choose from.
@@ -125,6 +172,8 @@ pub struct Service {
     pub open: OpenDisk,
     /// Connections at the same time; 0 for any number.
     pub max_connections: usize,
+    /// With it, nobody is served in the clear.
+    pub tls: Option<Arc<ServerConfig>>,
 }
 
 impl std::fmt::Debug for Service {
@@ -233,57 +282,61 @@ pub fn serve_all(listener: &Listener, service: &Arc<Service>, running: &Running)
 }
 
 /// Serves one client until it leaves; `served` says whether it chose an export.
-pub fn serve_client(mut stream: Stream, service: &Service, served: &mut bool) -> Result<(), ServeError> {
-    let mut server = Server::new(service.exports.clone(), Encryption::None);
+fn serve_client(stream: Stream, service: &Service, served: &mut bool) -> Result<(), ServeError> {
+    let encryption = if service.tls.is_some() { Encryption::Required } else { Encryption::None };
+    let mut server = Server::new(service.exports.clone(), encryption);
+    let mut transport = Transport::Plain(stream);
     let until = Instant::now() + HANDSHAKE_DEADLINE;
-    stream.set_write_timeout(Some(HANDSHAKE_DEADLINE))?;
+    transport.stream().set_write_timeout(Some(HANDSHAKE_DEADLINE))?;
     let index = loop {
         let next = server.negotiate();
-        send(&mut stream, &mut server)?;
+        send(&mut transport, &mut server)?;
         match (next?, server.export()) {
             (_, Some(index)) => break index,
-            (Next::Closed | Next::StartTls, None) => return Ok(()),
+            (Next::Closed, None) => return Ok(()),
+            (Next::StartTls, None) => {
+                let Some(tls) = &service.tls else { return Ok(()) };
+                transport = transport.encrypt(tls)?;
+                server.encrypted();
+            }
             (Next::Output | Next::Busy, None) => {}
             (Next::Input, None) => {
                 let left = until.saturating_duration_since(Instant::now());
                 if left.is_zero() {
                     return Err(ServeError::Deadline);
                 }
-                stream.set_read_timeout(Some(left))?;
-                match stream.read(server.room()) {
+                transport.stream().set_read_timeout(Some(left))?;
+                match transport.read(server.room()) {
                     Ok(0) => return Ok(()),
                     Ok(bytes) => server.filled(bytes),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(ServeError::Deadline),
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) => return Err(error.into()),
                 }
             }
         }
     };
     *served = true;
-    stream.set_read_timeout(None)?;
-    stream.set_write_timeout(None)?;
+    transport.stream().set_read_timeout(None)?;
+    transport.stream().set_write_timeout(None)?;
     let mut disk = (service.open)(index).map_err(io::Error::other)?;
     loop {
         let next = server.serve(&mut *disk);
-        send(&mut stream, &mut server)?;
+        send(&mut transport, &mut server)?;
         match next? {
             Next::Output | Next::StartTls => {}
             Next::Busy => std::thread::sleep(BUSY_RETRY),
             Next::Closed => return Ok(()),
-            Next::Input => match stream.read(server.room()) {
-                Ok(0) => return Ok(()),
-                Ok(bytes) => server.filled(bytes),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
+            Next::Input => match transport.read(server.room())? {
+                0 => return Ok(()),
+                bytes => server.filled(bytes),
             },
         }
     }
 }
 
-fn send(stream: &mut Stream, server: &mut Server) -> io::Result<()> {
+fn send(transport: &mut Transport, server: &mut Server) -> io::Result<()> {
     if !server.output().is_empty() {
-        stream.write_all(server.output())?;
+        transport.write_all(server.output())?;
         server.sent();
     }
     Ok(())
@@ -300,7 +353,7 @@ mod tests {
         let path = dir.path().join("sock");
         let listener = Listener::Unix(UnixListener::bind(&path).unwrap());
         let open: OpenDisk = Box::new(|_| Ok(Box::new(MemoryDisk::new(512))));
-        let service = Service { exports: vec![Export::new("disk", 512)], open, max_connections: 0 };
+        let service = Service { exports: vec![Export::new("disk", 512)], open, max_connections: 0, tls: None };
         let (service, running) = (Arc::new(service), Running::default());
         let here = running.clone();
         let server = std::thread::spawn(move || serve_all(&listener, &service, &here));

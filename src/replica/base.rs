@@ -1,0 +1,108 @@
+//! The image under the layers, which says of itself whether it is whole.
+//!
+//! ```text
+//!  write ──▶ resync WHY is durable ──▶ the bytes          (a guest's own disk: just the bytes)
+//!  settle ─▶ the bytes are flushed ──▶ checkpoint, or guest, is durable
+//! ```
+//!
+//! Every write to the image comes through here, so that none can come before the word that the image is not whole.
+//! It is one flush of the record for a burst of checkpoints, and one after it; a checkpoint itself costs none.
+//!
+//! The trap is a flush that fails: the kernel forgets what it could not write, and the next flush succeeds. Only a new
+//! initial copy makes such an image whole again. A guest that runs on its own disk is told of its failed flush, as by
+//! any disk.
+
+use super::state::{Standing, State, Why};
+use crate::disk::{Disk, DiskError};
+use crate::mutant::{self, Mutant};
+use std::io;
+
+/// A base image and its record.
+pub struct Base {
+    disk: Box<dyn Disk>,
+    state: State,
+    why: Why,
+    unflushed: bool,
+    /// A flush failed, and some of what it covered may be lost.
+    lost: bool,
+}
+
+impl Base {
+    /// An image as it is found. A process that was killed may have left writes in the page cache, so it is flushed
+    /// before it is whole, whatever is written to it here.
+    #[must_use]
+    pub fn new(disk: Box<dyn Disk>, state: State) -> Self {
+        Self { disk, state, why: Why::InitialCopy, unflushed: !mutant::active(Mutant::TrustPageCache), lost: false }
+    }
+
+    /// What the image is worth after a crash now.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        self.state.standing()
+    }
+
+    /// All of it will be written anew; from now on it is not whole.
+    pub fn begin_copy(&mut self) -> Result<(), DiskError> {
+        self.why = Why::InitialCopy;
+        self.state.record(Standing::Resync(self.why))?;
+        self.lost = false;
+        Ok(())
+    }
+
+    /// Names what further writes are for. Does nothing now.
+    pub fn expect(&mut self, why: Why) {
+        self.why = why;
+    }
+
+    /// Makes the image whole, as it is. A checkpoint that became whole before and was not written to since keeps its
+    /// number.
+    pub fn settle(&mut self, whole: Standing) -> Result<(), DiskError> {
+        if mutant::active(Mutant::WholeBeforeFlush) {
+            self.state.record(whole)?;
+        }
+        self.flush()?;
+        let known = match whole {
+            Standing::Checkpoint { .. } => matches!(self.standing(), Standing::Checkpoint { .. }),
+            _ => false,
+        };
+        if known && self.state.is(self.standing()) {
+            return Ok(());
+        }
+        if self.lost && !self.state.is(whole) {
+            let error = io::Error::other("an earlier flush failed; what it covered may be lost");
+            return Err(DiskError::io("flush the replica's image", error));
+        }
+        self.state.record(whole)
+    }
+}
+
+impl Disk for Base {
+    fn size_bytes(&self) -> u64 {
+        self.disk.size_bytes()
+    }
+
+    fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+        self.disk.read(offset, into)
+    }
+
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        self.unflushed = true;
+        if self.state.is(Standing::Guest) {
+            return self.disk.write(offset, bytes);
+        }
+        if mutant::active(Mutant::ResyncAfterWrite) {
+            self.disk.write(offset, bytes)?;
+            return self.state.record(Standing::Resync(self.why));
+        }
+        self.state.record(Standing::Resync(self.why))?;
+        self.disk.write(offset, bytes)
+    }
+
+    fn flush(&mut self) -> Result<(), DiskError> {
+        if self.unflushed {
+            self.disk.flush().inspect_err(|_| self.lost |= !self.state.is(Standing::Guest))?;
+            self.unflushed = false;
+        }
+        Ok(())
+    }
+}

@@ -15,6 +15,7 @@ mod image;
 mod nbd_command;
 mod nbd_interop;
 mod partition;
+mod restart;
 mod sim;
 mod tidy;
 mod unprotect;

@@ -106,3 +106,61 @@ impl Disk for Base {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::MemoryDisk;
+
+    /// Flushes fail as often as it says.
+    struct Failing(MemoryDisk, u32);
+
+    impl Disk for Failing {
+        fn size_bytes(&self) -> u64 {
+            self.0.size_bytes()
+        }
+        fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+            self.0.read(offset, into)
+        }
+        fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+            self.0.write(offset, bytes)
+        }
+        fn flush(&mut self) -> Result<(), DiskError> {
+            match self.1.checked_sub(1) {
+                None => Ok(()),
+                Some(left) => {
+                    self.1 = left;
+                    Err(DiskError::Busy)
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_failed_flush_lost_no_later_one_brings_back() {
+        let mut base = Base::new(Box::new(Failing(MemoryDisk::new(8), 1)), State::forgetful());
+        let whole = Standing::Checkpoint { generation: 1, number: 2 };
+        base.expect(Why::Applying);
+        base.write(0, b"lost").unwrap();
+        assert!(matches!(base.settle(whole), Err(DiskError::Busy)));
+        for _ in 0..2 {
+            assert!(base.settle(whole).unwrap_err().to_string().contains("an earlier flush failed"));
+            assert_eq!(base.standing(), Standing::Resync(Why::Applying));
+        }
+        base.begin_copy().unwrap();
+        assert_eq!(base.standing(), Standing::Resync(Why::InitialCopy));
+        base.settle(whole).unwrap();
+        assert_eq!(base.standing(), whole);
+    }
+
+    #[test]
+    fn a_guest_on_its_own_disk_is_told_and_goes_on() {
+        let mut base = Base::new(Box::new(Failing(MemoryDisk::new(8), 0)), State::forgetful());
+        base.settle(Standing::Guest).unwrap();
+        base.disk = Box::new(Failing(MemoryDisk::new(8), 1));
+        base.write(0, b"lost").unwrap();
+        assert!(base.settle(Standing::Guest).is_err());
+        base.settle(Standing::Guest).unwrap();
+        assert_eq!(base.standing(), Standing::Guest);
+    }
+}

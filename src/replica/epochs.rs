@@ -60,6 +60,8 @@ pub const MAX_ERRORS: usize = 16;
 /// What one guest flush merges before it says busy again, in bytes.
 pub const FLUSH_STEP_BYTES: u64 = 8 << 20;
 
+type ChangedRuns = Option<Vec<(u64, bool)>>;
+
 /// Where a replica stands, in QEMU's words.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -308,6 +310,12 @@ impl Replica {
         if self.sealed.is_empty() { self.settle() } else { Err(DiskError::Busy) }
     }
 
+    /// What guest B wrote since the last checkpoint, like [`Disk::changed`]. `None` while there are no checkpoints.
+    pub fn guest_changed(&self, offset: u64, len_bytes: u64, max: usize) -> Result<ChangedRuns, DiskError> {
+        check_range(self.size_bytes(), offset, len_bytes)?;
+        Ok((self.stage == Stage::Running).then(|| self.active.runs(offset, len_bytes, max)))
+    }
+
     /// The checkpoint: what the primary wrote becomes what guest B sees, what guest B wrote is forgotten. Copies
     /// nothing, whatever the sizes. On an error the checkpoint must not be acknowledged; guest B's view is
     /// untouched. After a takeover or a stop it does nothing, as in QEMU.
@@ -541,6 +549,9 @@ impl Disk for GuestView {
     }
     fn flush(&mut self) -> Result<(), DiskError> {
         lock(&self.0).guest_flush()
+    }
+    fn changed(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<ChangedRuns, DiskError> {
+        lock(&self.0).guest_changed(offset, len_bytes, max)
     }
 }
 

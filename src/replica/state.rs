@@ -102,7 +102,9 @@ impl Standing {
             Self::NoRecord => "none".to_owned(),
             Self::Checkpoint { generation, number } => format!("checkpoint {generation} {number}"),
             Self::Guest => "guest".to_owned(),
-            Self::Resync(why) => format!("resync {}", Why::ALL.iter().find(|(each, _)| *each == why).map_or("", |w| w.1)),
+            Self::Resync(why) => {
+                format!("resync {}", Why::ALL.iter().find(|(each, _)| *each == why).map_or("", |w| w.1))
+            }
         };
         let body = format!("{MAGIC} {what}");
         let mut record = [b' '; RECORD_BYTES];
@@ -136,7 +138,9 @@ impl fmt::Display for Standing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoRecord => f.write_str("not a replica's"),
-            Self::Checkpoint { generation, number } => write!(f, "whole: checkpoint {number} of generation {generation}"),
+            Self::Checkpoint { generation, number } => {
+                write!(f, "whole: checkpoint {number} of generation {generation}")
+            }
             Self::Guest => f.write_str("whole: a guest's own disk"),
             Self::Resync(why) => write!(f, "not whole: {why}"),
         }
@@ -304,7 +308,7 @@ impl State {
     /// error.
     pub fn open(mut file: Box<dyn StateFile>) -> Result<Self, DiskError> {
         let standing = file.read()?.map_or(Standing::NoRecord, |record| Standing::decode(&record));
-        let durable = mutant::active(Mutant::TrustStateRead);
+        let durable = standing != Standing::NoRecord && mutant::active(Mutant::TrustStateRead);
         Ok(Self { file, standing, durable, named: durable })
     }
 
@@ -341,6 +345,11 @@ impl State {
     }
 }
 
+/// What an image is worth, for telling.
+pub fn found(image: &Path) -> Result<Standing, DiskError> {
+    Ok(State::open(Box::new(FileState::of(image)))?.standing())
+}
+
 /// Makes an image a guest's own disk, before the guest's first write; refused when it is not whole. `runs` says that
 /// the guest is there already, and remembers a disk. An image that never held a replica needs no record.
 pub fn take_up(image: &Path, runs: bool) -> Result<(), StateError> {
@@ -370,4 +379,91 @@ pub(super) fn take_up_state(state: &mut State, is_new: bool, runs: bool) -> Resu
         _ => {}
     }
     state.record(Standing::Guest).map_err(Refused::Disk)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all() -> Vec<Standing> {
+        let numbers = [(0, 1), (1, 12), (1, 345), (23, 67), (u64::MAX, u64::MAX)];
+        let checkpoints = numbers.map(|(generation, number)| Standing::Checkpoint { generation, number });
+        let resyncs = Why::ALL.map(|(why, _)| Standing::Resync(why));
+        [&checkpoints[..], &resyncs, &[Standing::Guest]].concat()
+    }
+
+    #[test]
+    fn a_record_is_a_line_of_text() {
+        let checkpoint = Standing::Checkpoint { generation: 3, number: 17 };
+        let text = String::from_utf8(checkpoint.encode().to_vec()).unwrap();
+        assert_eq!(text.trim_end(), "xen-colo-state 1 checkpoint 3 17 83001e3f");
+        assert_eq!(checksum(b"123456789"), 0xcbf4_3926, "the check value of CRC-32");
+        all().into_iter().for_each(|standing| assert_eq!(Standing::decode(&standing.encode()), standing));
+    }
+
+    #[test]
+    fn a_torn_record_is_the_old_one_or_the_new_one_or_none() {
+        let mut torn = 0;
+        for old in all() {
+            for new in all() {
+                for at in 0..RECORD_BYTES {
+                    let mixed = [&new.encode()[..at], &old.encode()[at..]].concat();
+                    let read = Standing::decode(&mixed);
+                    assert!([old, new, Standing::Resync(Why::Unreadable)].contains(&read), "{old} {new} {at}: {read}");
+                    torn += u32::from(read != old && read != new);
+                }
+            }
+        }
+        assert!(torn > 500, "{torn}");
+        let good = Standing::Guest.encode();
+        for flipped in 0..good.len() - 1 {
+            let mut bad = good;
+            bad[flipped] ^= 1;
+            assert_eq!(Standing::decode(&bad), Standing::Resync(Why::Unreadable), "byte {flipped}");
+        }
+        let long = [&good[..], b"\n"].concat();
+        for foreign in [&b""[..], b"guest", &good[1..], &long, &[0; RECORD_BYTES], &[0xff; RECORD_BYTES]] {
+            assert_eq!(Standing::decode(foreign), Standing::Resync(Why::Unreadable));
+        }
+    }
+
+    #[test]
+    fn the_record_lies_beside_the_image_and_outlives_its_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, link) = (dir.path().join("image"), dir.path().join("link"));
+        fs::write(&image, b"disk").unwrap();
+        std::os::unix::fs::symlink(&image, &link).unwrap();
+        assert_eq!(path(&link), path(&image));
+        assert_eq!(path(&image).file_name().unwrap(), "image.colo-state");
+        take_up(&image, false).unwrap();
+        assert!(!path(&image).exists(), "an image that never held a replica needs none");
+
+        fs::write(path(&image), vec![b'x'; 5000]).unwrap();
+        assert_eq!(found(&image).unwrap(), Standing::Resync(Why::Unreadable));
+        let checkpoint = Standing::Checkpoint { generation: 1, number: 2 };
+        State::open(Box::new(FileState::of(&link))).unwrap().record(checkpoint).unwrap();
+        assert_eq!((found(&image).unwrap(), fs::metadata(path(&image)).unwrap().len()), (checkpoint, 96));
+
+        let behind = take_up(&image, true).unwrap_err();
+        assert!(matches!(behind, StateError::Behind { .. }), "{behind}");
+        take_up(&image, false).unwrap();
+        assert_eq!(found(&image).unwrap(), Standing::Guest);
+        take_up(&image, true).unwrap();
+        State::open(Box::new(FileState::of(&image))).unwrap().record(Standing::Resync(Why::TakenOver)).unwrap();
+        let refused = take_up(&image, false).unwrap_err().to_string();
+        assert!(refused.contains("image is not whole: a guest had taken over on it"), "{refused}");
+        assert!(refused.ends_with("save this one before anything else"), "{refused}");
+        fs::remove_file(&image).unwrap();
+        take_up(&image, false).expect("the record of an image that is gone says nothing about a new one");
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_read_is_no_permission() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        fs::create_dir(path(&image)).unwrap();
+        fs::write(&image, b"disk").unwrap();
+        assert!(matches!(take_up(&image, false), Err(StateError::Disk(_))));
+        assert!(path(Path::new("/dev/null")).starts_with("/dev"), "a character device is none to keep a disk on");
+    }
 }

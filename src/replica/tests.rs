@@ -213,12 +213,15 @@ fn an_old_generation_is_refused_and_counted() {
     let shared = Arc::new(Mutex::new(replica));
     let mut primary = PrimaryView { replica: Arc::clone(&shared), generation: 1 };
     let mut guest = GuestView(Arc::clone(&shared));
+    assert_eq!(guest.changed(1, N as u64 - 1, 8).unwrap(), Some(vec![(H as u64 - 1, true), (H as u64, false)]));
+    assert!(guest.changed(1, N as u64, 8).is_err());
     let mut back = [0; 2];
     primary.read(H as u64 - 1, &mut back).unwrap();
     assert_eq!(back, [0x11, 0x22], "the primary reads what it wrote");
     shared.lock().unwrap().takeover(2).unwrap();
     assert!(matches!(primary.write(0, b"x"), Err(DiskError::Fenced { theirs: 1, ours: 2 })));
     assert!(primary.read(0, &mut back).is_err() && primary.flush().is_err());
+    assert_eq!(guest.changed(0, N as u64, 8).unwrap(), None, "after a takeover there are no checkpoints");
     guest.read(0, &mut back).unwrap();
     assert_eq!((back, guest.size_bytes()), ([0x33; 2], N as u64));
     assert_eq!(shared.lock().unwrap().status().fenced_writes, 4);

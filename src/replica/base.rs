@@ -61,14 +61,14 @@ impl Base {
             self.state.record(whole)?;
         }
         self.flush()?;
-        let known = match whole {
-            Standing::Checkpoint { .. } => matches!(self.standing(), Standing::Checkpoint { .. }),
-            _ => false,
+        let known = match (whole, self.standing()) {
+            (Standing::Checkpoint { .. }, known @ Standing::Checkpoint { .. }) => known,
+            _ => whole,
         };
-        if known && self.state.is(self.standing()) {
+        if self.state.is(known) {
             return Ok(());
         }
-        if self.lost && !self.state.is(whole) {
+        if self.lost {
             let error = io::Error::other("an earlier flush failed; what it covered may be lost");
             return Err(DiskError::io("flush the replica's image", error));
         }

@@ -365,7 +365,8 @@ impl Replica {
     }
 
     /// Ends replication without a takeover; guest B must be stopped. The base becomes the last checkpoint, as far
-    /// as there was one, before this returns. Does nothing when it is over already.
+    /// as there was one, before this returns; after an error it stays what it says it is. Does nothing when it is over
+    /// already.
     pub fn stop(&mut self) -> Result<(), ReplicaError> {
         match self.stage {
             Stage::None => return Err(ReplicaError::Stage { step: "stop", stage: self.stage }),
@@ -374,9 +375,17 @@ impl Replica {
         }
         self.drop_pending();
         self.drop_active();
-        while self.apply_some(u64::MAX)? {}
+        let mut applied = self.apply_some(u64::MAX);
+        while let Ok(true) = applied {
+            applied = self.apply_some(u64::MAX);
+        }
         self.stage = Stage::Done;
-        Ok(())
+        if applied.is_err() {
+            // A later attempt would write below the next replica on this image.
+            self.dropped.extend(self.sealed.drain(..));
+            self.seals = 0;
+        }
+        applied.map(drop).map_err(ReplicaError::Disk)
     }
 
     /// Copies about `budget_bytes` of sealed epochs into the base, oldest first, flushes it when they are all

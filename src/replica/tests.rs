@@ -164,6 +164,20 @@ fn stop_without_failover_leaves_the_last_checkpoint() {
 }
 
 #[test]
+fn a_stop_that_fails_leaves_the_base_alone_for_the_next_replica() {
+    let (mut replica, base) = secondary_started();
+    replica.seal().unwrap();
+    base.fail.store(true, Relaxed);
+    assert!(replica.stop().is_err());
+    base.fail.store(false, Relaxed);
+    settle(&mut replica);
+    let status = replica.status();
+    assert_eq!((status.stage, status.standing.is_whole(), status.debt_bytes), (Stage::Done, false, 0));
+    assert_eq!(base.bytes(), [0x11; N], "nothing was written late");
+    assert!(replica.guest_write(0, b"x").is_err(), "the guest was given up");
+}
+
+#[test]
 fn nothing_can_be_taken_over_before_the_initial_copy_is_whole() {
     let base = Probe::filled(0, N);
     let mut replica = Replica::new(Box::new(base.clone()), ReplicaConfig::default());

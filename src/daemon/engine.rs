@@ -422,10 +422,16 @@ impl Engine {
             }
             _ => {}
         }
+        // Before the word that the guest is given up: who hears it may knock at once.
+        self.tell_vacancy();
         self.flush();
         self.notice_loss();
         self.answer_unprotect();
         self.leave();
+        self.tell_vacancy();
+    }
+
+    fn tell_vacancy(&mut self) {
         let vacancy = self.vacancy();
         if vacancy == Vacancy::Vacant
             && let Role::Secondary(role) = &mut self.role

@@ -1,9 +1,9 @@
-//! Planted bugs, for proving that the simulator's oracles can fail.
+//! Planted bugs, for proving that the oracles of the simulator and of the crash tests can fail.
 //!
 //! Each is one decision turned wrong at the place where the right one is made. Outside the test build
 //! [`active`] is a constant `false` and the wrong branch does not exist in the binary.
 
-/// A bug the simulator must catch.
+/// A bug that must be caught.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mutant {
     /// Packets of an epoch leave before VMSTATE_RECEIVED.
@@ -24,10 +24,20 @@ pub enum Mutant {
     GoOnUnconfirmed,
     /// A page's delta is taken from what was sent first, not last.
     StaleDelta,
+    /// A replica's image is called whole before it is flushed.
+    WholeBeforeFlush,
+    /// A replica's image is written before it is called not whole.
+    ResyncAfterWrite,
+    /// The name of an image's record is not flushed.
+    ForgetDirectory,
+    /// An image's record counts as durable because it could be read.
+    TrustStateRead,
+    /// What an earlier process wrote to an image counts as flushed.
+    TrustPageCache,
 }
 
 impl Mutant {
-    /// Every mutant.
+    /// Every mutant the simulator must catch.
     pub const ALL: [Self; 9] = [
         Self::ReleaseBeforeReceived,
         Self::NoFence,
@@ -38,6 +48,14 @@ impl Mutant {
         Self::ClaimAfterDismissal,
         Self::GoOnUnconfirmed,
         Self::StaleDelta,
+    ];
+    /// Those it cannot, since its hosts never come back; the replica's own crash tests do.
+    pub const OF_CRASHES: [Self; 5] = [
+        Self::WholeBeforeFlush,
+        Self::ResyncAfterWrite,
+        Self::ForgetDirectory,
+        Self::TrustStateRead,
+        Self::TrustPageCache,
     ];
 }
 

@@ -17,6 +17,7 @@ mod nbd_interop;
 mod nbd_tls;
 mod partition;
 mod qemu_replication;
+mod restart;
 mod sim;
 mod tidy;
 mod unprotect;

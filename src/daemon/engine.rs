@@ -31,6 +31,7 @@ use crate::colo::hello::Mode;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
 use crate::disk::DiskError;
 use bytes::Bytes;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -87,6 +88,8 @@ pub struct EngineParts {
     pub name: String,
     /// A guest that runs here from the start.
     pub guest: Option<Guest>,
+    /// The image on which a replica is made here.
+    pub disk: PathBuf,
     /// The arbiter.
     pub arbiter: Option<Arbiter>,
     /// Requests of the control socket.
@@ -419,10 +422,16 @@ impl Engine {
             }
             _ => {}
         }
+        // Before the word that the guest is given up: who hears it may knock at once.
+        self.tell_vacancy();
         self.flush();
         self.notice_loss();
         self.answer_unprotect();
         self.leave();
+        self.tell_vacancy();
+    }
+
+    fn tell_vacancy(&mut self) {
         let vacancy = self.vacancy();
         if vacancy == Vacancy::Vacant
             && let Role::Secondary(role) = &mut self.role

@@ -9,6 +9,7 @@ use crate::hypervisor::{Domain, DomainError};
 use crate::page::PAGE_SIZE;
 use crate::replica::epochs::{GuestView, Replica, ReplicaConfig};
 use crate::replica::mirror::{Mirror, MirrorHandle};
+use crate::replica::state::{self, FileState, StateError};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -93,6 +94,9 @@ pub enum GuestError {
     /// Its disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// Its disk image is not what a guest can run on.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// The hypervisor's toolstack, or what attaches the guest's devices.
     #[error("{0}")]
     Toolstack(String),
@@ -133,6 +137,7 @@ impl Guest {
         generation: u64,
     ) -> Result<Self, GuestError> {
         check_memory("the guest", config.ram_pages)?;
+        state::take_up(image, false)?;
         let disk = FileDisk::open_or_create(image, disk_bytes)?;
         let disks = vec![DiskGeometry { name: DISK_NAME.into(), size_bytes: disk.size_bytes() }];
         let mirror = self::mirror(Box::new(disk));
@@ -206,7 +211,8 @@ pub(super) fn replica(
         let (path, have_bytes) = (image.to_owned(), base.size_bytes());
         return Err(GuestError::DiskSize { path, have_bytes, need_bytes: size_bytes });
     }
-    Ok((Arc::new(Mutex::new(Replica::new(Box::new(base), epochs))), is_blank))
+    let replica = Replica::open(Box::new(base), Box::new(FileState::of(image)), epochs)?;
+    Ok((Arc::new(Mutex::new(replica)), is_blank))
 }
 
 fn geometry(config: &MachineConfig, disks: Vec<DiskGeometry>) -> Geometry {

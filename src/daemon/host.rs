@@ -179,6 +179,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let engine = Engine::new(EngineParts {
         name: config.name.clone(),
         guest,
+        disk: config.disk.clone(),
         arbiter: config.arbiter.clone(),
         control: control_receiver,
         protect: protect_sender,

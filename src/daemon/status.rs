@@ -86,6 +86,8 @@ pub struct Disk {
     pub fenced_writes: u64,
     /// What went wrong.
     pub errors: Vec<String>,
+    /// What the image would be worth if this host crashed now, once it held a replica.
+    pub image: Option<String>,
 }
 
 /// A host's word about its guest.
@@ -159,7 +161,8 @@ impl fmt::Display for Status {
         writeln!(f, "host        {} (pid {})", self.host, self.pid)?;
         let Some(guest) = &self.guest else {
             write!(f, "guest       none")?;
-            return self.why.iter().try_for_each(|why| write!(f, "\nbecause     {why}"));
+            self.why.iter().try_for_each(|why| write!(f, "\nbecause     {why}"))?;
+            return self.disk.image.iter().try_for_each(|image| write!(f, "\ndisk image  {image}"));
         };
         writeln!(f, "guest       {guest}, generation {}, epoch {}", self.generation, self.epoch)?;
         writeln!(f, "protection  {}", self.protection)?;
@@ -202,6 +205,9 @@ impl fmt::Display for Status {
             )?;
         }
         write!(f, "sent        {} KiB", self.bytes_sent / 1024)?;
+        if let Some(image) = &self.disk.image {
+            write!(f, "\ndisk image  {image}")?;
+        }
         for error in &self.disk.errors {
             write!(f, "\ndisk error  {error}")?;
         }

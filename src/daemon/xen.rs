@@ -24,6 +24,7 @@ use crate::hypervisor::xen::{Nic, Parts, XenDomain, toolstack};
 use crate::hypervisor::{self, Domain};
 use crate::nbd::handshake::Export;
 use crate::replica::epochs::{GuestView, ReplicaConfig};
+use crate::replica::state;
 use ::xen::qmp::DeviceModel;
 use ::xen::{DomId, Interface, Store};
 use std::path::{Path, PathBuf};
@@ -124,14 +125,16 @@ async fn attach(domid: DomId, config: &serde_json::Value, wire: &Wire) -> Result
 /// Runs a guest, or adopts one that runs.
 pub async fn boot(boot: &XenBoot, image: &Path, wire: &Wire) -> Result<Guest, GuestError> {
     let toolstack = |e: &dyn std::fmt::Display| GuestError::Toolstack(e.to_string());
+    let store = Store::open().map_err(|e| toolstack(&e))?;
+    let by_name = || store.by_name(&boot.name).map_err(|e| toolstack(&e));
+    let running = by_name()?;
+    state::take_up(image, running.is_some())?;
     let disk = FileDisk::open_or_create(image, boot.disk_bytes)?;
     let disks = vec![DiskGeometry { name: DISK_NAME.into(), size_bytes: disk.size_bytes() }];
     let mirror = mirror(Box::new(disk));
     // Before the domain: its devices are opened when it is made.
     let served = export(&disk_socket(&boot.name), DISK_NAME, mirror.clone()).await?;
-    let store = Store::open().map_err(|e| toolstack(&e))?;
-    let by_name = || store.by_name(&boot.name).map_err(|e| toolstack(&e));
-    let domid = match by_name()? {
+    let domid = match running {
         Some(domid) => domid,
         None => {
             create(&boot.config).await?;

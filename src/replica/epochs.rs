@@ -32,11 +32,18 @@
 //! Nothing sealed is durable before it is applied: two hosts hold each checkpoint, and this survives the loss of
 //! one. After a takeover one host is left, so [`Replica::guest_flush`] is honest again: busy until all is merged.
 //!
+//! After a crash of this host the layers are gone, and [`super::state`] says what the base is then: a checkpoint, or
+//! after a takeover that was merged the guest's own disk, or while either was being written, not whole. Between a
+//! takeover and its first merged byte it is still the last checkpoint that was applied: older than what the guest
+//! went on from, and whole; none of its flushes had succeeded yet.
+//!
 //! Source: QEMU `docs/block-replication.txt` and `block/replication.c` (stages, their words), of which this matches
 //! what a guest can see.
 
+use super::base::Base;
 use super::extents::{Budget, Overlay};
 use super::lock;
+use super::state::{Standing, State, StateFile, Why};
 use crate::disk::{Disk, DiskError, check_range};
 use crate::mutant::{self, Mutant};
 use serde::Serialize;
@@ -52,6 +59,8 @@ pub const MAX_SEALED_EPOCHS: usize = 64;
 pub const MAX_ERRORS: usize = 16;
 /// What one guest flush merges before it says busy again, in bytes.
 pub const FLUSH_STEP_BYTES: u64 = 8 << 20;
+
+type ChangedRuns = Option<Vec<(u64, bool)>>;
 
 /// Where a replica stands, in QEMU's words.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -147,13 +156,15 @@ pub struct ReplicaStatus {
     pub fenced_writes: u64,
     /// Whether the next seal will be refused.
     pub broken: bool,
+    /// What the base is worth if this host crashes now.
+    pub standing: Standing,
     /// The first [`MAX_ERRORS`] errors since the start.
     pub errors: Vec<String>,
 }
 
 /// The secondary's disk.
 pub struct Replica {
-    base: Box<dyn Disk>,
+    base: Base,
     budget: Arc<Budget>,
     stage: Stage,
     generation: u64,
@@ -163,7 +174,6 @@ pub struct Replica {
     active: Overlay,
     /// Layers nobody reads any more; freeing them takes time a checkpoint does not have.
     dropped: Vec<Overlay>,
-    base_unflushed: bool,
     seals: u64,
     fenced_writes: u64,
     broken: Option<String>,
@@ -171,12 +181,21 @@ pub struct Replica {
 }
 
 impl Replica {
-    /// A replica over `base`, not started.
+    /// A replica over a `base` that does not outlive it, not started.
     #[must_use]
     pub fn new(base: Box<dyn Disk>, config: ReplicaConfig) -> Self {
+        Self::over(base, State::forgetful(), config)
+    }
+
+    /// A replica over a `base` whose record is kept in `state`, not started.
+    pub fn open(base: Box<dyn Disk>, state: Box<dyn StateFile>, config: ReplicaConfig) -> Result<Self, DiskError> {
+        Ok(Self::over(base, State::open(state)?, config))
+    }
+
+    fn over(base: Box<dyn Disk>, state: State, config: ReplicaConfig) -> Self {
         let budget = Budget::new(config.memory_budget_bytes, config.spill_dir, config.spill_budget_bytes);
         Self {
-            base,
+            base: Base::new(base, state),
             stage: Stage::None,
             generation: 0,
             taken_over: false,
@@ -184,7 +203,6 @@ impl Replica {
             pending: Overlay::new(&budget),
             active: Overlay::new(&budget),
             dropped: Vec::new(),
-            base_unflushed: false,
             seals: 0,
             fenced_writes: 0,
             broken: None,
@@ -205,8 +223,8 @@ impl Replica {
         self.stage
     }
 
-    /// Begins the initial copy from the primary of `generation`, from scratch: until the first seal the base is
-    /// neither the old disk nor the new one. Refused for an older generation, and once a guest was taken over.
+    /// Begins the initial copy from the primary of `generation`, from scratch: until the first checkpoint is applied
+    /// the base is neither the old disk nor the new one, and durably says so when this returns. Refused for an older generation, and once a guest was taken over.
     pub fn start_sync(&mut self, generation: u64) -> Result<(), ReplicaError> {
         if self.taken_over {
             return Err(ReplicaError::Stage { step: "start", stage: self.stage });
@@ -214,6 +232,7 @@ impl Replica {
         if generation < self.generation {
             return Err(ReplicaError::StaleGeneration { theirs: generation, ours: self.generation });
         }
+        self.base.begin_copy()?;
         self.drop_pending();
         self.drop_active();
         self.dropped.extend(self.sealed.drain(..));
@@ -234,10 +253,7 @@ impl Replica {
         self.check_primary(generation)?;
         let result = match self.stage {
             Stage::Running => self.pending.write(offset, bytes),
-            _ => {
-                self.base_unflushed = true;
-                self.base.write(offset, bytes)
-            }
+            _ => self.base.write(offset, bytes),
         };
         self.latch("a write of the primary", result)
     }
@@ -247,14 +263,14 @@ impl Replica {
         self.check_primary(generation)?;
         check_range(self.size_bytes(), offset, into.len() as u64)?;
         let Self { pending, sealed, base, .. } = self;
-        pending.read(offset, into, &mut |offset, into| read_layers(sealed, base.as_mut(), offset, into))
+        pending.read(offset, into, &mut |offset, into| read_layers(sealed, base, offset, into))
     }
 
     /// A flush of the primary. During the initial copy it reaches the medium; after it, what it would make
     /// durable is a checkpoint that does not exist yet, so there is nothing to do.
     pub fn primary_flush(&mut self, generation: u64) -> Result<(), DiskError> {
         self.check_primary(generation)?;
-        let result = if self.stage == Stage::Syncing { self.flush_base() } else { Ok(()) };
+        let result = if self.stage == Stage::Syncing { self.base.flush() } else { Ok(()) };
         self.latch("a flush of the initial copy", result)
     }
 
@@ -263,12 +279,16 @@ impl Replica {
         self.check_guest()?;
         check_range(self.size_bytes(), offset, into.len() as u64)?;
         let Self { active, sealed, base, .. } = self;
-        active.read(offset, into, &mut |offset, into| read_layers(sealed, base.as_mut(), offset, into))
+        active.read(offset, into, &mut |offset, into| read_layers(sealed, base, offset, into))
     }
 
-    /// A write of guest B. Its failure is the guest's news; the next checkpoint drops the layer it failed in.
+    /// A write of guest B. Its failure is the guest's news; the next checkpoint drops the layer it failed in. Refused
+    /// after a stop: the base stays the last checkpoint.
     pub fn guest_write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         self.check_guest()?;
+        if self.stage == Stage::Done && !self.taken_over {
+            return Err(DiskError::io("the secondary's guest disk", io::Error::other("replication was ended")));
+        }
         check_range(self.size_bytes(), offset, bytes.len() as u64)?;
         let result = if self.stage == Stage::Running {
             self.active.write(offset, bytes)
@@ -279,14 +299,21 @@ impl Replica {
     }
 
     /// A flush of guest B. Before a takeover there is nothing to make durable. After it: [`DiskError::Busy`] until
-    /// every layer is merged, each call merging [`FLUSH_STEP_BYTES`], then a flush of the base.
+    /// every layer is merged, each call merging [`FLUSH_STEP_BYTES`], then a flush of the base. Once it succeeded, a
+    /// restart finds all that was written before.
     pub fn guest_flush(&mut self) -> Result<(), DiskError> {
         self.check_guest()?;
         if self.stage == Stage::Running {
             return Ok(());
         }
         self.apply_some(FLUSH_STEP_BYTES)?;
-        if self.sealed.is_empty() { self.flush_base() } else { Err(DiskError::Busy) }
+        if self.sealed.is_empty() { self.settle() } else { Err(DiskError::Busy) }
+    }
+
+    /// What guest B wrote since the last checkpoint, like [`Disk::changed`]. `None` while there are no checkpoints.
+    pub fn guest_changed(&self, offset: u64, len_bytes: u64, max: usize) -> Result<ChangedRuns, DiskError> {
+        check_range(self.size_bytes(), offset, len_bytes)?;
+        Ok((self.stage == Stage::Running).then(|| self.active.runs(offset, len_bytes, max)))
     }
 
     /// The checkpoint: what the primary wrote becomes what guest B sees, what guest B wrote is forgotten. Copies
@@ -311,6 +338,7 @@ impl Replica {
             self.drop_active();
         }
         self.stage = Stage::Running;
+        self.base.expect(Why::Applying);
         self.seals += 1;
         Ok(())
     }
@@ -329,6 +357,7 @@ impl Replica {
         }
         self.generation = new_generation;
         self.taken_over = true;
+        self.base.expect(Why::TakenOver);
         self.drop_pending();
         self.sealed.push_back(std::mem::replace(&mut self.active, Overlay::new(&self.budget)));
         self.stage = Stage::Failover;
@@ -336,7 +365,8 @@ impl Replica {
     }
 
     /// Ends replication without a takeover; guest B must be stopped. The base becomes the last checkpoint, as far
-    /// as there was one, before this returns. Does nothing when it is over already.
+    /// as there was one, before this returns; after an error it stays what it says it is. Does nothing when it is over
+    /// already.
     pub fn stop(&mut self) -> Result<(), ReplicaError> {
         match self.stage {
             Stage::None => return Err(ReplicaError::Stage { step: "stop", stage: self.stage }),
@@ -345,9 +375,17 @@ impl Replica {
         }
         self.drop_pending();
         self.drop_active();
-        while self.apply_some(u64::MAX)? {}
+        let mut applied = self.apply_some(u64::MAX);
+        while let Ok(true) = applied {
+            applied = self.apply_some(u64::MAX);
+        }
         self.stage = Stage::Done;
-        Ok(())
+        if applied.is_err() {
+            // A later attempt would write below the next replica on this image.
+            self.dropped.extend(self.sealed.drain(..));
+            self.seals = 0;
+        }
+        applied.map(drop).map_err(ReplicaError::Disk)
     }
 
     /// Copies about `budget_bytes` of sealed epochs into the base, oldest first, flushes it when they are all
@@ -390,6 +428,7 @@ impl Replica {
             seals: self.seals,
             fenced_writes: self.fenced_writes,
             broken: self.broken.is_some(),
+            standing: self.base.standing(),
             errors: self.errors.clone(),
         }
     }
@@ -415,16 +454,14 @@ impl Replica {
 
     /// Writes where the guest will see it and the merge will not undo it.
     fn write_below(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        self.base_unflushed = true;
-        write_layers(self.sealed.make_contiguous(), self.base.as_mut(), offset, bytes)
+        write_layers(self.sealed.make_contiguous(), &mut self.base, offset, bytes)
     }
 
     fn merge(&mut self, budget_bytes: u64) -> Result<(), DiskError> {
         let mut left_bytes = budget_bytes.max(1);
         while let (Some(oldest), 1..) = (self.sealed.front_mut(), left_bytes) {
             let step_bytes = usize::try_from(left_bytes).unwrap_or(usize::MAX);
-            let moved_bytes = oldest.move_first(self.base.as_mut(), step_bytes)?;
-            self.base_unflushed |= moved_bytes > 0;
+            let moved_bytes = oldest.move_first(&mut self.base, step_bytes)?;
             left_bytes = left_bytes.saturating_sub(moved_bytes as u64);
             if oldest.is_empty() {
                 self.sealed.pop_front();
@@ -432,15 +469,17 @@ impl Replica {
         }
         // One flush for however many epochs were behind: sealed ones live in memory, so a flush between two of
         // them would promise nothing more.
-        if self.sealed.is_empty() { self.flush_base() } else { Ok(()) }
+        if self.sealed.is_empty() { self.settle() } else { Ok(()) }
     }
 
-    fn flush_base(&mut self) -> Result<(), DiskError> {
-        if self.base_unflushed {
-            self.base.flush()?;
-            self.base_unflushed = false;
+    /// Nothing is left above the base: what it holds becomes durable, and so does what that is.
+    fn settle(&mut self) -> Result<(), DiskError> {
+        match (self.taken_over, self.seals) {
+            (true, _) => self.base.settle(Standing::Guest),
+            // Half an initial copy.
+            (false, 0) => self.base.flush(),
+            (false, number) => self.base.settle(Standing::Checkpoint { generation: self.generation, number }),
         }
-        Ok(())
     }
 
     fn free(&mut self, budget_bytes: u64) {
@@ -519,6 +558,9 @@ impl Disk for GuestView {
     }
     fn flush(&mut self) -> Result<(), DiskError> {
         lock(&self.0).guest_flush()
+    }
+    fn changed(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<ChangedRuns, DiskError> {
+        lock(&self.0).guest_changed(offset, len_bytes, max)
     }
 }
 

@@ -130,6 +130,30 @@ impl Overlay {
         self.extents.iter().map(|(start, extent)| *start..*start + extent.len as u64)
     }
 
+    /// What of a range is covered: runs of (length, covered) from its beginning, at most `max` of them.
+    #[must_use]
+    pub fn runs(&self, offset: u64, len_bytes: u64, max: usize) -> Vec<(u64, bool)> {
+        let (mut at, end) = (offset, offset + len_bytes);
+        let mut runs: Vec<(u64, bool)> = Vec::new();
+        let before = self.extents.range(..offset).next_back();
+        let inside = before.into_iter().chain(self.extents.range(offset..end));
+        let borders = inside.flat_map(|(start, extent)| [(*start, false), (start + extent.len as u64, true)]);
+        for (border, covered) in borders.chain([(end, false)]) {
+            let len_bytes = border.min(end).saturating_sub(at);
+            at += len_bytes;
+            match runs.last_mut() {
+                _ if len_bytes == 0 => {}
+                Some(last) if last.1 == covered => last.0 += len_bytes,
+                _ => runs.push((len_bytes, covered)),
+            }
+            if runs.len() > max {
+                break;
+            }
+        }
+        runs.truncate(max);
+        runs
+    }
+
     /// Writes `bytes` at `offset`. The caller has checked the range. On an error the range holds old and new
     /// bytes mixed, in whole pieces, and everything outside it is untouched.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
@@ -369,6 +393,11 @@ mod tests {
                 }
                 prop_assert!(budget.memory_bytes() <= memory_bytes && budget.spill_bytes() <= 400);
             }
+            let runs = overlay.runs(7, SIZE as u64 - 9, usize::MAX);
+            let told: Vec<_> = runs.iter().flat_map(|(len, covered)| vec![*covered; *len as usize]).collect();
+            prop_assert_eq!(&told[..], &covered[7..SIZE - 2]);
+            prop_assert!(runs.windows(2).all(|two| two[0].1 != two[1].1));
+            prop_assert_eq!(&overlay.runs(7, SIZE as u64 - 9, 2)[..], &runs[..runs.len().min(2)]);
             prop_assert_eq!(overlay.bytes(), covered.iter().filter(|covered| **covered).count() as u64);
             prop_assert_eq!(overlay.bytes(), overlay.ranges().map(|range| range.end - range.start).sum::<u64>());
 

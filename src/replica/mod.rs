@@ -9,6 +9,8 @@
 //!
 //! - [`extents`]: a sparse layer over a disk, in memory up to a budget, then in a spill file;
 //! - [`epochs`]: the secondary's disk, built of such layers, one checkpoint deep for its guest;
+//! - [`base`]: the image under them, never written before it durably says that it is not whole;
+//! - [`state`]: the record in which it says so, and what a restart makes of it;
 //! - [`mirror`]: the primary's disk, and the copies of its writes on their way to the other host.
 //!
 //! The trap is shared: guest B must see the disk of the last checkpoint and its own writes, never the primary's
@@ -19,9 +21,13 @@
 //!
 //! Source: QEMU `docs/block-replication.txt`, whose visible behaviour this matches by other means.
 
+pub mod base;
+#[cfg(test)]
+mod crash_tests;
 pub mod epochs;
 pub mod extents;
 pub mod mirror;
+pub mod state;
 #[cfg(test)]
 mod tests;
 

@@ -164,6 +164,20 @@ fn stop_without_failover_leaves_the_last_checkpoint() {
 }
 
 #[test]
+fn a_stop_that_fails_leaves_the_base_alone_for_the_next_replica() {
+    let (mut replica, base) = secondary_started();
+    replica.seal().unwrap();
+    base.fail.store(true, Relaxed);
+    assert!(replica.stop().is_err());
+    base.fail.store(false, Relaxed);
+    settle(&mut replica);
+    let status = replica.status();
+    assert_eq!((status.stage, status.standing.is_whole(), status.debt_bytes), (Stage::Done, false, 0));
+    assert_eq!(base.bytes(), [0x11; N], "nothing was written late");
+    assert!(replica.guest_write(0, b"x").is_err(), "the guest was given up");
+}
+
+#[test]
 fn nothing_can_be_taken_over_before_the_initial_copy_is_whole() {
     let base = Probe::filled(0, N);
     let mut replica = Replica::new(Box::new(base.clone()), ReplicaConfig::default());
@@ -213,12 +227,15 @@ fn an_old_generation_is_refused_and_counted() {
     let shared = Arc::new(Mutex::new(replica));
     let mut primary = PrimaryView { replica: Arc::clone(&shared), generation: 1 };
     let mut guest = GuestView(Arc::clone(&shared));
+    assert_eq!(guest.changed(1, N as u64 - 1, 8).unwrap(), Some(vec![(H as u64 - 1, true), (H as u64, false)]));
+    assert!(guest.changed(1, N as u64, 8).is_err());
     let mut back = [0; 2];
     primary.read(H as u64 - 1, &mut back).unwrap();
     assert_eq!(back, [0x11, 0x22], "the primary reads what it wrote");
     shared.lock().unwrap().takeover(2).unwrap();
     assert!(matches!(primary.write(0, b"x"), Err(DiskError::Fenced { theirs: 1, ours: 2 })));
     assert!(primary.read(0, &mut back).is_err() && primary.flush().is_err());
+    assert_eq!(guest.changed(0, N as u64, 8).unwrap(), None, "after a takeover there are no checkpoints");
     guest.read(0, &mut back).unwrap();
     assert_eq!((back, guest.size_bytes()), ([0x33; 2], N as u64));
     assert_eq!(shared.lock().unwrap().status().fenced_writes, 4);

@@ -123,6 +123,7 @@ impl Host {
         let engine = Engine::new(EngineParts {
             name: name.into(),
             guest,
+            disk: Default::default(),
             arbiter: None,
             control: control_receiver,
             protect,

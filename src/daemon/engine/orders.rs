@@ -9,6 +9,7 @@ use crate::daemon::control::{Answer as Reply, Request};
 use crate::daemon::engine_clock;
 use crate::daemon::status::{Protection, Status};
 use crate::hypervisor::{Domain, DomainError};
+use crate::replica::state;
 use std::sync::atomic::Ordering;
 use tokio::sync::oneshot;
 
@@ -156,7 +157,10 @@ impl Engine {
             status.bytes_sent += links.sent_bytes.load(Ordering::Relaxed);
         }
         match &mut self.role {
-            Role::Empty => (status.state, status.why) = ("empty".into(), self.left.clone()),
+            Role::Empty => {
+                (status.state, status.why) = ("empty".into(), self.left.clone());
+                status.disk.image = state::found(&self.parts.disk).map_or_else(|e| Some(e.to_string()), report::image);
+            }
             Role::Running(guest) => {
                 status.guest = Some(guest.name.clone());
                 (status.protection, status.state) = (Protection::Unprotected, "running".into());

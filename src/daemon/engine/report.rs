@@ -5,6 +5,7 @@ use crate::clock::Instant;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
 use crate::daemon::links::lock;
 use crate::daemon::status::{Checkpoints, Disk, Packets, PauseUs, Protection, Status};
+use crate::replica::state::Standing;
 
 /// The primary's part.
 pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
@@ -53,6 +54,7 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         waiting_bytes: mirror.queued_bytes,
         fenced_writes: 0,
         errors: mirror.error.into_iter().collect(),
+        image: None,
     };
 }
 
@@ -83,8 +85,14 @@ pub(super) fn secondary(status: &mut Status, role: &SecondaryRole) {
         waiting_bytes: replica.debt_bytes,
         fenced_writes: replica.fenced_writes,
         errors: replica.errors,
+        image: image(replica.standing),
         ..Disk::default()
     };
+}
+
+/// What an image is worth, if it ever held a replica.
+pub(super) fn image(standing: Standing) -> Option<String> {
+    (standing != Standing::NoRecord).then(|| standing.to_string())
 }
 
 /// What went wrong here, or why the peer was lost, and why nobody could decide if nobody could.

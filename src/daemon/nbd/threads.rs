@@ -252,19 +252,25 @@ pub fn serve_all(listener: &Listener, service: &Arc<Service>, running: &Running)
     loop {
         let stream = match listener.accept() {
             Ok(stream) => stream,
+            Err(_) if lock(&running.open.0).ended => return Ok(()),
             // Gone before it was taken, or no descriptor left: the next may do.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) => {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted || is_crowded(&error) => {
                 tracing::warn!(%error, "a client is not accepted");
                 std::thread::sleep(BUSY_RETRY);
                 continue;
             }
-            Err(_) if lock(&running.open.0).ended => return Ok(()),
             Err(error) => return Err(error),
         };
-        let Some(number) = running.begin(&stream, service.max_connections)? else {
-            tracing::debug!(max = service.max_connections, "a client is one too many");
-            continue;
+        let number = match running.begin(&stream, service.max_connections) {
+            Ok(Some(number)) => number,
+            Ok(None) => {
+                tracing::debug!(max = service.max_connections, "a client is one too many");
+                continue;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a client is not served");
+                continue;
+            }
         };
         let (service, here) = (service.clone(), running.clone());
         let run = move || {
@@ -279,6 +285,12 @@ pub fn serve_all(listener: &Listener, service: &Arc<Service>, running: &Running)
             running.leave(number, false);
         }
     }
+}
+
+/// Whether there are no descriptors left, here or in the whole system.
+fn is_crowded(error: &io::Error) -> bool {
+    let crowded = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE];
+    crowded.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 /// Serves one client until it leaves; `served` says whether it chose an export.

@@ -1,0 +1,586 @@
+//! Every short life of an image, cut at every write and every flush, and looked at by the next process.
+//!
+//! ```text
+//!  history:  a beginning, then up to three of: sync, write, flush, seal, apply, takeover, stop, boot,
+//!            kill (the page cache stays), power cut (nothing, or everything unflushed arrived), a kill inside an operation
+//!  cut:      before and after each call to the image and its record
+//!  medium:   of what is unflushed, each byte may have arrived or not; a record may be torn, a new name missing
+//! ```
+//!
+//! The model is whole images: the primary's disk at each checkpoint, and the guest's with what it flushed. Whatever is
+//! left on the medium must be one of them, or say that it needs a resync; and where an operation promised that the
+//! image is whole when it returned, a resync is wrong too.
+
+use super::epochs::{Replica, ReplicaConfig, Stage};
+use super::state::{Standing, State, StateFile, take_up_state};
+use crate::disk::{Disk, DiskError};
+use crate::mutant::{self, Mutant};
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+const SIZE: usize = 4;
+/// Unflushed bytes of which every subset is tried; of more, none, all, and all or none but one.
+const SUBSETS_MAX: usize = 5;
+
+type Image = [u8; SIZE];
+
+/// A call that reaches the operating system.
+#[derive(Clone, Debug)]
+enum Event {
+    Write(usize, Vec<u8>),
+    Flush,
+    Record(Vec<u8>),
+    RecordSync,
+    DirSync,
+}
+
+/// The computer: what a process sees, and what it did.
+#[derive(Default)]
+struct Hardware {
+    image: Image,
+    record: Option<Vec<u8>>,
+    log: Vec<Event>,
+    /// Calls until the process is killed.
+    fuse: Option<usize>,
+}
+
+#[derive(Clone, Default)]
+struct Machine(Arc<Mutex<Hardware>>);
+
+impl Machine {
+    fn get(&self) -> MutexGuard<'_, Hardware> {
+        self.0.lock().unwrap()
+    }
+
+    fn call(&self, event: Event) -> Result<(), DiskError> {
+        let mut hardware = self.get();
+        match &mut hardware.fuse {
+            Some(0) => return Err(DiskError::io("a dead process", io::Error::other("killed"))),
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        match &event {
+            Event::Write(at, bytes) => hardware.image[*at..at + bytes.len()].copy_from_slice(bytes),
+            Event::Record(record) => hardware.record = Some(record.clone()),
+            _ => {}
+        }
+        hardware.log.push(event);
+        Ok(())
+    }
+}
+
+impl Disk for Machine {
+    fn size_bytes(&self) -> u64 {
+        SIZE as u64
+    }
+    fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+        into.copy_from_slice(&self.get().image[offset as usize..][..into.len()]);
+        Ok(())
+    }
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        self.call(Event::Write(offset as usize, bytes.to_vec()))
+    }
+    fn flush(&mut self) -> Result<(), DiskError> {
+        self.call(Event::Flush)
+    }
+}
+
+impl StateFile for Machine {
+    fn read(&mut self) -> Result<Option<Vec<u8>>, DiskError> {
+        Ok(self.get().record.clone())
+    }
+    fn write(&mut self, record: &[u8]) -> Result<(), DiskError> {
+        self.call(Event::Record(record.to_vec()))
+    }
+    fn sync(&mut self) -> Result<(), DiskError> {
+        self.call(Event::RecordSync)
+    }
+    fn sync_dir(&mut self) -> Result<(), DiskError> {
+        self.call(Event::DirSync)
+    }
+}
+
+/// What survives a power cut, and what may.
+#[derive(Clone, Default)]
+struct Medium {
+    image: Image,
+    unflushed: Vec<(usize, u8)>,
+    record: Vec<u8>,
+    unsynced: Vec<Vec<u8>>,
+    created: bool,
+    named: bool,
+}
+
+impl Medium {
+    fn take(&mut self, event: &Event) {
+        match event {
+            Event::Write(at, bytes) => self.unflushed.extend(bytes.iter().enumerate().map(|(i, byte)| (at + i, *byte))),
+            Event::Flush => self.unflushed.drain(..).for_each(|(at, byte)| self.image[at] = byte),
+            Event::Record(record) => {
+                self.created = true;
+                self.unsynced.push(record.clone());
+            }
+            Event::RecordSync => self.unsynced.drain(..).for_each(|record| self.record = record),
+            Event::DirSync => self.named = self.created,
+        }
+    }
+
+    /// The image when of the unflushed bytes those arrived whose bit is set.
+    fn arrived(&self, mask: usize) -> Image {
+        let mut image = self.image;
+        let arrived = self.unflushed.iter().enumerate().filter(|(i, _)| mask >> i & 1 == 1);
+        arrived.for_each(|(_, (at, byte))| image[*at] = *byte);
+        image
+    }
+
+    fn images(&self) -> Vec<Image> {
+        let count = self.unflushed.len();
+        let all = (1_usize << count) - 1;
+        let ones = || (0..count).map(|i| 1 << i);
+        let masks: Vec<usize> = match count {
+            0..=SUBSETS_MAX => (0..=all).collect(),
+            _ => [0, all].into_iter().chain(ones()).chain(ones().map(|one| all ^ one)).collect(),
+        };
+        let mut images: Vec<_> = masks.into_iter().map(|mask| self.arrived(mask)).collect();
+        images.sort_unstable();
+        images.dedup();
+        images
+    }
+
+    fn records(&self) -> Vec<Option<Vec<u8>>> {
+        let mut records = vec![self.record.clone()];
+        for new in &self.unsynced {
+            let torn = [1, 20, 29, 35].map(|at| [&new[..at], self.record.get(at..).unwrap_or_default()].concat());
+            records.extend(torn);
+            records.push(new.clone());
+        }
+        let mut records: Vec<_> = records.into_iter().filter(|_| self.created).map(Some).collect();
+        records.extend((!self.named).then_some(None));
+        records
+    }
+
+    /// After the power cut, with nothing or everything of what was unflushed.
+    fn cut(&self, everything: bool) -> Self {
+        let mut medium = self.clone();
+        if everything {
+            [Event::Flush, Event::RecordSync, Event::DirSync].iter().for_each(|event| medium.take(event));
+        }
+        let record = if medium.named { medium.record } else { vec![] };
+        Self { image: medium.image, record, created: medium.named, named: medium.named, ..Self::default() }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Op {
+    Sync,
+    /// A write of the primary, here.
+    Primary(usize),
+    PrimaryFlush,
+    Guest,
+    GuestFlush,
+    Seal,
+    Apply(u64),
+    Takeover,
+    Stop,
+    /// A guest is booted on the image.
+    Boot,
+    Kill,
+    PowerCut {
+        everything: bool,
+    },
+}
+
+const OPS: [Op; 15] = [
+    Op::Sync,
+    Op::Primary(0),
+    Op::Primary(1),
+    Op::PrimaryFlush,
+    Op::Guest,
+    Op::GuestFlush,
+    Op::Seal,
+    Op::Apply(1),
+    Op::Apply(u64::MAX),
+    Op::Takeover,
+    Op::Stop,
+    Op::Boot,
+    Op::Kill,
+    Op::PowerCut { everything: false },
+    Op::PowerCut { everything: true },
+];
+
+/// An operation, or one inside which the process is killed after so many calls.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Act {
+    Whole(Op),
+    KilledAfter(usize, Op),
+}
+
+/// What must be on the medium right after an operation returned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Must {
+    #[default]
+    Anything,
+    Resync,
+    Checkpoint(Image),
+    Guest,
+}
+
+/// What may be on the medium.
+#[derive(Clone, Default)]
+struct Model {
+    generation: u64,
+    primary: Image,
+    guest: Image,
+    taken: bool,
+    /// The guest that took over has its own disk.
+    settled: bool,
+    checkpoints: HashMap<(u64, u64), Image>,
+    latest: Option<Image>,
+    /// What a guest flushed last, and what it wrote since.
+    floor: Option<Image>,
+    since: Vec<(usize, u8)>,
+    /// There must be a record.
+    recorded: bool,
+    must: Must,
+}
+
+impl Model {
+    fn flushed(&mut self, image: Image) {
+        self.floor = Some(image);
+        self.since.clear();
+    }
+
+    fn check(&self, image: Image, record: Option<Vec<u8>>) -> Result<Standing, String> {
+        let standing = standing(record);
+        let is_flushed = |(at, byte): (usize, &u8)| {
+            self.floor.is_some_and(|floor| floor[at] == *byte) || self.since.contains(&(at, *byte))
+        };
+        let right = match standing {
+            Standing::Resync(_) => matches!(self.must, Must::Anything | Must::Resync),
+            Standing::Checkpoint { generation, number } => {
+                let is_checkpoint = self.checkpoints.get(&(generation, number)) == Some(&image);
+                is_checkpoint && (self.must == Must::Anything || self.must == Must::Checkpoint(image))
+            }
+            Standing::Guest | Standing::NoRecord => {
+                let is_guests = self.floor.is_some() && image.iter().enumerate().all(is_flushed);
+                let is_known = standing == Standing::Guest || !self.recorded;
+                is_guests && is_known && matches!(self.must, Must::Anything | Must::Guest)
+            }
+        };
+        right
+            .then_some(standing)
+            .ok_or_else(|| format!("{standing}, with {image:?}; the operation's end: {:?}", self.must))
+    }
+}
+
+fn standing(record: Option<Vec<u8>>) -> Standing {
+    let machine = Machine::default();
+    machine.get().record = record;
+    State::open(Box::new(machine)).unwrap().standing()
+}
+
+/// One history as it runs.
+struct Run {
+    machine: Machine,
+    medium: Medium,
+    model: Model,
+    replica: Option<Replica>,
+    booted: bool,
+    byte: u8,
+}
+
+impl Run {
+    fn new() -> Self {
+        let model = Model { floor: Some(Image::default()), ..Model::default() };
+        Self { machine: Machine::default(), medium: Medium::default(), model, replica: None, booted: false, byte: 0 }
+    }
+
+    /// Does one operation. The calls it made; `None` when it makes no sense now.
+    fn act(&mut self, act: Act) -> Option<Vec<Event>> {
+        let (op, fuse) = match act {
+            Act::Whole(op) => (op, None),
+            Act::KilledAfter(calls, op) => (op, Some(calls)),
+        };
+        if !self.makes_sense(op) {
+            return None;
+        }
+        self.model = self.during(op);
+        self.byte += 1;
+        self.machine.get().fuse = fuse;
+        if fuse.is_none() {
+            self.whole(op);
+        } else {
+            let mut model = self.model.clone();
+            self.whole(op);
+            (model.taken, model.settled) = (false, false);
+            self.model = model;
+            self.end();
+        }
+        self.machine.get().fuse = None;
+        let events = std::mem::take(&mut self.machine.get().log);
+        events.iter().for_each(|event| self.medium.take(event));
+        if let Op::PowerCut { everything } = op {
+            self.power_cut(everything);
+        }
+        Some(events)
+    }
+
+    fn makes_sense(&self, op: Op) -> bool {
+        match op {
+            Op::Sync => !self.booted,
+            Op::Boot => !self.booted && self.replica.is_none(),
+            Op::Guest | Op::GuestFlush => self.booted || self.replica.is_some(),
+            Op::Kill => self.booted || self.replica.is_some(),
+            Op::PowerCut { .. } => true,
+            _ => self.replica.is_some(),
+        }
+    }
+
+    /// What may be found when the operation is cut.
+    fn during(&self, op: Op) -> Model {
+        let mut model = Model { must: Must::Anything, ..self.model.clone() };
+        if model.taken && !model.settled {
+            model.flushed(model.guest);
+        }
+        let visible = self.machine.get();
+        match op {
+            Op::Guest if model.taken || self.booted => model.since.extend([(2, self.byte + 1), (3, self.byte + 1)]),
+            Op::Boot if matches!(standing(visible.record.clone()), Standing::Checkpoint { .. }) => {
+                model.flushed(visible.image);
+            }
+            _ => {}
+        }
+        model
+    }
+
+    fn end(&mut self) {
+        self.replica = None;
+        self.booted = false;
+        if self.model.taken && !self.model.settled {
+            self.model.floor = None;
+        }
+        (self.model.taken, self.model.settled) = (false, false);
+    }
+
+    fn whole(&mut self, op: Op) {
+        let (byte, visible) = (self.byte, self.machine.get().image);
+        let model = &mut self.model;
+        match op {
+            Op::Kill | Op::PowerCut { .. } => return self.end(),
+            Op::Boot => {
+                let mut state = State::open(Box::new(self.machine.clone())).unwrap();
+                if take_up_state(&mut state, false, false).is_ok() {
+                    self.booted = true;
+                    model.guest = visible;
+                    model.checkpoints.clear();
+                    model.must = Must::Guest;
+                }
+                return;
+            }
+            Op::Guest if self.booted => {
+                if Disk::write(&mut self.machine, 2, &[byte; 2]).is_ok() {
+                    model.guest[2..4].fill(byte);
+                }
+                return;
+            }
+            Op::GuestFlush if self.booted => {
+                if self.machine.flush().is_ok() {
+                    model.flushed(model.guest);
+                    model.must = Must::Guest;
+                }
+                return;
+            }
+            _ => {}
+        }
+        let machine = &self.machine;
+        let replica = self.replica.get_or_insert_with(|| {
+            let (base, state) = (Box::new(machine.clone()), Box::new(machine.clone()));
+            Replica::open(base, state, ReplicaConfig::default()).unwrap()
+        });
+        let generation = model.generation;
+        let stage = replica.stage();
+        let calls = machine.get().log.len();
+        match op {
+            Op::Sync => {
+                if replica.start_sync(generation + 1).is_ok() {
+                    model.generation += 1;
+                    model.primary = visible;
+                    model.checkpoints.clear();
+                    (model.latest, model.floor, model.recorded, model.must) = (None, None, true, Must::Resync);
+                }
+            }
+            Op::Primary(at) => {
+                if replica.primary_write(generation, at as u64, &[byte; 2]).is_ok() {
+                    model.primary[at..at + 2].fill(byte);
+                }
+            }
+            Op::PrimaryFlush => _ = replica.primary_flush(generation),
+            Op::Guest => {
+                if replica.guest_write(2, &[byte; 2]).is_ok() {
+                    model.guest[2..4].fill(byte);
+                }
+            }
+            Op::GuestFlush => {
+                if replica.guest_flush().is_ok() && model.taken {
+                    model.flushed(model.guest);
+                    model.must = Must::Guest;
+                }
+            }
+            Op::Seal => {
+                if replica.seal().is_ok() && matches!(stage, Stage::Syncing | Stage::Running) {
+                    model.checkpoints.insert((generation, replica.status().seals), model.primary);
+                    (model.latest, model.guest) = (Some(model.primary), model.primary);
+                }
+                assert_eq!(machine.get().log.len(), calls, "a checkpoint touches nothing");
+            }
+            Op::Apply(bytes) => {
+                let mut applied = replica.apply_some(bytes);
+                while bytes == u64::MAX && matches!(applied, Ok(true)) {
+                    applied = replica.apply_some(bytes);
+                }
+                if applied.is_ok_and(|more| !more) {
+                    model.must =
+                        if model.taken { Must::Guest } else { model.latest.map_or(Must::Resync, Must::Checkpoint) };
+                }
+            }
+            Op::Takeover => {
+                model.taken |= replica.takeover(generation + 1).is_ok();
+                assert_eq!(machine.get().log.len(), calls, "nor does a takeover");
+            }
+            Op::Stop => {
+                if replica.stop().is_ok() && !model.taken {
+                    model.must = model.latest.map_or(Must::Resync, Must::Checkpoint);
+                }
+            }
+            Op::Boot | Op::Kill | Op::PowerCut { .. } => unreachable!("done above"),
+        }
+        if model.taken && !model.settled && replica.status().standing == Standing::Guest {
+            model.settled = true;
+            model.flushed(model.guest);
+            model.checkpoints.clear();
+        }
+    }
+
+    fn power_cut(&mut self, everything: bool) {
+        self.medium = self.medium.cut(everything);
+        let record = self.medium.created.then(|| self.medium.record.clone());
+        match standing(record.clone()) {
+            Standing::Guest | Standing::NoRecord => self.model.flushed(self.medium.image),
+            Standing::Checkpoint { .. } | Standing::Resync(_) => self.model.floor = None,
+        }
+        let mut hardware = self.machine.get();
+        (hardware.image, hardware.record) = (self.medium.image, record);
+    }
+}
+
+#[derive(Clone, Copy, Default, Debug)]
+struct Found {
+    histories: u64,
+    cuts: u64,
+    media: u64,
+    checkpoints: u64,
+    guests: u64,
+    resyncs: u64,
+}
+
+/// Runs a history, and cuts its last operation everywhere. The calls of that one; `None` when it makes no sense.
+fn run(before: &[Act], last: Op, found: &mut Found) -> Result<Option<usize>, String> {
+    let mut run = Run::new();
+    for act in before {
+        if run.act(*act).is_none() {
+            return Ok(None);
+        }
+    }
+    let mut medium = run.medium.clone();
+    let during = run.during(last);
+    let Some(events) = run.act(Act::Whole(last)) else { return Ok(None) };
+    found.histories += 1;
+    for (made, event) in events.iter().map(Some).chain([None]).enumerate() {
+        found.cuts += 1;
+        let model = if event.is_some() { &during } else { &run.model };
+        let media = if event.is_some() { &medium } else { &run.medium };
+        for image in media.images() {
+            for record in media.records() {
+                found.media += 1;
+                let standing = model.check(image, record).map_err(|wrong| {
+                    let mut text = format!("{wrong}\n after {made} calls of the last of");
+                    before.iter().chain([&Act::Whole(last)]).for_each(|act| _ = write!(text, "\n  {act:?}"));
+                    text
+                })?;
+                match standing {
+                    Standing::Checkpoint { .. } => found.checkpoints += 1,
+                    Standing::Guest | Standing::NoRecord => found.guests += 1,
+                    Standing::Resync(_) => found.resyncs += 1,
+                }
+            }
+        }
+        event.iter().for_each(|event| medium.take(event));
+    }
+    Ok(Some(events.len()))
+}
+
+const WHOLE: [Act; 4] =
+    [Act::Whole(Op::Sync), Act::Whole(Op::Primary(0)), Act::Whole(Op::Seal), Act::Whole(Op::Apply(u64::MAX))];
+
+/// Where histories begin: a new image, and lives that three operations alone do not reach.
+fn beginnings() -> Vec<Vec<Act>> {
+    let after =
+        |beginning: &[Act], ops: &[Op]| [beginning, &ops.iter().map(|op| Act::Whole(*op)).collect::<Vec<_>>()].concat();
+    let behind = after(&WHOLE, &[Op::Primary(1), Op::Seal, Op::Primary(0), Op::Seal, Op::Guest]);
+    let taken_over = after(&behind, &[Op::Takeover]);
+    vec![
+        vec![],
+        WHOLE.to_vec(),
+        after(&[], &[Op::Sync, Op::Primary(0), Op::Kill, Op::Sync]),
+        behind,
+        after(&taken_over, &[Op::Apply(1)]),
+        after(&taken_over, &[Op::Apply(u64::MAX)]),
+        after(&WHOLE, &[Op::Kill, Op::Boot]),
+        taken_over,
+    ]
+}
+
+/// Every history of up to `left` more operations.
+fn explore(before: &mut Vec<Act>, left: usize, found: &mut Found) -> Result<(), String> {
+    for op in OPS {
+        let Some(calls) = run(before, op, found)? else { continue };
+        if left > 1 {
+            for act in [Act::Whole(op)].into_iter().chain((1..calls).map(|calls| Act::KilledAfter(calls, op))) {
+                before.push(act);
+                let explored = explore(before, left - 1, found);
+                before.pop();
+                explored?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn explore_all() -> Result<Found, String> {
+    let mut found = Found::default();
+    for mut beginning in beginnings() {
+        explore(&mut beginning, 3, &mut found)?;
+    }
+    Ok(found)
+}
+
+#[test]
+fn a_crash_at_any_instant_leaves_a_checkpoint_or_the_word_that_there_is_none() {
+    let found = explore_all().unwrap_or_else(|wrong| panic!("{wrong}"));
+    let Found { histories, cuts, media, checkpoints, guests, resyncs } = found;
+    eprintln!("{found:?}");
+    assert!(histories > 15_000 && cuts > 20_000 && media > 80_000, "{found:?}");
+    assert!(checkpoints > 5_000 && guests > 5_000 && resyncs > 50_000, "{found:?}");
+}
+
+#[test]
+fn the_planted_bugs_are_seen() {
+    for bug in Mutant::OF_CRASHES {
+        mutant::plant(Some(bug));
+        let seen = explore_all();
+        mutant::plant(None);
+        assert!(seen.is_err(), "{bug:?} was not seen");
+    }
+}

@@ -93,6 +93,11 @@ is_running() {
 	host a "[[ \$(xl list $1 | awk 'NR == 2 { print \$5 }') =~ ^[rb-]+\$ ]]"
 }
 
+# How many checkpoints the protection from host a has taken.
+checkpoints() {
+	host a 'xl-colo status --json' | sed -E 's/.*"checkpoints":\{[^}]*\},?[^}]*"total":([0-9]+).*/\1/'
+}
+
 # put HOST KEY VALUE, get HOST KEY: from the dom0 of HOST, over the LAN.
 put() {
 	host "$1" "curl -sS --fail --max-time 30 -o /dev/null -w '%{http_code}' -X PUT --data-binary '$3' $GUEST_URL/k/$2"

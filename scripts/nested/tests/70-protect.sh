@@ -8,10 +8,6 @@
 
 readonly SUSPENDS=${SUSPENDS:-200}
 
-checkpoints() {
-	host a 'xl-colo status --json' | sed -E 's/.*"checkpoints":\{[^}]*\},?[^}]*"total":([0-9]+).*/\1/'
-}
-
 enough() {
 	[[ $(checkpoints) -ge $SUSPENDS ]]
 }

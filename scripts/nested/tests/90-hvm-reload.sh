@@ -5,10 +5,6 @@
 
 readonly RELOADS=${RELOADS:-50}
 
-checkpoints() {
-	host a 'xl-colo status --json' | sed -E 's/.*"checkpoints":\{[^}]*\},?[^}]*"total":([0-9]+).*/\1/'
-}
-
 nested up a b
 clear_hosts hvm
 start_host b "--listen 10.78.0.2:9740"

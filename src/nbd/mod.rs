@@ -300,7 +300,7 @@ impl Errno {
     }
 
     /// The protocol's word for a disk's failure. `Busy` is not a failure and has no word: a server keeps the
-    /// request and asks again ([`transmission::Served::Busy`]); should one reach here it is EIO.
+    /// request and asks again ([`reply::Served::Busy`]); should one reach here it is EIO.
     #[must_use]
     pub fn of(error: &DiskError) -> Self {
         match error {

@@ -6,6 +6,7 @@ use crate::nbd::reply::{Replies, Served, serve};
 use crate::nbd::transmission::*;
 use crate::nbd::*;
 use bytes::BufMut;
+use proptest::prelude::*;
 
 fn request(flags: u16, kind: u16, cookie: u64, offset: u64, len_bytes: u32) -> Vec<u8> {
     let mut bytes = vec![0x25, 0x60, 0x95, 0x13];
@@ -306,4 +307,69 @@ fn extended_headers_have_long_lengths_and_their_own_magic() {
     odd.extend(request(0, CMD_FLUSH, 0, 0));
     let heard = converse(&mut decoder, &mut disk, &odd);
     assert!(heard[4..8] == [0, 1, 0x80, 1] && heard.ends_with(&chunk(CHUNK_NONE, 0, &[])));
+}
+
+/// Requests of all kinds, most of them nearly right.
+fn any_request(extended: bool) -> impl Strategy<Value = Vec<u8>> {
+    let flags = prop_oneof![4 => Just(0_u16), 2 => 0_u16..64, 1 => any::<u16>()];
+    let kind = prop_oneof![8 => 0_u16..9, 1 => any::<u16>()];
+    let offset = prop_oneof![6 => 0_u64..70, 1 => Just(u64::MAX)];
+    let len = prop_oneof![8 => 0_u32..70, 1 => Just(MAX_PAYLOAD_BYTES + 1)];
+    (flags, kind, any::<u64>(), offset, len).prop_map(move |(flags, kind, cookie, offset, len)| {
+        let mut bytes = Vec::new();
+        bytes.put_u32(if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC });
+        bytes.put_u16(flags);
+        bytes.put_u16(if kind == CMD_DISC { CMD_FLUSH } else { kind });
+        bytes.put_u64(cookie);
+        bytes.put_u64(offset);
+        if extended {
+            bytes.put_u64(len.into());
+        } else {
+            bytes.put_u32(len);
+        }
+        let payload = if extended { flags & CMD_FLAG_PAYLOAD_LEN != 0 } else { kind == CMD_WRITE };
+        if payload {
+            // One byte value a request tells in the disk whose payload was taken for whose.
+            bytes.resize(bytes.len() + len as usize, cookie as u8);
+        }
+        bytes
+    })
+}
+
+proptest! {
+    /// However a stream is cut, the same is carried out and the same is answered; and each request has one last chunk.
+    #[test]
+    fn cut_anywhere_the_answers_are_the_same(
+        (which, requests) in (0..3_usize).prop_flat_map(|which| (Just(which), prop::collection::vec(any_request(which == 2), 0..12))),
+        pieces in prop::collection::vec(1..90_usize, 1..20),
+    ) {
+        let contexts = vec![Context::Allocation, Context::Changed];
+        let framing = Framing { structured: which > 0, extended: which == 2, contexts };
+        let mut export = Export::new("", 64);
+        export.fast_zero = true;
+        let stream = requests.concat();
+        let (mut decoder, mut disk) = (Decoder::new(&export, framing.clone()), MemoryDisk::new(64));
+        let whole = converse(&mut decoder, &mut disk, &stream);
+
+        let (mut decoder, mut other) = (Decoder::new(&export, framing), MemoryDisk::new(64));
+        let (mut held, mut out, mut rest) = (Vec::new(), Replies::default(), &stream[..]);
+        let mut pieces = pieces.iter().cycle();
+        while !rest.is_empty() {
+            // What is long is skipped: in its own pace.
+            let piece = if rest.len() > 4096 { 1 << 20 } else { *pieces.next().unwrap() };
+            let (now, later) = rest.split_at(piece.min(rest.len()));
+            rest = later;
+            held.extend_from_slice(now);
+            let mut input = &held[..];
+            while let Some(request) = decoder.decode(&mut input).unwrap() {
+                prop_assert_eq!(serve(&request, decoder.framing(), &mut other, &mut out), Served::Replied);
+            }
+            let taken = held.len() - input.len();
+            held.drain(..taken);
+            prop_assert!(held.len() < 200, "what is refused is not kept");
+        }
+        prop_assert!(held.is_empty());
+        prop_assert_eq!(disk.bytes(), other.bytes());
+        prop_assert!(out.as_slice() == whole);
+    }
 }

@@ -6,6 +6,7 @@
 use crate::common::conversation::Conversation;
 use crate::common::peer::soon;
 use crate::common::{installed, run};
+use crate::nbd_command::Nbd;
 use bytes::Bytes;
 use nbd::client::NbdClient;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -312,4 +313,53 @@ async fn our_client_copes_with_lesser_servers() {
             assert_eq!(it.reads(0, 512).await.unwrap()[..], [1; 512]);
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_between_our_ends_are_errors_and_nothing_more() {
+    if installed("nbdkit").is_none() {
+        return;
+    }
+    let ours = Nbd::serve(&[1; 1 << 20], &["-t", "-e", "0"]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let trigger = path("trigger");
+    // It fails writes while the trigger is there, is slow, and ends with its last client.
+    let mut between = server(
+        "nbdkit",
+        &[
+            "-f",
+            "-U",
+            &path("sock"),
+            "--filter=exitlast",
+            "--filter=error",
+            "--filter=delay",
+            "nbd",
+            &format!("socket={}", ours.socket().display()),
+            "error-pwrite=ENOSPC",
+            "error-pwrite-rate=100%",
+            &format!("error-pwrite-file={trigger}"),
+            "rdelay=30ms",
+            "wdelay=30ms",
+        ],
+    );
+    let mut it = Conversation::open(Address::Unix(path("sock").into()), "").await;
+    it.writes(0, vec![2; 4096]).await.unwrap();
+    std::fs::write(&trigger, "").unwrap();
+    for _ in 0..8 {
+        it.client.write(4096, vec![3; 4096].into()).unwrap();
+    }
+    let outcomes = it.completes(8).await;
+    assert!(outcomes.iter().all(|outcome| *outcome == Err("NoSpace".into())), "{outcomes:?}");
+    std::fs::remove_file(&trigger).unwrap();
+    it.writes(8192, vec![4; 4096]).await.unwrap();
+    let seen = it.reads(0, 16384).await.unwrap();
+    let wanted: Vec<u8> = [2_u8, 1, 4, 1].iter().flat_map(|value| [*value; 4096]).collect();
+    assert!(seen[..] == wanted[..]);
+    it.client.disconnect();
+    while let Some(bytes) = it.client.poll_output() {
+        it.link.write_all(&bytes).await.unwrap();
+    }
+    assert!(soon("nbdkit ends", between.wait()).await.unwrap().success());
+    assert!(std::fs::read(ours.path("image")).unwrap()[..16384] == wanted[..]);
 }

@@ -2,8 +2,9 @@
 //!
 //! The disk is a small tmpfs, which only root can mount; elsewhere the tests say that they are skipped.
 
+use crate::common::conversation::Conversation;
 use crate::common::host::{Host, host_command, protect};
-use crate::common::{turn, until};
+use crate::common::{XL_COLO, installed, run, turn, until};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -232,4 +233,32 @@ async fn an_image_of_the_wrong_size_is_refused_by_name() {
     std::fs::remove_file(image).unwrap();
     pair.a.order(Request::Protect(protect(&pair.b.address, Mode::Colo))).await;
     pair.a.becomes(Protection::Protected).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_an_nbd_clients_news_and_what_is_discarded_can_be_written_again() {
+    if installed("qemu-io").is_none() {
+        return;
+    }
+    let Some(small) = SmallDisk::mount(2) else { return };
+    let path = |name: &str| small.path().join(name).display().to_string();
+    std::fs::File::create(path("image")).unwrap().set_len(8 << 20).unwrap();
+    let mut server = std::process::Command::new(XL_COLO)
+        .args(["nbd", "-t", "-e", "0", "--discard=unmap", "-k", &path("sock"), &path("image")])
+        .spawn()
+        .unwrap();
+    let mut client = Conversation::open(Address::Unix(path("sock").into()), "").await;
+    client.writes(0, vec![1; 1 << 20]).await.unwrap();
+    let outcome = client.writes(4 << 20, vec![2; 4 << 20]).await;
+    assert_eq!(outcome, Err("NoSpace".into()));
+    let seen = client.reads(0, 1 << 20).await.unwrap();
+    assert!(seen.iter().all(|byte| *byte == 1), "the connection lives, and what was there is there");
+    let uri = format!("nbd+unix:///?socket={}", path("sock"));
+    let discarded = run("qemu-io", &["-f", "raw", "-d", "unmap", "-c", "discard 4M 4M", &uri]).await;
+    assert!(discarded.status.success());
+    client.writes(4 << 20, vec![3; 512 << 10]).await.unwrap();
+    let seen = client.reads(4 << 20, 512 << 10).await.unwrap();
+    assert!(seen.iter().all(|byte| *byte == 3));
+    server.kill().unwrap();
+    server.wait().unwrap();
 }

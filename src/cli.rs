@@ -128,7 +128,7 @@ pub struct NbdArgs {
     /// Whether writes of zeroes are looked for, and free their space
     #[arg(long, value_name = "MODE", default_value = "off", value_parser = ["off", "on", "unmap"])]
     pub detect_zeroes: String,
-    /// How the image is read and written: threads is the only way here
+    /// Taken for the sake of scripts: threads read and write, whatever is asked for
     #[arg(long, value_name = "MODE", value_parser = ["threads", "native", "io_uring"])]
     pub aio: Option<String>,
     /// Certificates: tls-creds-x509,id=ID,endpoint=server,dir=DIR[,verify-peer=on|off]
@@ -143,7 +143,7 @@ pub struct NbdArgs {
     /// Write the process's number to this file
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
-    /// Say more
+    /// Log each client on standard error; XEN_COLO_LOG says more exactly what
     #[arg(short, long)]
     pub verbose: bool,
 }

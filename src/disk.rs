@@ -292,7 +292,8 @@ impl FileDisk {
     fn allocate(&self, flags: FallocateFlags, offset: u64, len_bytes: u64) -> Result<bool, DiskError> {
         match fallocate(&self.file, flags | FallocateFlags::KEEP_SIZE, offset, len_bytes) {
             Ok(()) => Ok(true),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => Ok(false),
+            // A device wants whole blocks of its own (EINVAL); the range itself was checked.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL) => Ok(false),
             Err(error) => Err(self.failed("zero")(error.into())),
         }
     }

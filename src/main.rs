@@ -25,7 +25,8 @@ fn main() -> ExitCode {
     if let Command::SaveHelper(args) = cli.command {
         return save_helper(&args.arguments);
     }
-    let filter = EnvFilter::try_from_env("XEN_COLO_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let level = if matches!(&cli.command, Command::Nbd(args) if args.verbose) { "xen_colo=debug" } else { "warn" };
+    let filter = EnvFilter::try_from_env("XEN_COLO_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     #[cfg(feature = "xen")]
     match &cli.command {

@@ -14,12 +14,12 @@
 #[allow(dead_code, unused_imports, reason = "package xen exports more than is driven here")]
 pub(crate) mod qmp;
 
-use crate::common::{PATIENCE, installed};
+use crate::common::{Listening, PATIENCE, installed};
 use qmp::{Client, DeviceModel, Image, QmpError};
 use serde_json::json;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -36,15 +36,8 @@ const SHORT: Duration = Duration::from_millis(700);
 
 /// A QEMU that is killed at the end.
 struct Qemu {
-    child: Child,
+    child: Listening,
     dir: TempDir,
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 impl Qemu {
@@ -53,7 +46,8 @@ impl Qemu {
         let program = installed("qemu-system-x86_64")?;
         let dir = tempfile::tempdir().unwrap();
         let mac = MAC.map(|byte| format!("{byte:02x}")).join(":");
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(["-machine", "pc,accel=tcg", "-m", "64", "-S", "-nodefaults", "-display", "none", "-serial", "null"])
             // The real-time clock would go on while the machine stands: the one field that differs by itself.
             .args(["-rtc", "clock=vm,base=2026-01-01"])
@@ -62,16 +56,8 @@ impl Qemu {
             .args(["-global", "migration.send-section-footer=off", "-global", "apic.vapic=off"])
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", dir.path().join("qmp").display()))
-            .stdin(Stdio::null())
-            .stderr(std::fs::File::create(dir.path().join("stderr")).unwrap())
-            .spawn()
-            .unwrap();
-        let qemu = Self { child, dir };
-        let begun = Instant::now();
-        while !qemu.monitor().exists() {
-            assert!(begun.elapsed() < PATIENCE, "QEMU does not start: {}", qemu.stderr());
-            std::thread::sleep(Duration::from_millis(10));
-        }
+            .stderr(std::fs::File::create(dir.path().join("stderr")).unwrap());
+        let qemu = Self { child: Listening::start(&mut command, &dir.path().join("qmp")), dir };
         let known = qemu.connect(PATIENCE).client().execute("query-commands", json!({})).unwrap();
         if !known.to_string().contains("\"xen-save-devices-state\"") {
             eprintln!("SKIP: this qemu-system-x86_64 is built without Xen");
@@ -93,7 +79,7 @@ impl Qemu {
     }
 
     fn open_files(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.0.id())).unwrap().count()
     }
 }
 
@@ -343,7 +329,7 @@ fn a_qemu_that_dies_in_the_middle_is_noticed_at_once() {
     let error = std::thread::scope(|scope| {
         scope.spawn(|| {
             std::thread::sleep(killed_after);
-            b.child.kill().unwrap();
+            b.child.0.kill().unwrap();
         });
         target.load_state(Image::Nbd { socket: silent.to_str().unwrap(), export: EXPORT }).unwrap_err()
     });

@@ -4,7 +4,7 @@
 
 use crate::common::conversation::Conversation;
 use crate::common::host::{Host, host_command, protect};
-use crate::common::{XL_COLO, installed, run, turn, until};
+use crate::common::{Listening, XL_COLO, installed, run, turn, until};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -243,10 +243,9 @@ async fn a_full_disk_is_an_nbd_clients_news_and_what_is_discarded_can_be_written
     let Some(small) = SmallDisk::mount(2) else { return };
     let path = |name: &str| small.path().join(name).display().to_string();
     std::fs::File::create(path("image")).unwrap().set_len(8 << 20).unwrap();
-    let mut server = std::process::Command::new(XL_COLO)
-        .args(["nbd", "-t", "-e", "0", "--discard=unmap", "-k", &path("sock"), &path("image")])
-        .spawn()
-        .unwrap();
+    let mut command = std::process::Command::new(XL_COLO);
+    command.args(["nbd", "-t", "-e", "0", "--discard=unmap", "-k", &path("sock"), &path("image")]);
+    let _server = Listening::start(&mut command, Path::new(&path("sock")));
     let mut client = Conversation::open(Address::Unix(path("sock").into()), "").await;
     client.writes(0, vec![1; 1 << 20]).await.unwrap();
     let outcome = client.writes(4 << 20, vec![2; 4 << 20]).await;
@@ -259,6 +258,4 @@ async fn a_full_disk_is_an_nbd_clients_news_and_what_is_discarded_can_be_written
     client.writes(4 << 20, vec![3; 512 << 10]).await.unwrap();
     let seen = client.reads(4 << 20, 512 << 10).await.unwrap();
     assert!(seen.iter().all(|byte| *byte == 3));
-    server.kill().unwrap();
-    server.wait().unwrap();
 }

@@ -1,11 +1,11 @@
 //! `xl-colo nbd` as scripts meet it: qemu-nbd's letters, other people's clients, illegal requests, and how it ends.
 
-use crate::common::{PATIENCE, XL_COLO, installed, one_line, run, xl_colo};
+use crate::common::{Listening, PATIENCE, XL_COLO, installed, one_line, pattern, run, succeeds, xl_colo};
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -14,7 +14,7 @@ const MIB: usize = 1 << 20;
 /// A server on a Unix socket, in a folder of its own.
 pub(crate) struct Nbd {
     dir: TempDir,
-    child: Child,
+    child: Listening,
 }
 
 impl Nbd {
@@ -28,11 +28,8 @@ impl Nbd {
     fn serve_in(dir: TempDir, args: &[&str]) -> Self {
         let (image, socket) = (dir.path().join("image"), dir.path().join("sock"));
         let mut command = Command::new(XL_COLO);
-        command.arg("nbd").args(args).arg("-k").arg(&socket).arg(image).stdin(Stdio::null());
-        let mut child = command.spawn().unwrap();
-        wait("the socket", || socket.exists() || child.try_wait().unwrap().is_some());
-        assert!(socket.exists(), "it ended");
-        Self { dir, child }
+        command.arg("nbd").args(args).arg("-k").arg(&socket).arg(image);
+        Self { child: Listening::start(&mut command, &socket), dir }
     }
 
     pub(crate) fn path(&self, name: &str) -> String {
@@ -54,7 +51,7 @@ impl Nbd {
     fn ends(&mut self) -> bool {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
-            if let Some(status) = self.child.try_wait().unwrap() {
+            if let Some(status) = self.child.0.try_wait().unwrap() {
                 return status.success();
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -63,15 +60,8 @@ impl Nbd {
     }
 
     fn terminate(&self) {
-        let pid = rustix::process::Pid::from_raw(self.child.id() as i32).unwrap();
+        let pid = rustix::process::Pid::from_raw(self.child.0.id() as i32).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    }
-}
-
-impl Drop for Nbd {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -81,20 +71,6 @@ fn wait(what: &str, mut is: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
         std::thread::sleep(Duration::from_millis(10));
     }
-}
-
-/// Bytes that differ from place to place, with a hole.
-fn pattern(len: usize) -> Vec<u8> {
-    let mut bytes: Vec<u8> = (0..len).map(|at| (at / 509 + at % 251) as u8).collect();
-    bytes[MIB..2 * MIB].fill(0);
-    bytes
-}
-
-pub(crate) async fn succeeds(program: &str, args: &[&str]) -> String {
-    let output = run(program, args).await;
-    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{program} {args:?}: {stdout}{}", String::from_utf8_lossy(&output.stderr));
-    stdout
 }
 
 /// The kernel's count, which does not see a hole.
@@ -107,7 +83,7 @@ async fn nbdinfo_sees_everything_that_is_offered() {
     if installed("nbdinfo").is_none() {
         return;
     }
-    let nbd = Nbd::serve(&pattern(4 * MIB), &["-t", "-e", "0", "-x", "vm disk", "-D", "for people"]);
+    let nbd = Nbd::serve(&pattern(4 << 20), &["-t", "-e", "0", "-x", "vm disk", "-D", "for people"]);
     let uri = format!("nbd+unix:///vm%20disk?socket={}", nbd.socket().display());
     let info: serde_json::Value = serde_json::from_str(&succeeds("nbdinfo", &["--json", &uri]).await).unwrap();
     assert_eq!((&info["protocol"], &info["structured"]), (&"newstyle-fixed".into(), &true.into()), "{info:#}");
@@ -136,7 +112,7 @@ async fn holes_are_seen_copied_and_made() {
     std::fs::File::create(&image).unwrap().set_len(8 * MIB as u64).unwrap();
     let nbd = Nbd::serve_in(dir, &["-t", "-e", "0", "--discard=unmap", "--detect-zeroes=unmap"]);
     let (source, back) = (nbd.path("source"), nbd.path("back"));
-    let mut bytes = pattern(8 * MIB);
+    let mut bytes = pattern(8 << 20);
     bytes[5 * MIB..7 * MIB].fill(0);
     std::fs::write(&source, &bytes).unwrap();
     let sparse = || allocated_bytes(&image) <= 5 * MIB as u64;
@@ -165,7 +141,15 @@ async fn fio_verifies_what_it_wrote_over_four_connections() {
     }
     let nbd = Nbd::serve(&vec![0; 16 * MIB], &["-t", "-e", "0"]);
     let uri = format!("--uri=nbd+unix:///?socket={}", nbd.socket().display());
-    let common = ["--ioengine=nbd", &uri, "--name=job", "--verify=crc32c", "--verify_fatal=1", "--output-format=terse"];
+    let common = [
+        "--ioengine=nbd",
+        &uri,
+        "--name=job",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+        "--output-format=terse",
+    ];
     for (kind, block, depth) in [("randwrite", "4k", "32"), ("write", "1m", "4"), ("randrw", "512", "64")] {
         let kind = [format!("--rw={kind}"), format!("--bs={block}"), format!("--iodepth={depth}")];
         let kind: Vec<&str> = kind.iter().map(String::as_str).collect();
@@ -247,7 +231,7 @@ async fn it_ends_with_its_last_client_unless_told_to_stay() {
     let _ = lister.read_to_end(&mut Vec::new());
     drop(lister);
     std::thread::sleep(Duration::from_millis(100));
-    assert!(once.child.try_wait().unwrap().is_none(), "it is still there");
+    assert!(once.child.0.try_wait().unwrap().is_none(), "it is still there");
     succeeds("nbdinfo", &["--size", &once.uri()]).await;
     assert!(once.ends() && !once.socket().exists());
 
@@ -277,7 +261,7 @@ async fn letters_mean_what_qemu_nbds_mean() {
     if installed("nbdinfo").is_none() || installed("qemu-io").is_none() {
         return;
     }
-    let bytes = pattern(4 * MIB);
+    let bytes = pattern(4 << 20);
     let read_only = Nbd::serve(&bytes, &["-t", "-r", "-o", "512", "-e", "0", "--cache", "writethrough"]);
     assert_eq!(succeeds("nbdinfo", &["--size", &read_only.uri()]).await.trim(), (4 * MIB - 512).to_string());
     succeeds("nbdinfo", &["--is", "readonly", &read_only.uri()]).await;
@@ -300,7 +284,9 @@ async fn letters_mean_what_qemu_nbds_mean() {
     // Without --discard the space stays, as with qemu-nbd.
     let kept = Nbd::serve(&bytes, &["-t", "-e", "0"]);
     let before = allocated_bytes(&kept.path("image"));
-    succeeds("qemu-io", &["-f", "raw", "-d", "unmap", "-c", "discard 2M 2M", &kept.uri()]).await;
+    let free = ["-c", "discard 2M 2M", "-c", "write -z -u 2M 2M"];
+    succeeds("qemu-io", &[&["-f", "raw", "-d", "unmap"], &free[..], &[&kept.uri()]].concat()).await;
+    assert!(kept.image()[2 * MIB..].iter().all(|byte| *byte == 0));
     assert_eq!(allocated_bytes(&kept.path("image")), before);
 }
 
@@ -385,7 +371,7 @@ async fn ten_thousand_connections_cost_bounded_memory_and_no_client_that_has_a_p
         }
     }
     assert_eq!((kept.len(), turned_away), (63, 10_000 - 63));
-    let kib = resident_kib(nbd.child.id());
+    let kib = resident_kib(nbd.child.0.id());
     assert!(kib < 128 * 1024, "{kib} KiB for 64 clients");
     // The one that was there before is served as ever.
     first.write_all(b"\x25\x60\x95\x13\0\0\0\0cookie!!\0\0\0\0\0\0\0\0\0\0\0\x04").unwrap();
@@ -400,15 +386,14 @@ async fn a_server_without_descriptors_goes_on_when_it_has_some_again() {
     let path = |name: &str| dir.path().join(name).display().to_string();
     std::fs::write(path("image"), [7; 4096]).unwrap();
     let script = "ulimit -n 64; exec \"$0\" nbd -t -e 0 -k \"$1\" \"$2\"";
-    let mut child = Command::new("sh").args(["-c", script, XL_COLO, &path("sock"), &path("image")]).spawn().unwrap();
-    wait("the socket", || Path::new(&path("sock")).exists());
     let socket = PathBuf::from(path("sock"));
+    let mut command = Command::new("sh");
+    command.args(["-c", script, XL_COLO, &path("sock"), &path("image")]);
+    let _server = Listening::start(&mut command, &socket);
     let crowd: Vec<_> = (0..200).filter_map(|_| UnixStream::connect(&socket).ok()).collect();
     assert!(crowd.len() > 64, "more than it has descriptors for");
     drop(crowd);
     wait("a client is served", || chosen(&socket).is_some());
-    child.kill().unwrap();
-    child.wait().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -440,8 +425,7 @@ async fn a_medium_that_fails_is_the_clients_news() {
     let sock = dir.path().join("sock");
     let script = "ulimit -f 1024; trap '' XFSZ; exec \"$0\" nbd -t -e 0 -k \"$1\" \"$2\"";
     let at = sock.display().to_string();
-    let mut child = Command::new("sh").args(["-c", script, XL_COLO, &at, &image]).spawn().unwrap();
-    wait("the socket", || sock.exists());
+    let _server = Listening::start(Command::new("sh").args(["-c", script, XL_COLO, &at, &image]), &sock);
     let uri = format!("nbd+unix:///?socket={at}");
     // 1024 blocks of 512 bytes is where this process may write no more.
     let io = |command: &'static str| {
@@ -455,6 +439,4 @@ async fn a_medium_that_fails_is_the_clients_news() {
     assert!(refused.contains("write failed") && refused.contains("read 512/512"), "{refused}");
     let taken = io("write -P 1 4k 64k").await;
     assert!(taken.contains("wrote 65536/65536") && taken.contains("read 512/512"), "{taken}");
-    child.kill().unwrap();
-    child.wait().unwrap();
 }

@@ -5,7 +5,7 @@
 
 use crate::common::conversation::Conversation;
 use crate::common::peer::soon;
-use crate::common::{installed, run};
+use crate::common::{installed, pattern, run, succeeds};
 use crate::nbd_command::Nbd;
 use bytes::Bytes;
 use nbd::client::NbdClient;
@@ -19,18 +19,13 @@ use tokio::io::AsyncWriteExt;
 use tokio::task::JoinHandle;
 use xen_colo::daemon::address::Address;
 use xen_colo::daemon::nbd::serve_connection;
+use xen_colo::daemon::nbd::threads::{Listener, OpenDisk, Running, Service, serve_all};
 use xen_colo::disk::{Disk, FileDisk};
-use xen_colo::replica::epochs::{PrimaryView, Replica, ReplicaConfig};
+use xen_colo::nbd::handshake;
+use xen_colo::replica::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig};
 
 const EXPORT: &str = "disk0";
 const SIZE: u64 = 8 << 20;
-
-/// Bytes that differ from block to block, with holes.
-fn pattern(size: u64) -> Vec<u8> {
-    let mut bytes: Vec<u8> = (0..size).map(|at| (at / 509 + at % 251) as u8).collect();
-    bytes[1 << 20..2 << 20].fill(0);
-    bytes
-}
 
 /// A served export.
 struct Export {
@@ -78,14 +73,6 @@ impl Export {
     fn image(&self) -> Vec<u8> {
         std::fs::read(self.dir.path().join("image")).unwrap()
     }
-}
-
-/// Runs a program that must succeed, and returns what it printed.
-async fn succeeds(program: &str, args: &[&str]) -> String {
-    let output = run(program, args).await;
-    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{program} {args:?}: {stdout}{}", String::from_utf8_lossy(&output.stderr));
-    stdout
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -313,6 +300,42 @@ async fn our_client_copes_with_lesser_servers() {
             assert_eq!(it.reads(0, 512).await.unwrap()[..], [1; 512]);
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_is_told_what_differs_from_the_last_checkpoint() {
+    if installed("nbdinfo").is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let base = FileDisk::open_or_create(&dir.path().join("image"), SIZE).unwrap();
+    let mut replica = Replica::new(Box::new(base), ReplicaConfig::default());
+    replica.start_sync(1).unwrap();
+    replica.seal().unwrap();
+    let view = GuestView(Arc::new(Mutex::new(replica)));
+    let socket = dir.path().join("sock");
+    let listener = Listener::Unix(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    let exports = vec![handshake::Export { knows_changes: true, ..handshake::Export::new(EXPORT, SIZE) }];
+    let disk = view.clone();
+    let open: OpenDisk = Box::new(move |_| Ok(Box::new(disk.clone())));
+    let service = Arc::new(Service { exports, open, max_connections: 4, tls: None });
+    let running = Running::default();
+    let here = running.clone();
+    let server = std::thread::spawn(move || serve_all(&listener, &service, &here));
+    let uri = format!("nbd+unix:///{EXPORT}?socket={}", socket.display());
+    let map = async || {
+        let said = succeeds("nbdinfo", &["--json", "--map=qemu:dirty-bitmap:checkpoint", &uri]).await;
+        let runs: Vec<serde_json::Value> = serde_json::from_str(&said).unwrap();
+        let number = |run: &serde_json::Value, key: &str| run[key].as_u64().unwrap();
+        runs.iter().map(|run| (number(run, "offset"), number(run, "length"), number(run, "type"))).collect::<Vec<_>>()
+    };
+    assert_eq!(map().await, [(0, SIZE, 0)]);
+    view.clone().write(4096, &[1; 8192]).unwrap();
+    assert_eq!(map().await, [(0, 4096, 0), (4096, 8192, 1), (12288, SIZE - 12288, 0)]);
+    view.0.lock().unwrap().seal().unwrap();
+    assert_eq!(map().await, [(0, SIZE, 0)], "a checkpoint forgets what the guest wrote");
+    running.end();
+    server.join().unwrap().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! `xl-colo nbd` encrypted, with libnbd and QEMU as clients: who gets in, and who does not.
 
-use crate::common::{installed, one_line, run, xl_colo};
-use crate::nbd_command::{Nbd, chosen, succeeds};
+use crate::common::{installed, one_line, run, succeeds, xl_colo};
+use crate::nbd_command::{Nbd, chosen};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use std::path::Path;
 

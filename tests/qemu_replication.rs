@@ -12,13 +12,12 @@
 //! compared byte for byte. Source: qemu `docs/block-replication.txt`, `block/replication.c`.
 
 use crate::common::conversation::Conversation;
-use crate::common::{PATIENCE, installed, run, until};
+use crate::common::{Listening, PATIENCE, installed, run, until};
 use crate::device_model::qmp::Client;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use xen_colo::daemon::address::Address;
 use xen_colo::daemon::nbd::serve_connection;
@@ -33,15 +32,8 @@ const EXPORT: &str = "disk0";
 
 /// A QEMU without a machine, killed at the end.
 struct Qemu {
-    child: Child,
+    _process: Listening,
     monitor: Client,
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 impl Qemu {
@@ -49,19 +41,13 @@ impl Qemu {
         let program = installed("qemu-system-x86_64")?;
         let socket = dir.join("qmp");
         let drives = drives.iter().flat_map(|drive| ["-drive", drive.as_str()]);
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(["-machine", "none", "-S", "-nodefaults", "-display", "none"])
             .args(drives)
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let begun = Instant::now();
-        while !socket.exists() {
-            assert!(begun.elapsed() < PATIENCE, "QEMU does not start");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let mut qemu = Self { child, monitor: Client::connect(&socket, PATIENCE).unwrap() };
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
+        let _process = Listening::start(&mut command, &socket);
+        let mut qemu = Self { _process, monitor: Client::connect(&socket, PATIENCE).unwrap() };
         let known = qemu.order("query-commands", json!({}));
         if !known.to_string().contains("\"xen-set-replication\"") {
             eprintln!("SKIP: this qemu-system-x86_64 is built without replication");

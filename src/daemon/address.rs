@@ -101,15 +101,21 @@ impl Address {
 /// Listens on a Unix socket that only this user can open.
 pub async fn listen_unix(path: &Path) -> io::Result<UnixListener> {
     use std::os::unix::fs::PermissionsExt;
+    let listener = bind_unix(path).await?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Listens on a Unix socket that whoever the umask lets can open. One left behind by a dead process is replaced, one
+/// that somebody serves is not.
+pub async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     if path.exists() {
         if UnixStream::connect(path).await.is_ok() {
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves this socket"));
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "in use: another process serves this socket"));
         }
         std::fs::remove_file(path)?;
     }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
+    UnixListener::bind(path)
 }
 
 impl Listener {

@@ -17,7 +17,7 @@ pub use self::nic::Wire;
 use self::nic::{Attachment, GuestNic};
 use super::address;
 use super::guest::{DISK_NAME, Guest, GuestError, GuestQueue, check_memory, mirror, replica};
-use super::nbd::threads::{self, Running, Service, serve_all};
+use super::nbd::threads::{Listener, Running, Service, serve_all};
 use crate::colo::hello::{DiskGeometry, Geometry, Mode, XenShape};
 use crate::disk::{Disk, FileDisk};
 use crate::hypervisor::xen::{Nic, Parts, XenDomain, toolstack};
@@ -72,19 +72,23 @@ impl Drop for Served {
     }
 }
 
-/// Serves a disk on a Unix socket.
-async fn export<D: Disk + Clone + Sync + 'static>(socket: &Path, name: &str, disk: D) -> Result<Served, GuestError> {
+/// Serves a disk on a Unix socket. `knows_changes` says that it can tell what differs from the last checkpoint.
+async fn export<D: Disk + Clone + Sync + 'static>(
+    socket: &Path,
+    name: &str,
+    disk: D,
+    knows_changes: bool,
+) -> Result<Served, GuestError> {
     let failed = |e: std::io::Error| GuestError::Toolstack(format!("serve {}: {e}", socket.display()));
     std::fs::create_dir_all(SOCKET_DIR).map_err(failed)?;
-    let listener = address::listen_unix(socket).await.and_then(|listener| listener.into_std()).map_err(failed)?;
-    listener.set_nonblocking(false).map_err(failed)?;
-    let exports = vec![Export::new(name, disk.size_bytes())];
+    let listener = address::listen_unix(socket).await.and_then(Listener::blocking).map_err(failed)?;
+    let exports = vec![Export { knows_changes, ..Export::new(name, disk.size_bytes()) }];
     let open = Box::new(move |_| Ok(Box::new(disk.clone()) as Box<dyn Disk>));
     let (service, running) =
         (Arc::new(Service { exports, open, max_connections: DISK_CLIENTS_MAX, tls: None }), Running::default());
     let here = running.clone();
     let serve = move || {
-        if let Err(error) = serve_all(&threads::Listener::Unix(listener), &service, &here) {
+        if let Err(error) = serve_all(&listener, &service, &here) {
             tracing::error!(%error, "a guest's disk takes no clients any more");
         }
     };
@@ -133,7 +137,7 @@ pub async fn boot(boot: &XenBoot, image: &Path, wire: &Wire) -> Result<Guest, Gu
     let disks = vec![DiskGeometry { name: DISK_NAME.into(), size_bytes: disk.size_bytes() }];
     let mirror = mirror(Box::new(disk));
     // Before the domain: its devices are opened when it is made.
-    let served = export(&disk_socket(&boot.name), DISK_NAME, mirror.clone()).await?;
+    let served = export(&disk_socket(&boot.name), DISK_NAME, mirror.clone(), false).await?;
     let domid = match running {
         Some(domid) => domid,
         None => {
@@ -194,7 +198,7 @@ pub async fn stand_by(
     // The cache of its last checkpoint; the guest's own memory is Xen's to find.
     check_memory("standing by for the guest", shape.ram_pages)?;
     let (replica, is_blank) = replica(geometry, image, epochs)?;
-    let served = export(&disk_socket(name), DISK_NAME, GuestView(replica.clone())).await?;
+    let served = export(&disk_socket(name), DISK_NAME, GuestView(replica.clone()), true).await?;
     let domid = blocking(|| toolstack::create_incoming(name, &shape.config))?;
     let mut attached = match attach(domid, &shape.config, wire).await {
         Ok(attached) => attached,

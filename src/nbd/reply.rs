@@ -212,7 +212,7 @@ impl Reply<'_> {
         let asked = !whole && len_bytes >= HOLES_FROM_BYTES;
         let hole_bytes = if asked { disk.leading_hole_bytes(offset, len_bytes.into()) } else { 0 };
         // No longer than the request.
-        let hole_bytes = (hole_bytes as u32).min(len_bytes);
+        let hole_bytes = hole_bytes.min(len_bytes.into()) as u32;
         if hole_bytes > 0 {
             self.chunk(if hole_bytes == len_bytes { CHUNK_DONE } else { 0 }, CHUNK_OFFSET_HOLE, 12);
             self.out.put(&offset.to_be_bytes());

@@ -224,7 +224,8 @@ impl Replica {
     }
 
     /// Begins the initial copy from the primary of `generation`, from scratch: until the first checkpoint is applied
-    /// the base is neither the old disk nor the new one, and durably says so when this returns. Refused for an older generation, and once a guest was taken over.
+    /// the base is neither the old disk nor the new one, and durably says so when this returns. Refused for an older
+    /// generation, and once a guest was taken over.
     pub fn start_sync(&mut self, generation: u64) -> Result<(), ReplicaError> {
         if self.taken_over {
             return Err(ReplicaError::Stage { step: "start", stage: self.stage });

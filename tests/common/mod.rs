@@ -18,8 +18,8 @@ pub mod peer;
 pub mod wire;
 pub mod world;
 
-use std::path::PathBuf;
-use std::process::{Output, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
@@ -60,6 +60,21 @@ pub async fn run(program: &str, args: &[&str]) -> Output {
         .unwrap()
 }
 
+/// Runs a program that must succeed, and returns what it printed.
+pub async fn succeeds(program: &str, args: &[&str]) -> String {
+    let output = run(program, args).await;
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{program} {args:?}: {stdout}{}", String::from_utf8_lossy(&output.stderr));
+    stdout
+}
+
+/// Bytes that differ from place to place; the second MiB is zeroes.
+pub fn pattern(len: u64) -> Vec<u8> {
+    let mut bytes: Vec<u8> = (0..len).map(|at| (at / 509 + at % 251) as u8).collect();
+    bytes[1 << 20..2 << 20].fill(0);
+    bytes
+}
+
 /// Standard error of a command that must have failed with this exit code and one line that says why.
 #[track_caller]
 pub fn one_line(output: &Output, exit_code: i32) -> String {
@@ -68,6 +83,30 @@ pub fn one_line(output: &Output, exit_code: i32) -> String {
     assert_eq!(stderr.trim_end().lines().count(), 1, "one line says why: {stderr}");
     assert!(stderr.starts_with("xl-colo"), "the line names the program: {stderr}");
     stderr
+}
+
+/// A program that listens on a Unix socket, killed when dropped.
+pub struct Listening(pub Child);
+
+impl Listening {
+    /// Starts it, and waits until the socket is there.
+    pub fn start(command: &mut Command, socket: &Path) -> Self {
+        let mut it = Self(command.stdin(Stdio::null()).spawn().unwrap());
+        let begun = Instant::now();
+        while !socket.exists() {
+            assert!(begun.elapsed() < PATIENCE, "{command:?} does not listen");
+            assert!(it.0.try_wait().unwrap().is_none(), "{command:?} has ended");
+            std::thread::sleep(LOOK);
+        }
+        it
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Polls until `look` gives something; `last` is what it saw when the deadline passes.

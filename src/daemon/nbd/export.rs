@@ -6,17 +6,16 @@
 
 use super::threads::{Listener, Running, Service, serve_all};
 use super::tls::{self, Credentials, TlsError};
-use crate::daemon::links::lock;
+use crate::daemon::address;
 use crate::disk::{Disk, DiskError, Extent, FileDisk, Zeroing, check_range};
 use crate::nbd::MAX_STRING_BYTES;
 use crate::nbd::handshake::Export;
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader};
 use std::net::TcpListener;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Set in the process that `--fork` leaves behind.
@@ -157,13 +156,12 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
     export.multi_conn = true;
     export.fast_zero = true;
     let mut last = disk.try_clone()?;
-    let disk = Mutex::new(disk);
-    let open = move |_| Ok(Box::new(lock(&disk).try_clone()?) as Box<dyn Disk>);
+    let open = move |_| Ok(Box::new(disk.try_clone()?) as Box<dyn Disk>);
     let tls = config.tls.as_ref().map(tls::load).transpose()?;
     let max_connections = config.max_connections;
     let service = Service { exports: vec![export], open: Box::new(open), max_connections, tls };
-    let (service, running) = (Arc::new(service), Running::default());
-    let (listener, socket) = listen(&config.at)?;
+    let running = Running::default();
+    let (listener, socket) = listen(&config.at).await?;
     if let Some(path) = &config.pid_file {
         std::fs::write(path, format!("{}\n", std::process::id())).map_err(failed(path.display().to_string()))?;
     }
@@ -173,28 +171,22 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
         println!("{READY}");
         leave_the_caller().map_err(failed("go to the background"))?;
     }
-    let (here, serving) = (running.clone(), service.clone());
+    let (here, serving) = (running.clone(), Arc::new(service));
     let accepting = tokio::task::spawn_blocking(move || serve_all(&listener, &serving, &here));
-    let watched = running.clone();
-    let persistent = config.persistent;
-    let clients = tokio::task::spawn_blocking(move || {
-        if !persistent {
-            watched.wait_for_last_client();
-        }
-        persistent
-    });
-    let ended_by_clients = async {
-        // With -t it is over at once, and means nothing.
-        if !matches!(clients.await, Ok(false)) {
+    let last_client_left = async {
+        if config.persistent {
             std::future::pending::<()>().await;
         }
+        let watched = running.clone();
+        // It cannot fail but by a panic, and then it is over as well.
+        let _ = tokio::task::spawn_blocking(move || watched.wait_for_last_client()).await;
     };
     let result = tokio::select! {
         ended = accepting => match ended {
             Ok(result) => result.map_err(failed("accept clients")),
             Err(error) => Err(failed("serve")(io::Error::other(error))),
         },
-        () = ended_by_clients => Ok(()),
+        () = last_client_left => Ok(()),
         _ = terminated.recv() => Ok(()),
         _ = interrupted.recv() => Ok(()),
     };
@@ -219,7 +211,7 @@ fn leave_the_caller() -> io::Result<()> {
     Ok(())
 }
 
-fn listen(at: &Where) -> Result<(Listener, Option<PathBuf>), ExportError> {
+async fn listen(at: &Where) -> Result<(Listener, Option<PathBuf>), ExportError> {
     let mut passed = listenfd::ListenFd::from_env();
     if passed.len() > 0 {
         let unix = passed.take_unix_listener(0).ok().flatten().map(Listener::Unix);
@@ -232,24 +224,15 @@ fn listen(at: &Where) -> Result<(Listener, Option<PathBuf>), ExportError> {
         return Ok((listener.ok_or_else(missing)?, None));
     }
     match at {
-        Where::Unix(path) => Ok((Listener::Unix(listen_unix(path)?), Some(path.clone()))),
+        Where::Unix(path) => {
+            let bound = address::bind_unix(path).await.and_then(Listener::blocking);
+            Ok((bound.map_err(failed(format!("listen on {}", path.display())))?, Some(path.clone())))
+        }
         Where::Tcp(address, port) => {
             let bound = TcpListener::bind((address.as_str(), *port));
             Ok((Listener::Tcp(bound.map_err(failed(format!("listen on {address} port {port}")))?), None))
         }
     }
-}
-
-/// A socket that a dead process left is replaced, one that somebody serves is not.
-fn listen_unix(path: &Path) -> Result<UnixListener, ExportError> {
-    let what = || format!("listen on {}", path.display());
-    if path.exists() {
-        if UnixStream::connect(path).is_ok() {
-            return Err(failed(what())(io::ErrorKind::AddrInUse.into()));
-        }
-        std::fs::remove_file(path).map_err(failed(what()))?;
-    }
-    UnixListener::bind(path).map_err(failed(what()))
 }
 
 fn open(config: &Config) -> Result<Served, ExportError> {
@@ -320,6 +303,8 @@ impl Disk for Served {
 
     fn write_zeroes(&mut self, offset: u64, len_bytes: u64, how: Zeroing) -> Result<(), DiskError> {
         let at = self.at(offset, len_bytes)?;
+        // Space is freed only where discarding frees it: QEMU's BDRV_O_UNMAP.
+        let how = Zeroing { keep_allocated: how.keep_allocated || !self.discard, ..how };
         self.disk.write_zeroes(at, len_bytes, how)?;
         self.written()
     }

@@ -43,6 +43,13 @@ pub enum Stream {
 }
 
 impl Listener {
+    /// A Unix socket of the runtime's, for threads.
+    pub fn blocking(listener: tokio::net::UnixListener) -> io::Result<Self> {
+        let listener = listener.into_std()?;
+        listener.set_nonblocking(false)?;
+        Ok(Self::Unix(listener))
+    }
+
     fn socket(&self) -> io::Result<OwnedFd> {
         Ok(match self {
             Self::Tcp(listener) => listener.try_clone()?.into(),
@@ -115,9 +122,6 @@ impl Write for Stream {
     }
 }
 
-/// Opens a disk of its own for each client, by the export's index.
-pub type OpenDisk = Box<dyn Fn(usize) -> Result<Box<dyn Disk>, DiskError> + Send + Sync>;
-
 /// A client's bytes, in the clear or not.
 enum Transport {
     Plain(Stream),
@@ -163,6 +167,9 @@ impl Transport {
         }
     }
 }
+
+/// Opens a disk of its own for each client, by the export's index.
+pub type OpenDisk = Box<dyn Fn(usize) -> Result<Box<dyn Disk>, DiskError> + Send + Sync>;
 
 /// What is served, and to how many.
 pub struct Service {
@@ -275,8 +282,10 @@ pub fn serve_all(listener: &Listener, service: &Arc<Service>, running: &Running)
         let (service, here) = (service.clone(), running.clone());
         let run = move || {
             let mut served = false;
-            if let Err(error) = serve_client(stream, &service, &mut served) {
-                tracing::debug!(%error, "a client");
+            tracing::debug!(number, "a client came");
+            match serve_client(stream, &service, &mut served) {
+                Ok(()) => tracing::debug!(number, served, "a client left"),
+                Err(error) => tracing::debug!(number, served, %error, "a client is lost"),
             }
             here.leave(number, served);
         };

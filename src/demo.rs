@@ -19,6 +19,7 @@ use crate::cli::{DemoArgs, EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_LOST, Victim};
 use crate::colo::hello::Mode;
 use crate::daemon::status::{Protection, Status};
 use crate::daemon::unix_us;
+use crate::say;
 use client::{ClientConfig, Live};
 use indicatif::{ProgressBar, ProgressStyle};
 use nested::Nested;
@@ -100,7 +101,7 @@ async fn tell<W: World>(args: &DemoArgs, start: impl Future<Output = Result<W, P
     match result.await {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("xl-colo demo: {error}");
+            say::err(&format!("xl-colo demo: {error}"));
             let environment = matches!(error, PairError::Environment(_));
             ExitCode::from(if environment { EXIT_ENVIRONMENT } else { EXIT_FAILED })
         }
@@ -118,7 +119,7 @@ async fn interrupted() {
 
 /// Says what is going on, on standard error, so that `--json` has standard output for itself.
 fn say(line: impl std::fmt::Display) {
-    eprintln!("{line}");
+    say::err(&line);
 }
 
 async fn protect<W: World>(args: &DemoArgs, pair: &W) -> Result<(), PairError> {
@@ -243,9 +244,9 @@ async fn kill_one<W: World>(args: &DemoArgs, pair: &mut W) -> Result<u8, PairErr
         failures,
     };
     if args.json {
-        println!("{}", serde_json::to_string(&report).unwrap_or_default());
+        say::out(&serde_json::to_string(&report).unwrap_or_default());
     } else {
-        println!("{report}");
+        say::out(&report);
     }
     Ok(if report.exit_code() == 0 { 0 } else { EXIT_LOST })
 }

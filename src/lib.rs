@@ -17,6 +17,7 @@
 //! - [`daemon`]: sockets, threads and timers around all of these; its [`pair`](daemon::pair) joins them without any;
 //! - [`save_helper`]: saves and restores a domain for libxl, in the place of its own helper;
 //! - [`cli`], [`demo`]: what can be typed, and the main job to look at;
+//! - [`say`]: what the command prints;
 //! - [`mutant`]: planted bugs that prove the simulator can see.
 #![forbid(unsafe_code)]
 
@@ -36,4 +37,5 @@ pub mod page;
 pub mod record;
 pub mod replica;
 pub mod save_helper;
+pub mod say;
 pub mod scan;

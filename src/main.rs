@@ -8,12 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 use xen_colo::cli::{self, ArbiterArgs, CheckArgs, Cli, Command, HostArgs, HostRef, NbdArgs, ProtectArgs, StatusArgs};
+use xen_colo::daemon::address::Address;
 use xen_colo::daemon::control::{self, Protect, Request};
 use xen_colo::daemon::host::{self, Boot, BootConfig, HostConfig};
 use xen_colo::daemon::xen::XenBoot;
 use xen_colo::daemon::{arbiter, check, status};
 use xen_colo::demo;
 use xen_colo::image::helper;
+use xen_colo::say;
 
 fn main() -> ExitCode {
     // libxl starts what LIBXL_SAVE_HELPER names with arguments of its own, and knows no subcommands.
@@ -120,7 +122,7 @@ fn keep(domid: u16) -> ExitCode {
 fn libxl(arguments: &[String]) -> ExitCode {
     match xen_colo::hypervisor::xen::toolstack::serve(arguments, &mut std::io::stdin().lock()) {
         Ok(answer) => {
-            println!("{answer}");
+            say::out(&answer);
             ExitCode::SUCCESS
         }
         Err(error) => fail(cli::EXIT_FAILED, &error),
@@ -162,7 +164,7 @@ fn save_helper(arguments: &[String]) -> ExitCode {
 }
 
 fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
-    eprintln!("xl-colo: {error}");
+    say::err(&format!("xl-colo: {error}"));
     ExitCode::from(code)
 }
 
@@ -203,7 +205,10 @@ async fn host(args: HostArgs) -> ExitCode {
             std::process::exit(0);
         });
     }
-    match host::run(config, |address| println!("host {name} listens on {address}")).await {
+    let listening = |address: &Address| {
+        say::out(&format!("host {name} listens on {address}"));
+    };
+    match host::run(config, listening).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(cli::EXIT_ENVIRONMENT, &error),
     }
@@ -214,7 +219,7 @@ async fn serve_arbiter(args: ArbiterArgs) -> ExitCode {
         Ok(listener) => listener,
         Err(error) => return fail(cli::EXIT_ENVIRONMENT, &format!("listen on {}: {error}", args.listen)),
     };
-    println!("arbiter listens on {}", listener.local_address().unwrap_or(args.listen));
+    say::out(&format!("arbiter listens on {}", listener.local_address().unwrap_or(args.listen)));
     match arbiter::serve(listener, args.file, Arc::new(|_| {})).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(cli::EXIT_FAILED, &error),
@@ -256,24 +261,24 @@ async fn check_host(args: CheckArgs) -> ExitCode {
     let lines = check::judge(&check::gather(args.peer.as_ref(), args.guest.as_deref()).await);
     let able = lines.iter().all(|line| line.ok);
     if args.json {
-        println!("{}", serde_json::json!({"able": able, "lines": lines}));
+        say::out(&serde_json::json!({"able": able, "lines": lines}));
     } else {
-        lines.iter().for_each(|line| println!("{line}"));
+        let _ = lines.iter().all(|line| say::out(line));
     }
     if able { ExitCode::SUCCESS } else { ExitCode::from(cli::EXIT_FAILED) }
 }
 
 async fn show_status(args: StatusArgs) -> ExitCode {
     loop {
-        match ask(&args.host, &Request::Status).await {
+        let is_read = match ask(&args.host, &Request::Status).await {
             Err(error) => return fail(cli::EXIT_FAILED, &error),
-            Ok(status) if args.json => println!("{status}"),
+            Ok(status) if args.json => say::out(&status),
             Ok(status) => match serde_json::from_value::<status::Status>(status) {
-                Ok(status) => println!("{status}"),
+                Ok(status) => say::out(&status),
                 Err(error) => return fail(cli::EXIT_FAILED, &format!("the host is of another version: {error}")),
             },
-        }
-        if !args.watch {
+        };
+        if !args.watch || !is_read {
             return ExitCode::SUCCESS;
         }
         tokio::time::sleep(Duration::from_secs(1)).await;

@@ -4,6 +4,7 @@ use crate::common::host::{Host, host_command};
 use crate::common::world::{Plan, World};
 use crate::common::{PATIENCE, XL_COLO, one_line, turn, until, xl_colo};
 use serde_json::Value;
+use std::io::{Read, Seek};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -24,6 +25,25 @@ fn done(output: &Output) -> String {
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// `xl-colo check | grep -q` closes the pipe at its first match.
+#[test]
+fn a_reader_that_has_gone_is_no_panic() {
+    for words in [&["check"][..], &["check", "--json"], &["check", "--guest"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let complaints = tempfile::tempfile().unwrap();
+        let mut command = Command::new(XL_COLO);
+        let command = command.args(words).stdout(writer).stderr(complaints.try_clone().unwrap());
+        let code = command.status().unwrap().code();
+        assert!(code.is_some_and(|code| code < 100), "{words:?} exited with {code:?}");
+        let mut complaints = complaints;
+        let mut text = String::new();
+        complaints.rewind().unwrap();
+        complaints.read_to_string(&mut text).unwrap();
+        assert!(!text.contains("panicked"), "{words:?}: {text}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,6 +6,9 @@ set -euo pipefail
 
 # shellcheck disable=SC2034 # the tests use it
 readonly GUEST_URL=http://10.77.0.2
+# For tests of what is done and not of how soon: on a busy machine an emulated host may not be heard of for seconds.
+# shellcheck disable=SC2034
+readonly PATIENT='--heartbeat-ms 500 --heartbeat-misses 40'
 
 nested() {
 	"$NESTED/nested" "$@"

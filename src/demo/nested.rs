@@ -36,7 +36,7 @@ const HERE: &str = "10.0.2.2";
 /// Where host b waits for its peer, on the link between the hosts.
 const PEER: &str = "10.78.0.2:9740";
 /// Beats: an emulated host on a busy machine stands still for a second now and then.
-const HEARTBEAT: &str = "--heartbeat-ms 250 --heartbeat-misses 8";
+const HEARTBEAT: &str = "--heartbeat-ms 250 --heartbeat-misses 12";
 /// How often a host is asked for its status before it is believed to be gone.
 const ATTEMPTS: u32 = 3;
 /// The size of the guest's disk.

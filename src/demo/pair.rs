@@ -8,6 +8,7 @@ use crate::daemon::control::{self, Protect, Request};
 use crate::daemon::edge::{Edge, EdgeHandle};
 use crate::daemon::status::Status;
 use crate::daemon::switch::Switch;
+use crate::say;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
@@ -137,7 +138,7 @@ impl Pair {
                     let _stdout = stdout;
                     while let Ok(Some(line)) = stderr.next_line().await {
                         if verbose {
-                            eprintln!("[{name}] {line}");
+                            say::err(&format!("[{name}] {line}"));
                         }
                     }
                 });

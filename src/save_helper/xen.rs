@@ -17,6 +17,7 @@ use super::{Calls, Failure, restore, save, stock};
 use crate::image::helper::{Job, Level, Message};
 use crate::image::{self, HvmParam, PageType, TscInfo};
 use crate::page::PAGE_SIZE;
+use crate::say;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -30,7 +31,7 @@ pub fn run(arguments: &[String], cancel: &AtomicBool) -> u8 {
     let job = match Job::parse(arguments) {
         Ok(job) => job,
         Err(error) => {
-            eprintln!("xl-colo: not a command line of libxl's: {error}");
+            say::err(&format!("xl-colo: not a command line of libxl's: {error}"));
             return 2;
         }
     };
@@ -39,7 +40,7 @@ pub fn run(arguments: &[String], cancel: &AtomicBool) -> u8 {
     match end(&result, &mut calls) {
         Ok(()) => 0,
         Err(failure) => {
-            eprintln!("xl-colo: {failure}");
+            say::err(&format!("xl-colo: {failure}"));
             1
         }
     }

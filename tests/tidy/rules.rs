@@ -47,6 +47,16 @@ fn layers() {
 }
 
 #[test]
+fn printing() {
+    for text in ["fn f() { println!(\"x\"); }", "fn f() { std::eprint!(\"x\") }\n#[cfg(test)]\nmod tests {}"] {
+        assert_eq!(caught("src/daemon/a.rs", text), ["printing"], "{text}");
+        assert_eq!(caught("src/daemon/tests/a.rs", text), NONE, "{text}");
+        assert_eq!(caught("tests/a.rs", text), NONE, "{text}");
+    }
+    assert_eq!(caught("src/daemon/a.rs", "#[cfg(test)]\nmod tests { fn f() { println!(\"x\"); } }"), NONE);
+}
+
+#[test]
 fn tokio() {
     for text in ["use tokio::sync::mpsc;", "use tokio;", "#[tokio::test]\nasync fn f() {}", "use ::tokio::spawn;"] {
         assert_eq!(caught("src/compare/a.rs", text), ["tokio"], "{text}");

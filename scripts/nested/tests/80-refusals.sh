@@ -149,7 +149,7 @@ echo "SKIP: tools and hypervisor of two releases: the lab has one; xen/src/inter
 start_host a "--listen 10.78.0.1:9740 --guest pvh --xen /etc/xen/guests/pvh.cfg --disk-mib 16"
 wait_until 200 said a pvh GUEST-READY || die "pvh did not get ready"
 protect() {
-	host a 'xl-colo protect 10.78.0.2:9740 --mode remus --checkpoint-delay-ms 500 --heartbeat-ms 500 --heartbeat-misses 8 --wait'
+	host a "xl-colo protect 10.78.0.2:9740 --mode remus --checkpoint-delay-ms 500 $PATIENT --wait"
 }
 for round in first second; do
 	protect
@@ -176,7 +176,7 @@ echo "ok: refused on b: $refused"
 expect "a write is answered" 201 "$(put a last "before the power cut")"
 nested kill a
 taken_over() { host b 'xl-colo status | grep -q "taken over"'; }
-holds "b takes over" wait_until 60 taken_over
+holds "b takes over" wait_until 120 taken_over
 served() { [[ $(get b last) == "before the power cut" ]]; }
 holds "the last write is there" wait_until 60 served
 expect "and one from between two protections" "while alone" "$(get b first-alone)"

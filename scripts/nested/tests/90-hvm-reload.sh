@@ -10,7 +10,7 @@ clear_hosts hvm
 start_host b "--listen 10.78.0.2:9740"
 start_host a "--listen 10.78.0.1:9740 --guest hvm --xen /etc/xen/guests/hvm.cfg --disk-mib 16"
 wait_until 600 said a hvm GUEST-READY || die "hvm did not get ready: $(nested console a hvm | tail -n 5)"
-RUN_SECONDS=240 host a 'xl-colo protect 10.78.0.2:9740 --mode colo --heartbeat-ms 500 --heartbeat-misses 8 --wait'
+RUN_SECONDS=240 host a "xl-colo protect 10.78.0.2:9740 --mode colo $PATIENT --wait"
 before=$(checkpoints)
 # A write a round: the state to load differs each time, and the disk's too.
 for round in $(seq "$RELOADS"); do
@@ -25,7 +25,7 @@ echo "figure: $(($(checkpoints) - before)) reloads; pauses in us: $(host a 'xl-c
 holds "b stands by" host b 'xl-colo status | grep -q "standing by"'
 nested kill a
 taken_over() { host b 'xl-colo status | grep -q "taken over"'; }
-holds "b takes over" wait_until 60 taken_over
+holds "b takes over" wait_until 120 taken_over
 for round in 1 $((RELOADS / 2)) "$RELOADS"; do
 	read_back() { [[ $(get b "round-$round") == "state $round" ]]; }
 	holds "round $round is on the survivor" wait_until 60 read_back

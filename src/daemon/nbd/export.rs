@@ -10,6 +10,7 @@ use crate::daemon::address;
 use crate::disk::{Disk, DiskError, Extent, FileDisk, Zeroing, check_range};
 use crate::nbd::MAX_STRING_BYTES;
 use crate::nbd::handshake::Export;
+use crate::say;
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader};
 use std::net::TcpListener;
@@ -168,7 +169,7 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
     let mut terminated = signal(SignalKind::terminate()).map_err(failed("wait for signals"))?;
     let mut interrupted = signal(SignalKind::interrupt()).map_err(failed("wait for signals"))?;
     if std::env::var_os(CHILD_ENV).is_some() {
-        println!("{READY}");
+        say::out(&READY);
         leave_the_caller().map_err(failed("go to the background"))?;
     }
     let (here, serving) = (running.clone(), Arc::new(service));

@@ -9,6 +9,7 @@ mod common;
 mod demo;
 mod device_model;
 mod full_disk;
+mod fuzz;
 mod garbage;
 mod hang;
 mod image;

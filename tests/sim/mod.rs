@@ -19,7 +19,7 @@
 
 mod client;
 mod commit;
-mod dice;
+pub(crate) mod dice;
 mod domain;
 mod engine;
 mod history;

@@ -5,7 +5,7 @@
 //! (`fdatasync`), because an NBD FLUSH that only reaches the page cache is how acknowledged writes get lost.
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -110,6 +110,10 @@ pub trait Disk: Send {
     fn size_bytes(&self) -> u64;
     /// Fills `into` from `offset`.
     fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError>;
+    /// As [`Self::read`], unless it would have to wait for a medium: then false, and what is in `into` is anything.
+    fn read_now(&mut self, offset: u64, into: &mut [u8]) -> Result<bool, DiskError> {
+        self.read(offset, into).map(|()| true)
+    }
     /// Writes `bytes` at `offset`.
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError>;
     /// Makes every completed write durable.
@@ -307,6 +311,16 @@ impl Disk for FileDisk {
     fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
         check_range(self.size_bytes, offset, into.len() as u64)?;
         self.file.read_exact_at(into, offset).map_err(self.failed("read"))
+    }
+
+    fn read_now(&mut self, offset: u64, into: &mut [u8]) -> Result<bool, DiskError> {
+        check_range(self.size_bytes, offset, into.len() as u64)?;
+        match preadv2(&self.file, &mut [io::IoSliceMut::new(into)], offset, ReadWriteFlags::NOWAIT) {
+            Ok(bytes) => Ok(bytes == into.len()),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            // Not known on this file system, or an error: whoever waits is told.
+            Err(_) => self.read(offset, into).map(|()| true),
+        }
     }
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {

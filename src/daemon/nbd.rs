@@ -4,6 +4,7 @@
 //! else: a thread a connection, because a request that finds its data in memory is over before a task would have been
 //! woken for it.
 
+mod beside;
 pub mod export;
 pub mod threads;
 pub mod tls;
@@ -69,7 +70,7 @@ async fn converse(link: &mut Link, server: &mut Server, mut disk: Option<&mut dy
                 0 => return Ok(()),
                 bytes => server.filled(bytes),
             },
-            Next::StartTls | Next::Closed => return Ok(()),
+            Next::StartTls | Next::Later | Next::Closed => return Ok(()),
         }
     }
 }

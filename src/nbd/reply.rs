@@ -81,6 +81,8 @@ pub enum Served {
     Replied,
     /// The disk cannot take it now; nothing was done and nothing was said. Serve the same request again later.
     Busy,
+    /// It would wait for the medium; nothing was said.
+    Waits,
     /// The client left: close once the output is sent.
     Disconnect,
 }
@@ -89,8 +91,17 @@ pub enum Served {
 /// 1024 extents. A failing disk is the client's news, not an error here. Send `out` before serving much more: a client
 /// that asks without listening would fill it.
 pub fn serve(request: &Request<'_>, framing: &Framing, disk: &mut dyn Disk, out: &mut Replies) -> Served {
+    respond(request, framing, disk, out, false)
+}
+
+/// As [`serve`], but what would wait for the medium is [`Served::Waits`]. A write waits for memory at most.
+pub fn serve_now(request: &Request<'_>, framing: &Framing, disk: &mut dyn Disk, out: &mut Replies) -> Served {
+    respond(request, framing, disk, out, true)
+}
+
+fn respond(request: &Request<'_>, framing: &Framing, disk: &mut dyn Disk, out: &mut Replies, now: bool) -> Served {
     let start = out.len;
-    let mut reply = Reply { framing, cookie: request.cookie, offset: request.offset, out };
+    let mut reply = Reply { framing, cookie: request.cookie, offset: request.offset, now, out };
     match reply.carry_out(&request.command, disk) {
         Ok(true) => Served::Replied,
         Ok(false) => Served::Disconnect,
@@ -98,12 +109,18 @@ pub fn serve(request: &Request<'_>, framing: &Framing, disk: &mut dyn Disk, out:
             out.len = start;
             Served::Busy
         }
-        Err(failure) => {
+        Err(Failure::Waits) => {
+            out.len = start;
+            Served::Waits
+        }
+        Err(Failure::Disk(error)) => {
             reply.out.len = start;
-            match failure {
-                Failure::Disk(error) => reply.error(Errno::of(&error), &error.to_string()),
-                Failure::Refused(errno, why) => reply.error(errno, why),
-            }
+            reply.error(Errno::of(&error), &error.to_string());
+            Served::Replied
+        }
+        Err(Failure::Refused(errno, why)) => {
+            reply.out.len = start;
+            reply.error(errno, why);
             Served::Replied
         }
     }
@@ -112,6 +129,7 @@ pub fn serve(request: &Request<'_>, framing: &Framing, disk: &mut dyn Disk, out:
 enum Failure {
     Disk(DiskError),
     Refused(Errno, &'static str),
+    Waits,
 }
 
 impl From<DiskError> for Failure {
@@ -124,6 +142,8 @@ struct Reply<'a> {
     framing: &'a Framing,
     cookie: u64,
     offset: u64,
+    /// Nothing may wait for the medium.
+    now: bool,
     out: &'a mut Replies,
 }
 
@@ -138,7 +158,7 @@ impl Reply<'_> {
                     self.read_chunks(disk, offset, len_bytes, whole)?;
                 } else {
                     self.simple(None);
-                    disk.read(offset, self.out.room(len_bytes as usize))?;
+                    self.read(disk, offset, len_bytes)?;
                 }
                 return Ok(true);
             }
@@ -158,6 +178,7 @@ impl Reply<'_> {
                 disk.trim(offset, len_bytes)?;
                 durable(disk, fua)?;
             }
+            Command::Flush if self.now => return Err(Failure::Waits),
             Command::Flush => disk.flush()?,
             // The page cache does what it does.
             Command::Cache => {}
@@ -204,7 +225,17 @@ impl Reply<'_> {
         self.out.put(why);
     }
 
-    fn read_chunks(&mut self, disk: &mut dyn Disk, offset: u64, len_bytes: u32, whole: bool) -> Result<(), DiskError> {
+    fn read(&mut self, disk: &mut dyn Disk, offset: u64, len_bytes: u32) -> Result<(), Failure> {
+        let into = self.out.room(len_bytes as usize);
+        if !self.now {
+            disk.read(offset, into)?;
+        } else if !disk.read_now(offset, into)? {
+            return Err(Failure::Waits);
+        }
+        Ok(())
+    }
+
+    fn read_chunks(&mut self, disk: &mut dyn Disk, offset: u64, len_bytes: u32, whole: bool) -> Result<(), Failure> {
         if len_bytes == 0 {
             self.chunk(CHUNK_DONE, CHUNK_NONE, 0);
             return Ok(());
@@ -222,7 +253,7 @@ impl Reply<'_> {
             let (offset, len_bytes) = (offset + u64::from(hole_bytes), len_bytes - hole_bytes);
             self.chunk(CHUNK_DONE, CHUNK_OFFSET_DATA, 8 + len_bytes);
             self.out.put(&offset.to_be_bytes());
-            disk.read(offset, self.out.room(len_bytes as usize))?;
+            self.read(disk, offset, len_bytes)?;
         }
         Ok(())
     }

@@ -4,17 +4,22 @@
 //!   room(), filled(n) ─▶ negotiate() ─▶ export() ─▶ serve(disk) ─▶ Next ── Input    read more
 //!                                                                       ── Output   send output(), then sent()
 //!                                                                       ── Busy     the disk is; later again
+//!                                                                       ── Later    take later(), and go on
 //!                                          ── StartTls  send, put TLS on the socket, then encrypted()
 //!                                                                       ── Closed   send what there is, and close
 //! ```
 //!
 //! Requests are carried out in order, and their replies collected until the input is used up or there are
-//! [`REPLY_BATCH_BYTES`] of them. The trap is memory that a client chooses: it holds one request of at most 32 MiB here
-//! and one batch of replies, and both shrink again.
+//! [`REPLY_BATCH_BYTES`] of them. A driver that can do several things at once says [`Server::defer`]: then reads and
+//! flushes that would wait for the medium are given to it, to be carried out beside what follows. NBD allows every order
+//! of replies, and a flush owes durability only to writes that were answered before it came: those have been made.
+//!
+//! The trap is memory that a client chooses: it holds one request of at most 32 MiB here and one batch of replies, and
+//! both shrink again; a read of more than [`LATER_MAX_BYTES`] is not deferred.
 
 use super::handshake::{Encryption, Export, Handshake, Negotiated};
-use super::reply::{Replies, Served, serve};
-use super::transmission::Decoder;
+use super::reply::{Replies, Served, serve, serve_now};
+use super::transmission::{Command, Decoder, Request};
 use super::*;
 use crate::disk::Disk;
 use bytes::BytesMut;
@@ -26,8 +31,10 @@ pub const REPLY_BATCH_BYTES: usize = 128 << 10;
 const READ_BYTES: usize = 64 << 10;
 /// How large the input begins. Memory that nothing arrives in is never touched.
 const INPUT_BYTES: usize = 1 << 20;
+/// Longest read that is deferred.
+pub const LATER_MAX_BYTES: u32 = 1 << 20;
 /// Buffers keep this much for a client that is quiet.
-const KEPT_BYTES: usize = 2 << 20;
+pub const KEPT_BYTES: usize = 2 << 20;
 
 /// What is to be done next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +46,8 @@ pub enum Next {
     Output,
     /// The disk cannot take the next request yet.
     Busy,
+    /// A request waits for the medium: [`Server::later`] has it. There may be something to send as well.
+    Later,
     /// The connection is to be encrypted.
     StartTls,
     /// The client left.
@@ -73,6 +82,31 @@ impl Input {
     }
 }
 
+/// A request that waits for the medium.
+#[derive(Debug)]
+pub struct Later {
+    request: Request<'static>,
+    framing: Framing,
+}
+
+impl Later {
+    /// Carries it out, and waits for that.
+    pub fn carry_out(&self, disk: &mut dyn Disk, out: &mut Replies) -> Served {
+        serve(&self.request, &self.framing, disk, out)
+    }
+}
+
+/// What of a command could be deferred: nothing that has a payload in the input.
+fn deferrable(command: &Command<'_>) -> Option<Command<'static>> {
+    match *command {
+        Command::Read { offset, len_bytes, whole } if len_bytes <= LATER_MAX_BYTES => {
+            Some(Command::Read { offset, len_bytes, whole })
+        }
+        Command::Flush => Some(Command::Flush),
+        _ => None,
+    }
+}
+
 #[derive(Debug)]
 enum Phase {
     Handshake(Box<Handshake>),
@@ -87,6 +121,9 @@ pub struct Server {
     replies: Replies,
     /// The chosen export.
     export: Option<usize>,
+    /// Whether the driver takes what waits.
+    defers: bool,
+    later: Option<Later>,
 }
 
 impl Server {
@@ -99,7 +136,19 @@ impl Server {
             input: Input::default(),
             replies: Replies::default(),
             export: None,
+            defers: false,
+            later: None,
         }
+    }
+
+    /// From now on, what waits for the medium is [`Next::Later`].
+    pub fn defer(&mut self) {
+        self.defers = true;
+    }
+
+    /// The request of a [`Next::Later`].
+    pub fn later(&mut self) -> Option<Later> {
+        self.later.take()
     }
 
     /// Where bytes of the client go; then say [`Self::filled`].
@@ -153,7 +202,20 @@ impl Server {
             let Some(request) = request else {
                 return Ok(if self.replies.is_empty() { Next::Input } else { Next::Output });
             };
-            match serve(&request, decoder.framing(), disk, &mut self.replies) {
+            let framing = decoder.framing();
+            let served = match deferrable(&request.command).filter(|_| self.defers) {
+                None => serve(&request, framing, disk, &mut self.replies),
+                Some(command) => match serve_now(&request, framing, disk, &mut self.replies) {
+                    Served::Waits => {
+                        let request = Request { cookie: request.cookie, offset: request.offset, command };
+                        self.later = Some(Later { request, framing: framing.clone() });
+                        Served::Waits
+                    }
+                    served => served,
+                },
+            };
+            match served {
+                Served::Waits => return Ok(Next::Later),
                 Served::Replied if self.replies.len() < REPLY_BATCH_BYTES => {}
                 Served::Replied => return Ok(Next::Output),
                 Served::Busy => {

@@ -39,7 +39,7 @@ impl Ours {
                     self.server.filled(piece.len());
                 }
                 Next::Output => {}
-                Next::Busy | Next::StartTls => panic!("{next:?}"),
+                Next::Busy | Next::Later | Next::StartTls => panic!("{next:?}"),
                 Next::Closed => return Ok(()),
             }
         }

@@ -10,6 +10,7 @@
 //!
 //! Source for the limits: `doc/proto.md`, "Security considerations".
 
+use super::beside::Beside;
 use super::{BUSY_RETRY, HANDSHAKE_DEADLINE, ServeError};
 use crate::daemon::links::lock;
 use crate::disk::{Disk, DiskError};
@@ -75,7 +76,7 @@ impl Listener {
 }
 
 impl Stream {
-    fn try_clone(&self) -> io::Result<Self> {
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
         Ok(match self {
             Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
@@ -106,7 +107,7 @@ impl Stream {
         Ok(bytes)
     }
 
-    fn shutdown(&self) {
+    pub(super) fn shutdown(&self) {
         // It may be closed already.
         let _ = match self {
             Self::Tcp(stream) => stream.shutdown(Shutdown::Both),
@@ -355,7 +356,7 @@ fn serve_client(stream: Stream, service: &Service, served: &mut bool) -> Result<
                 transport = transport.encrypt(tls)?;
                 server.encrypted();
             }
-            (Next::Output | Next::Busy, None) => {}
+            (Next::Output | Next::Busy | Next::Later, None) => {}
             (Next::Input, None) => {
                 let left = until.saturating_duration_since(Instant::now());
                 if left.is_zero() {
@@ -375,20 +376,40 @@ fn serve_client(stream: Stream, service: &Service, served: &mut bool) -> Result<
     transport.stream().set_read_timeout(None)?;
     transport.stream().set_write_timeout(None)?;
     let mut disk = (service.open)(index).map_err(io::Error::other)?;
-    let mut quick = false;
-    loop {
-        let next = server.serve(&mut *disk);
-        send(&mut transport, &mut server)?;
-        match next? {
-            Next::Output | Next::StartTls => {}
-            Next::Busy => std::thread::sleep(BUSY_RETRY),
-            Next::Closed => return Ok(()),
-            Next::Input => match transport.read_quickly(server.room(), &mut quick)? {
-                0 => return Ok(()),
-                bytes => server.filled(bytes),
-            },
+    let open = || (service.open)(index);
+    std::thread::scope(|scope| {
+        // Ends before the scope does, which waits for those who work for it.
+        let mut beside = match &transport {
+            Transport::Plain(stream) => Some(Beside::new(stream.try_clone()?, scope, &open)),
+            // Only one thread at a time can know where the cipher is.
+            Transport::Tls(_) => None,
+        };
+        if beside.is_some() {
+            server.defer();
         }
-    }
+        let mut quick = false;
+        loop {
+            let next = server.serve(&mut *disk);
+            {
+                let _speaking = beside.as_ref().map(Beside::speak);
+                send(&mut transport, &mut server)?;
+            }
+            match next? {
+                Next::Output | Next::StartTls => {}
+                Next::Later => {
+                    if let (Some(beside), Some(later)) = (&mut beside, server.later()) {
+                        beside.take(later)?;
+                    }
+                }
+                Next::Busy => std::thread::sleep(BUSY_RETRY),
+                Next::Closed => return Ok(()),
+                Next::Input => match transport.read_quickly(server.room(), &mut quick)? {
+                    0 => return Ok(()),
+                    bytes => server.filled(bytes),
+                },
+            }
+        }
+    })
 }
 
 fn send(transport: &mut Transport, server: &mut Server) -> io::Result<()> {
@@ -421,5 +442,69 @@ mod tests {
         assert_eq!(client.read(&mut [0]).unwrap(), 0, "the client is hung up on");
         server.join().unwrap().unwrap();
         running.wait_for_last_client();
+    }
+
+    /// A medium that answers nobody until it has two to answer.
+    struct Pairwise(Arc<std::sync::Barrier>);
+
+    impl Disk for Pairwise {
+        fn size_bytes(&self) -> u64 {
+            8192
+        }
+        fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+            self.0.wait();
+            into.fill(offset as u8);
+            Ok(())
+        }
+        fn read_now(&mut self, offset: u64, into: &mut [u8]) -> Result<bool, DiskError> {
+            into.fill(7);
+            Ok(offset == 7)
+        }
+        fn write(&mut self, _offset: u64, _bytes: &[u8]) -> Result<(), DiskError> {
+            Ok(())
+        }
+        fn flush(&mut self) -> Result<(), DiskError> {
+            self.0.wait();
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_waits_for_the_medium_waits_beside_what_follows() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let listener = Listener::Unix(UnixListener::bind(&path).unwrap());
+        let barrier = Arc::new(std::sync::Barrier::new(2));
+        let open: OpenDisk = Box::new(move |_| Ok(Box::new(Pairwise(barrier.clone()))));
+        let service = Service { exports: vec![Export::new("disk", 8192)], open, max_connections: 0, tls: None };
+        let (service, running) = (Arc::new(service), Running::default());
+        let here = running.clone();
+        let server = std::thread::spawn(move || serve_all(&listener, &service, &here));
+        let mut client = UnixStream::connect(path).unwrap();
+        client.set_read_timeout(Some(HANDSHAKE_DEADLINE)).unwrap();
+        client.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x04disk").unwrap();
+        client.read_exact(&mut [0; 28]).unwrap();
+        let request = |kind: u16, cookie: u64, offset: u64, len_bytes: u32| {
+            let mut bytes = crate::nbd::REQUEST_MAGIC.to_be_bytes().to_vec();
+            bytes.extend([[0, 0], kind.to_be_bytes()].concat());
+            bytes.extend([cookie.to_be_bytes(), offset.to_be_bytes()].concat());
+            bytes.extend(len_bytes.to_be_bytes());
+            bytes
+        };
+        // One that waits, and one that does not and overtakes it; then one more to wait with.
+        client.write_all(&[request(0, 1, 1, 4), request(0, 2, 7, 4)].concat()).unwrap();
+        let mut reply = [0; 20];
+        client.read_exact(&mut reply).expect("a reply, while another waits");
+        assert_eq!((reply[15], &reply[16..]), (2, &[7; 4][..]));
+        client.write_all(&request(0, 3, 2, 4)).unwrap();
+        let mut both = [0; 40];
+        client.read_exact(&mut both).expect("replies to both that waited");
+        let mut cookies = [both[15], both[35]];
+        cookies.sort_unstable();
+        assert_eq!(cookies, [1, 3]);
+        client.write_all(&[request(0, 4, 3, 4), request(3, 5, 0, 0)].concat()).unwrap();
+        client.read_exact(&mut [0; 36]).expect("the flush did not hold the read up");
+        running.end();
+        server.join().unwrap().unwrap();
     }
 }

@@ -1,0 +1,102 @@
+//! Requests that wait for the medium, carried out beside those that follow them on the same connection.
+//!
+//! ```text
+//!   serve ── Later ─▶ queue ─▶ threads, as many as there are requests, at most THREADS_MAX ─▶ reply, when its turn comes
+//!      └──── replies ────────────────────────────────────────────────────────────────────▶   to speak on the socket
+//! ```
+//!
+//! A client with many reads under way gets as much of a medium as it can give, and one whose data is in memory never
+//! has a thread here. Measured before io_uring was left out (fio, 4 KiB random reads, Linux 6.18): sixteen threads did
+//! 1.1 to 1.6 times as many as one io_uring of depth 32 without the page cache, 3 to 5 times as many through it, and
+//! from the page cache one plain thread 1.3 times as many.
+//!
+//! The trap: two threads that speak at once. Whoever has something to say holds the socket's turn for whole replies.
+
+use super::BUSY_RETRY;
+use super::threads::Stream;
+use crate::daemon::links::lock;
+use crate::disk::{Disk, DiskError};
+use crate::nbd::reply::{Replies, Served};
+use crate::nbd::server::{KEPT_BYTES, Later};
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::Scope;
+
+/// Requests that wait at the same time, each of a client's.
+const THREADS_MAX: usize = 16;
+
+type Open<'env> = dyn Fn() -> Result<Box<dyn Disk>, DiskError> + Sync + 'env;
+
+/// What works beside one connection.
+pub(super) struct Beside<'scope, 'env> {
+    scope: &'scope Scope<'scope, 'env>,
+    open: &'env Open<'env>,
+    stream: Arc<Mutex<Stream>>,
+    sender: SyncSender<Later>,
+    queue: Arc<Mutex<Receiver<Later>>>,
+    /// Requests taken and not yet answered.
+    under_way: Arc<AtomicUsize>,
+    threads: usize,
+}
+
+impl<'scope, 'env> Beside<'scope, 'env> {
+    /// Nobody yet, on a connection whose other speaker asks for its turn too. `open` makes a handle on the disk.
+    pub(super) fn new(stream: Stream, scope: &'scope Scope<'scope, 'env>, open: &'env Open<'env>) -> Self {
+        let (sender, queue) = sync_channel(THREADS_MAX);
+        let (stream, queue) = (Arc::new(Mutex::new(stream)), Arc::new(Mutex::new(queue)));
+        Self { scope, open, stream, sender, queue, under_way: Arc::default(), threads: 0 }
+    }
+
+    /// The turn to speak.
+    pub(super) fn speak(&self) -> MutexGuard<'_, Stream> {
+        lock(&self.stream)
+    }
+
+    /// Takes a request; waits while too many do.
+    pub(super) fn take(&mut self, later: Later) -> io::Result<()> {
+        let under_way = self.under_way.fetch_add(1, Ordering::Relaxed);
+        if self.threads < THREADS_MAX && under_way >= self.threads {
+            let worker = Worker {
+                disk: (self.open)().map_err(io::Error::other)?,
+                stream: self.stream.clone(),
+                queue: self.queue.clone(),
+                under_way: self.under_way.clone(),
+            };
+            std::thread::Builder::new().name("nbd-beside".into()).spawn_scoped(self.scope, move || worker.run())?;
+            self.threads += 1;
+        }
+        self.sender.send(later).map_err(io::Error::other)
+    }
+}
+
+struct Worker {
+    disk: Box<dyn Disk>,
+    stream: Arc<Mutex<Stream>>,
+    queue: Arc<Mutex<Receiver<Later>>>,
+    under_way: Arc<AtomicUsize>,
+}
+
+impl Worker {
+    /// Until the connection is over and nothing is left to do.
+    fn run(mut self) {
+        let mut out = Replies::default();
+        loop {
+            // Held while it waits: one thread at a time does.
+            let next = lock(&self.queue).recv();
+            let Ok(later) = next else { return };
+            while later.carry_out(&mut *self.disk, &mut out) == Served::Busy {
+                std::thread::sleep(BUSY_RETRY);
+            }
+            let mut stream = lock(&self.stream);
+            if stream.write_all(out.as_slice()).is_err() {
+                // Whoever reads from it finds out, and the connection ends there.
+                stream.shutdown();
+            }
+            drop(stream);
+            out.clear(KEPT_BYTES);
+            self.under_way.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}

@@ -2,6 +2,7 @@
 # Measurements, as ratios against a reference in the same run:
 #   bench.sh checkpoint   how long a guest stands still, against a memory copy and against the classic order
 #   bench.sh idle         what a protected idle guest costs each host, in percent of one core
+#   bench.sh disk         threads against io_uring, both of fio's, on a file: what our server need not use
 #   bench.sh nbd          our NBD server against qemu-nbd and nbdkit (10 minutes)
 #   bench.sh xen          our engine against Xen's own, for xl save and for Remus, on nested Xen hosts (20 minutes)
 set -euo pipefail
@@ -13,7 +14,7 @@ readonly IDLE_AIM_PERCENT=5
 readonly START_SECONDS=60
 
 usage() {
-	sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}" >&2
+	sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}" >&2
 	exit 2
 }
 
@@ -64,7 +65,37 @@ idle() {
 	return "$rc"
 }
 
+# fio's own engines on one file: its operations per second.
+file_iops() {
+	local engine=$1 rw=$2 direct=$3 depth=$4 jobs=$5 file=$6
+	fio --name=disk --filename="$file" --ioengine="$engine" --rw="$rw" --bs=4k --direct="$direct" --iodepth="$depth" \
+		--numjobs="$jobs" --size=256m --time_based --runtime=2 --group_reporting --thread --norandommap --invalidate=0 \
+		--output-format=json | sed -n '/^{/,$p' |
+		python3 -c 'import json, sys; j = json.load(sys.stdin)["jobs"][0]; print(j["read"]["iops"] + j["write"]["iops"])'
+}
+
+# As our server does it: one thread for what is in memory, sixteen for what is not.
+disk() {
+	local dir rw threads ring round
+	dir=$(mktemp -d -p target)
+	# shellcheck disable=SC2064 # this directory, now
+	trap "rm -rf '$dir'" EXIT
+	head -c 256M /dev/urandom >"$dir/image"
+	for round in 1 2 3; do
+		for rw in randread randwrite; do
+			cat "$dir/image" >/dev/null
+			threads=$(file_iops psync "$rw" 0 1 1 "$dir/image") ring=$(file_iops io_uring "$rw" 0 32 1 "$dir/image")
+			awk -v w="$rw" -v r="$round" -v t="$threads" -v u="$ring" \
+				'BEGIN { printf "round %d: %-9s in memory:     one thread %7.0f/s = %.2f of io_uring (%.0f/s)\n", r, w, t, t / u, u }'
+			threads=$(file_iops psync "$rw" 1 1 16 "$dir/image") ring=$(file_iops io_uring "$rw" 1 32 1 "$dir/image")
+			awk -v w="$rw" -v r="$round" -v t="$threads" -v u="$ring" \
+				'BEGIN { printf "round %d: %-9s on the medium: 16 threads %7.0f/s = %.2f of io_uring (%.0f/s)\n", r, w, t, t / u, u }'
+		done
+	done
+}
+
 case "${1:-}" in
+disk) disk ;;
 checkpoint) exec cargo bench --bench checkpoint ;;
 idle) idle ;;
 nbd) exec scripts/bench-nbd.sh ;;

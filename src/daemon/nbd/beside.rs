@@ -6,9 +6,9 @@
 //! ```
 //!
 //! A client with many reads under way gets as much of a medium as it can give, and one whose data is in memory never
-//! has a thread here. Measured before io_uring was left out (fio, 4 KiB random reads, Linux 6.18): sixteen threads did
-//! 1.1 to 1.6 times as many as one io_uring of depth 32 without the page cache, 3 to 5 times as many through it, and
-//! from the page cache one plain thread 1.3 times as many.
+//! has a thread here. io_uring is left out because it is no faster for this: `scripts/bench.sh disk` has fio do 4 KiB
+//! requests either way, and sixteen threads did 0.7 to 1.9 times as many on a medium as a ring of depth 32, one thread
+//! 1.0 to 1.9 times as many in memory.
 //!
 //! The trap: two threads that speak at once. Whoever has something to say holds the socket's turn for whole replies.
 

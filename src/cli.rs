@@ -171,13 +171,13 @@ pub struct HostArgs {
     /// The directory of the control sockets
     #[arg(long, value_name = "DIR", default_value_os_t = control::default_run_dir())]
     pub run_dir: PathBuf,
-    /// The disk image: of the guest booted here, or of the replica
-    #[arg(long, value_name = "FILE")]
-    pub disk: PathBuf,
-    /// Where disk epochs go that do not fit into memory; beside the image by default
+    /// A disk image: of the guest booted here, or of the replica; again for each further disk of the guest
+    #[arg(long = "disk", value_name = "FILE", required = true)]
+    pub disks: Vec<PathBuf>,
+    /// Where disk epochs go that do not fit into memory; beside the first image by default
     #[arg(long, value_name = "DIR")]
     pub spill_dir: Option<PathBuf>,
-    /// Memory in MiB that a replica's disk epochs may use before they go to the spill directory
+    /// Memory in MiB that the replicas' disk epochs may use together before they go to the spill directory
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pub epoch_memory_mib: u64,
     /// The switch port of the guest's NIC

@@ -188,7 +188,7 @@ async fn host(args: HostArgs) -> ExitCode {
         name: args.name,
         listen: args.listen,
         run_dir: args.run_dir,
-        disk: args.disk,
+        disks: args.disks,
         spill_dir: args.spill_dir,
         epoch_memory_bytes: args.epoch_memory_mib << 20,
         net: args.net,

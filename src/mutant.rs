@@ -34,11 +34,19 @@ pub enum Mutant {
     TrustStateRead,
     /// What an earlier process wrote to an image counts as flushed.
     TrustPageCache,
+    /// A guest's images are called whole as soon as one of them is.
+    WholeAlone,
+    /// Only the first of a guest's images is called not whole before a checkpoint is written into any.
+    MarkFirstOnly,
+    /// A checkpoint seals the guest's first disk only.
+    SealFirstOnly,
+    /// A checkpoint waits for the writes to the guest's first disk only.
+    DrainFirstOnly,
 }
 
 impl Mutant {
     /// Every mutant the simulator must catch.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::ReleaseBeforeReceived,
         Self::NoFence,
         Self::KeepActiveAtCheckpoint,
@@ -48,6 +56,8 @@ impl Mutant {
         Self::ClaimAfterDismissal,
         Self::GoOnUnconfirmed,
         Self::StaleDelta,
+        Self::SealFirstOnly,
+        Self::DrainFirstOnly,
     ];
     /// Those it cannot, since its hosts never come back; the replica's own crash tests do.
     pub const OF_CRASHES: [Self; 5] = [
@@ -57,6 +67,8 @@ impl Mutant {
         Self::TrustStateRead,
         Self::TrustPageCache,
     ];
+    /// Those that only the crash tests of several disks can.
+    pub const OF_SETS: [Self; 2] = [Self::WholeAlone, Self::MarkFirstOnly];
 }
 
 #[cfg(feature = "mutants")]

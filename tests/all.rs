@@ -19,6 +19,7 @@ mod nbd_tls;
 mod partition;
 mod qemu_replication;
 mod restart;
+mod several_disks;
 mod sim;
 mod tidy;
 mod unprotect;

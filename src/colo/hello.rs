@@ -6,8 +6,9 @@
 //! ```
 //!
 //! A protected guest has four connections, tied together by a session number the connector draws: the COLO
-//! stream, the packet link, the heartbeat, and NBD (which goes on in plain NBD after the welcome). The trap:
-//! anybody can connect, so the length is bounded before a byte is buffered, and a refusal is a sentence.
+//! stream, the packet link, the heartbeat, and NBD (which goes on in plain NBD after the welcome), one for each of its
+//! disks. The trap: anybody can connect, so the length is bounded before a byte is buffered, and a refusal is a
+//! sentence.
 
 use crate::page::PAGE_SIZE;
 use bytes::{Buf, BufMut, BytesMut};
@@ -20,6 +21,14 @@ pub const PROTOCOL_VERSION: u32 = 2;
 pub const HELLO_MAX_BYTES: usize = 64 * 1024;
 /// Largest guest a peer may announce, in pages (16 TiB).
 pub const GUEST_MAX_PAGES: u64 = 1 << 32;
+/// Most disks of a guest.
+pub const DISKS_MAX: usize = 16;
+
+/// The name of a guest's disk, which is its export's: `disk0`, `disk1`, ...
+#[must_use]
+pub fn disk_name(index: usize) -> String {
+    format!("disk{index}")
+}
 
 /// What a connection is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -31,7 +40,7 @@ pub enum Channel {
     Packets,
     /// Beats.
     Heartbeat,
-    /// Disk writes, in the NBD protocol.
+    /// Writes of one disk, in the NBD protocol.
     Nbd,
     /// Nothing: the connector only looks whether somebody is there. The rest of its hello means nothing.
     Greeting,
@@ -82,7 +91,7 @@ pub struct DiskGeometry {
 pub struct Geometry {
     /// Memory in 4 KiB pages.
     pub nr_pages: u64,
-    /// Its disks.
+    /// Its disks, named in their order by [`disk_name`].
     pub disks: Vec<DiskGeometry>,
     /// The MAC address of its NIC.
     pub mac: [u8; 6],
@@ -111,6 +120,9 @@ pub struct Hello {
     pub protocol: u32,
     /// What this connection is for.
     pub channel: Channel,
+    /// Which of the guest's disks an NBD connection is for, from 0.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub disk: usize,
     /// The guest's name.
     pub guest: String,
     /// Ties the connections of one protection together.
@@ -130,6 +142,11 @@ pub struct Hello {
     pub heartbeat_interval_ms: u64,
     /// Missed beats that mean a lost peer.
     pub heartbeat_misses: u32,
+}
+
+/// A hello of a guest with one disk is what it was before there were several.
+fn is_first(disk: &usize) -> bool {
+    *disk == 0
 }
 
 /// The acceptor's word.
@@ -205,11 +222,14 @@ impl Hello {
         if geometry.nr_pages == 0 || geometry.nr_pages > GUEST_MAX_PAGES {
             return refuse(format!("a guest of {} pages of {PAGE_SIZE} bytes", geometry.nr_pages));
         }
-        if geometry.disks.len() != 1 {
-            return refuse(format!("{} disks; this version replicates exactly one", geometry.disks.len()));
+        let count = geometry.disks.len();
+        if !(1..=DISKS_MAX).contains(&count) || self.disk >= count {
+            return refuse(format!("disk {} of {count}; a guest has one to {DISKS_MAX}", self.disk));
         }
-        for disk in &geometry.disks {
-            if disk.name.is_empty() || disk.name.len() > 4096 || disk.size_bytes > i64::MAX as u64 {
+        let mut total_bytes = 0_u64;
+        for (index, disk) in geometry.disks.iter().enumerate() {
+            total_bytes = total_bytes.saturating_add(disk.size_bytes);
+            if disk.name != disk_name(index) || total_bytes > i64::MAX as u64 {
                 return refuse(format!("disk {:?} of {} bytes", disk.name, disk.size_bytes));
             }
         }
@@ -232,6 +252,7 @@ pub(crate) mod tests {
         Hello {
             protocol: PROTOCOL_VERSION,
             channel: Channel::Colo,
+            disk: 0,
             guest: "web".into(),
             session: 7,
             generation: 1,
@@ -278,7 +299,22 @@ pub(crate) mod tests {
     #[test]
     fn shapes_that_cannot_be_are_refused() {
         assert!(hello().check().is_ok());
-        let cases: [fn(&mut Hello); 6] = [
+        let add = |h: &mut Hello, name: &str, size_bytes| {
+            h.geometry.disks.push(DiskGeometry { name: name.into(), size_bytes });
+        };
+        let mut word = hello();
+        (1..DISKS_MAX).for_each(|index| add(&mut word, &disk_name(index), 512));
+        word.disk = DISKS_MAX - 1;
+        assert!(word.check().is_ok());
+        add(&mut word, &disk_name(DISKS_MAX), 512);
+        assert!(word.check().is_err(), "one more");
+        for (name, size_bytes) in [("disk0", 512), ("disk2", 512), ("../disk1", 512), ("disk1", i64::MAX as u64)] {
+            let mut word = hello();
+            add(&mut word, name, size_bytes);
+            assert!(word.check().is_err(), "{name} of {size_bytes} bytes");
+        }
+        let cases: [fn(&mut Hello); 7] = [
+            |h| h.disk = 1,
             |h| h.geometry.nr_pages = 0,
             |h| h.geometry.nr_pages = GUEST_MAX_PAGES + 1,
             |h| h.geometry.disks.clear(),

@@ -20,7 +20,7 @@ pub use self::leaving::Vacancy;
 use super::arbiter::Arbiter;
 use super::control::{Answer as Reply, Asked, Protect};
 use super::guest::Guest;
-use super::links::{Links, Outbox, StreamIn, lock};
+use super::links::{DiskAnswer, Links, Outbox, StreamIn, lock};
 use super::pair::primary::PrimarySide;
 use super::pair::secondary::SecondarySide;
 use super::{engine_clock, unix_us};
@@ -29,7 +29,6 @@ use crate::colo::arbiter::{Answer, Register, Verdict};
 use crate::colo::heartbeat::Word;
 use crate::colo::hello::Mode;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
-use crate::disk::DiskError;
 use bytes::Bytes;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -64,7 +63,7 @@ pub enum HostInput {
         config: primary_machine::Config,
         /// The peer's name.
         peer: String,
-        /// Whether the peer's disk is new and all zero.
+        /// Whether the peer's disks are new and all zero.
         target_is_blank: bool,
         /// Told when the first copy has begun, or why it has not.
         begun: tokio::sync::oneshot::Sender<Reply>,
@@ -88,8 +87,8 @@ pub struct EngineParts {
     pub name: String,
     /// A guest that runs here from the start.
     pub guest: Option<Guest>,
-    /// The image on which a replica is made here.
-    pub disk: PathBuf,
+    /// The images on which replicas are made here.
+    pub disks: Vec<PathBuf>,
     /// The arbiter.
     pub arbiter: Option<Arbiter>,
     /// Requests of the control socket.
@@ -132,7 +131,7 @@ enum Input {
     Word(Word),
     Lost(Loss),
     Stream(StreamIn),
-    Disk(u64, Result<(), DiskError>),
+    Disk(DiskAnswer),
     Recycled(crate::page::PageBatch),
     SecondaryOrMirrored(u64, Bytes),
     GuestFrames,
@@ -237,7 +236,7 @@ impl Engine {
             Some(loss) = links.lost.recv() => Input::Lost(loss),
             Some(answer) = self.answers.recv() => Input::Answer(answer),
             Some(item) = links.stream_in.recv() => Input::Stream(item),
-            Some((seq, result)) = links.disk_in.recv() => Input::Disk(seq, result),
+            Some(answer) = links.disk_in.recv() => Input::Disk(answer),
             Some(batch) = links.recycled.recv() => Input::Recycled(batch),
             Some((epoch, frame)) = links.packets_in.recv() => Input::SecondaryOrMirrored(epoch, frame),
             () = frames => Input::GuestFrames,
@@ -279,7 +278,7 @@ impl Engine {
 
     fn links_take_more(&self) -> bool {
         self.links.as_ref().is_some_and(|links| {
-            links.stream_out.waiting_bytes() < COPY_BACKLOG_BYTES && links.disk_out.waiting_bytes() < COPY_BACKLOG_BYTES
+            links.stream_out.waiting_bytes() < COPY_BACKLOG_BYTES && links.disk_waiting_bytes() < COPY_BACKLOG_BYTES
         })
     }
 
@@ -375,9 +374,9 @@ impl Engine {
                 (Role::Secondary(role), StreamIn::Item(item)) => role.side.handle_item(now, item),
                 _ => {}
             },
-            Input::Disk(seq, result) => {
+            Input::Disk((disk, seq, result)) => {
                 if let Role::Primary(role) = &mut self.role {
-                    role.side.handle_disk_acked(now, seq, result);
+                    role.side.handle_disk_acked(now, disk, seq, result);
                 }
             }
             Input::Recycled(batch) => {
@@ -511,7 +510,7 @@ impl Engine {
         let Some(domain) = guest.domain.take() else { return Reply::error("this host has no guest") };
         let mode = config.mode;
         let clock = Arc::new(engine_clock);
-        match PrimarySide::new(now, config, domain, guest.mirror.clone(), guest.epoch.clone(), clock, blank) {
+        match PrimarySide::new(now, config, domain, guest.mirrors.clone(), guest.epoch.clone(), clock, blank) {
             Ok(side) => {
                 self.role = Role::Primary(Box::new(PrimaryRole { side, guest }));
                 self.adopt(links, peer, mode);
@@ -533,10 +532,10 @@ impl Engine {
         peer: String,
         mut guest: Box<Guest>,
     ) {
-        let (Some(domain), Some(replica)) = (guest.domain.take(), guest.replica.clone()) else { return };
+        let (Some(domain), Some(replicas)) = (guest.domain.take(), guest.replicas.clone()) else { return };
         let mode = config.mode;
         let clock = Arc::new(engine_clock);
-        match SecondarySide::new(now, config, domain, replica, guest.epoch.clone(), guest.geometry.mac, clock) {
+        match SecondarySide::new(now, config, domain, replicas, guest.epoch.clone(), guest.geometry.mac, clock) {
             Ok(side) => {
                 self.role = Role::Secondary(Box::new(SecondaryRole { side, guest }));
                 self.adopt(links, peer, mode);

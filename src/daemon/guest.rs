@@ -1,27 +1,29 @@
-//! A guest with its host-side devices: the queue its frames leave by, the disk under it.
+//! A guest with its host-side devices: the queue its frames leave by, the disks under it.
 
 use super::engine_clock;
-use crate::colo::hello::{DiskGeometry, Geometry};
+use crate::colo::hello::{DISKS_MAX, DiskGeometry, Geometry, disk_name};
 use crate::disk::{Disk, DiskError, FileDisk};
+use crate::hypervisor::embedded::copies::Copies;
 use crate::hypervisor::embedded::domain::Transmit;
 use crate::hypervisor::embedded::{Embedded, MachineConfig};
 use crate::hypervisor::{Domain, DomainError};
 use crate::page::PAGE_SIZE;
-use crate::replica::epochs::{GuestView, Replica, ReplicaConfig};
-use crate::replica::mirror::{Mirror, MirrorHandle};
-use crate::replica::state::{self, FileState, StateError};
+use crate::replica::epochs::ReplicaConfig;
+use crate::replica::set::{Image, Mirrors, OfDisk, Replicas};
+use crate::replica::state::FileState;
+use crate::replica::take_up::{StateError, take_up};
 use bytes::Bytes;
+use rustix::fs::FileType;
 use std::collections::VecDeque;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::Notify;
 
-/// Name of the one disk a guest has.
-pub const DISK_NAME: &str = "disk0";
 /// Bytes of frames a guest may have on its transmit ring. Beyond it they are dropped, before they left the guest.
 const TRANSMIT_RING_BYTES: usize = 8 << 20;
-/// Bytes of disk writes that may wait for the secondary; at half of it a checkpoint is asked for.
+/// Bytes of disk writes that may wait for the secondary, over all disks; at half of a disk's share a checkpoint is asked
+/// for.
 const MIRROR_QUEUE_BYTES: u64 = 64 << 20;
 
 /// The frames a guest has emitted and nobody has taken, each with the epoch of its emission.
@@ -71,10 +73,10 @@ pub struct Guest {
     pub queue: Arc<GuestQueue>,
     /// What its frames are tagged with.
     pub epoch: Arc<AtomicU64>,
-    /// The disk on the primary.
-    pub mirror: MirrorHandle,
-    /// The disk on the secondary.
-    pub replica: Option<Arc<Mutex<Replica>>>,
+    /// The disks on the primary.
+    pub mirrors: Mirrors,
+    /// The disks on the secondary.
+    pub replicas: Option<Replicas>,
     /// What serves its devices, and ends with it.
     pub attachments: Vec<Box<dyn std::any::Any + Send>>,
 }
@@ -91,9 +93,12 @@ pub enum GuestError {
     /// The guest itself.
     #[error(transparent)]
     Domain(#[from] DomainError),
-    /// Its disk.
+    /// A disk of it.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// The replica of a disk of it.
+    #[error(transparent)]
+    Replica(#[from] OfDisk<DiskError>),
     /// Its disk image is not what a guest can run on.
     #[error(transparent)]
     State(#[from] StateError),
@@ -109,6 +114,20 @@ pub enum GuestError {
         need_mib: u64,
         /// MiB available.
         have_mib: u64,
+    },
+    /// As many images as disks are needed.
+    #[error("the guest has {disks} disk(s), and this host was given {images} image(s); give --disk once for each disk")]
+    Images {
+        /// Disks of the guest.
+        disks: usize,
+        /// Images of the host.
+        images: usize,
+    },
+    /// An image is named for two disks.
+    #[error("{} is named for two disks; give each disk an image of its own", path.display())]
+    SameImage {
+        /// The image.
+        path: PathBuf,
     },
     /// The image has another size than the primary's disk.
     #[error("{} is {have_bytes} bytes, the primary's disk is {need_bytes}; remove it or name another image", path.display())]
@@ -128,22 +147,20 @@ impl Guest {
         self.domain.as_deref_mut().ok_or(DomainError::Gone)
     }
 
-    /// Boots a guest on a disk image, which is made when there is none.
+    /// Boots a guest on disk images, which are made where there are none. With several it writes all it writes on each.
     pub fn boot(
         name: &str,
         config: &MachineConfig,
-        image: &Path,
+        images: &[PathBuf],
         disk_bytes: u64,
         generation: u64,
     ) -> Result<Self, GuestError> {
         check_memory("the guest", config.ram_pages)?;
-        state::take_up(image, false)?;
-        let disk = FileDisk::open_or_create(image, disk_bytes)?;
-        let disks = vec![DiskGeometry { name: DISK_NAME.into(), size_bytes: disk.size_bytes() }];
-        let mirror = self::mirror(Box::new(disk));
+        let (mirrors, disks) = mirrors_on(images, disk_bytes, false)?;
         let (queue, epoch) = (Arc::<GuestQueue>::default(), Arc::new(AtomicU64::new(0)));
         let transmit = transmit(&queue, &epoch);
-        let mut domain = Embedded::boot(config, Box::new(mirror.clone()), Arc::new(engine_clock), transmit)?;
+        let copies = Copies::of(mirrors.disks().iter().map(|disk| Box::new(disk.clone()) as Box<dyn Disk>).collect());
+        let mut domain = Embedded::boot(config, Box::new(copies), Arc::new(engine_clock), transmit)?;
         domain.set_generation(generation)?;
         Ok(Self {
             name: name.to_owned(),
@@ -151,24 +168,24 @@ impl Guest {
             domain: Some(Box::new(domain)),
             queue,
             epoch,
-            mirror,
-            replica: None,
+            mirrors,
+            replicas: None,
             attachments: Vec::new(),
         })
     }
 
-    /// Makes room for a guest that a primary will send: blank memory, and a replica on a disk image. The second
-    /// value tells whether the image is new, and so all zero.
+    /// Makes room for a guest that a primary will send: blank memory, and replicas on disk images. The second
+    /// value tells whether these are new, and so all zero.
     pub fn stand_by(
         name: &str,
         geometry: &Geometry,
-        image: &Path,
+        images: &[PathBuf],
         epochs: ReplicaConfig,
         entropy_seed: u64,
     ) -> Result<(Self, bool), GuestError> {
         // The guest and the cache of its last checkpoint.
         check_memory("standing by for the guest", geometry.nr_pages.saturating_mul(2))?;
-        let (replica, is_blank) = replica(geometry, image, epochs)?;
+        let (replicas, is_blank) = replicas_on(geometry, images, epochs)?;
         let machine = MachineConfig {
             ram_pages: geometry.nr_pages,
             mac: geometry.mac,
@@ -178,41 +195,85 @@ impl Guest {
         };
         let (queue, epoch) = (Arc::<GuestQueue>::default(), Arc::new(AtomicU64::new(0)));
         let transmit = transmit(&queue, &epoch);
-        let disk = Box::new(GuestView(replica.clone()));
-        let domain = Embedded::blank(&machine, disk, Arc::new(engine_clock), transmit)?;
+        let copies = Copies::of(replicas.guest_views().map(|view| Box::new(view) as Box<dyn Disk>).collect());
+        let domain = Embedded::blank(&machine, Box::new(copies), Arc::new(engine_clock), transmit)?;
         let guest = Self {
             name: name.to_owned(),
             geometry: geometry.clone(),
             domain: Some(Box::new(domain)),
             queue,
             epoch,
-            mirror: mirror(Box::new(GuestView(replica.clone()))),
-            replica: Some(replica),
+            mirrors: mirrors_over(&replicas),
+            replicas: Some(replicas),
             attachments: Vec::new(),
         };
         Ok((guest, is_blank))
     }
 }
 
-pub(super) fn mirror(disk: Box<dyn Disk>) -> MirrorHandle {
-    MirrorHandle(Arc::new(Mutex::new(Mirror::new(disk, MIRROR_QUEUE_BYTES))))
+/// Mirrors of what a guest that stands by has: for a protection after a takeover.
+pub(super) fn mirrors_over(replicas: &Replicas) -> Mirrors {
+    let view = |view| Box::new(view) as Box<dyn Disk>;
+    Mirrors::new(replicas.guest_views().map(view).collect(), MIRROR_QUEUE_BYTES)
 }
 
-/// The replica of a guest's disk on an image, and whether the image is new, and so all zero.
-pub(super) fn replica(
-    geometry: &Geometry,
-    image: &Path,
-    epochs: ReplicaConfig,
-) -> Result<(Arc<Mutex<Replica>>, bool), GuestError> {
-    let size_bytes = geometry.disks.first().map_or(0, |disk| disk.size_bytes);
-    let is_blank = !image.exists();
-    let base = FileDisk::open_or_create(image, size_bytes)?;
-    if base.size_bytes() != size_bytes {
-        let (path, have_bytes) = (image.to_owned(), base.size_bytes());
-        return Err(GuestError::DiskSize { path, have_bytes, need_bytes: size_bytes });
+/// Takes images up for a guest that `runs` or is booted on them, and makes those that are not there. What they are, too.
+pub(super) fn mirrors_on(
+    images: &[PathBuf],
+    disk_bytes: u64,
+    runs: bool,
+) -> Result<(Mirrors, Vec<DiskGeometry>), GuestError> {
+    if !(1..=DISKS_MAX).contains(&images.len()) {
+        return Err(GuestError::Images { disks: DISKS_MAX, images: images.len() });
     }
-    let replica = Replica::open(Box::new(base), Box::new(FileState::of(image)), epochs)?;
-    Ok((Arc::new(Mutex::new(replica)), is_blank))
+    take_up(images, runs)?;
+    let disks = images.iter().map(|image| FileDisk::open_or_create(image, disk_bytes));
+    let disks = disks.collect::<Result<Vec<_>, _>>()?;
+    check_distinct(images)?;
+    let geometry = disks.iter().enumerate();
+    let geometry = geometry.map(|(at, disk)| DiskGeometry { name: disk_name(at), size_bytes: disk.size_bytes() });
+    let geometry = geometry.collect();
+    Ok((Mirrors::new(disks.into_iter().map(|disk| Box::new(disk) as _).collect(), MIRROR_QUEUE_BYTES), geometry))
+}
+
+/// The replicas of a guest's disks on images, and whether these are new, and so all zero.
+pub(super) fn replicas_on(
+    geometry: &Geometry,
+    images: &[PathBuf],
+    epochs: ReplicaConfig,
+) -> Result<(Replicas, bool), GuestError> {
+    if geometry.disks.len() != images.len() {
+        return Err(GuestError::Images { disks: geometry.disks.len(), images: images.len() });
+    }
+    let are_blank = images.iter().all(|image| !image.exists());
+    let mut bases: Vec<Image> = Vec::with_capacity(images.len());
+    for (image, disk) in images.iter().zip(&geometry.disks) {
+        let (base, need_bytes) = (FileDisk::open_or_create(image, disk.size_bytes)?, disk.size_bytes);
+        if base.size_bytes() != need_bytes {
+            let (path, have_bytes) = (image.clone(), base.size_bytes());
+            return Err(GuestError::DiskSize { path, have_bytes, need_bytes });
+        }
+        bases.push((Box::new(base), Box::new(FileState::of(image))));
+    }
+    check_distinct(images)?;
+    let mut set = [0; 4];
+    getrandom::fill(&mut set).map_err(|e| GuestError::Toolstack(format!("no randomness for a set of images: {e}")))?;
+    Ok((Replicas::open(bases, u32::from_le_bytes(set), epochs)?, are_blank))
+}
+
+/// Two names of one image would be two disks that overwrite each other.
+fn check_distinct(images: &[PathBuf]) -> Result<(), GuestError> {
+    let mut seen = std::collections::BTreeSet::new();
+    for path in images {
+        let stat =
+            rustix::fs::stat(path).map_err(|e| DiskError::io(format!("look at {}", path.display()), e.into()))?;
+        let is_device = FileType::from_raw_mode(stat.st_mode).is_block_device();
+        let identity = if is_device { (stat.st_rdev, 0) } else { (stat.st_dev, stat.st_ino) };
+        if !seen.insert(identity) {
+            return Err(GuestError::SameImage { path: path.clone() });
+        }
+    }
+    Ok(())
 }
 
 fn geometry(config: &MachineConfig, disks: Vec<DiskGeometry>) -> Geometry {

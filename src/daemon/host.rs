@@ -1,13 +1,13 @@
 //! One host: a process with a control socket, a peer listener, a switch port and an engine.
 //!
 //! ```text
-//!   control socket ─▶ engine ─ protect ─▶ knock() ── hello × 4 ──▶ peer's listener
-//!   peer listener  ─▶ greet   ── four links of one session ──▶ engine: Join
+//!   control socket ─▶ engine ─ protect ─▶ knock() ── hellos ──▶ peer's listener
+//!   peer listener  ─▶ greet   ── the links of one session ──▶ engine: Join
 //!   switch port    ◀─▶ engine
 //! ```
 //!
 //! A protection is a session: the primary claims the next generation, then opens the COLO stream, the packet link,
-//! the heartbeat and NBD one after another, each with the session's number. The traps: strangers knock too, so
+//! the heartbeat and NBD, for each disk, one after another, each with the session's number. The traps: strangers knock too, so
 //! every hello has a deadline and a bound, and a session that never completes is forgotten; and the claim comes
 //! *before* the first link, so that whatever a former primary still sends carries an older generation.
 
@@ -20,7 +20,7 @@ use super::control::{self, Answer as Reply, Protect};
 use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, Vacancy};
 use super::engine_clock;
 use super::frames::{FrameReader, FrameWriter};
-use super::guest::{DISK_NAME, Guest, GuestError};
+use super::guest::{Guest, GuestError};
 use super::links::{self, Outgoing, Side, outbox};
 use super::xen::{self, Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
@@ -44,7 +44,7 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 const ROOM_DEADLINE: Duration = Duration::from_secs(60);
 /// Time between two attempts to reach the switch.
 const SWITCH_RETRY: Duration = Duration::from_millis(50);
-/// The feature a secondary names when its disk is new and all zero.
+/// The feature a secondary names when its disks are new and all zero.
 const BLANK_DISK: &str = "blank-disk";
 /// The feature a host names when it can take a guest.
 pub(super) const VACANT: &str = "vacant";
@@ -71,7 +71,7 @@ pub struct BootConfig {
     pub name: String,
     /// Its memory.
     pub ram_mib: u64,
-    /// The size of its disk, when the image is made.
+    /// The size of a disk of it, when the image is made.
     pub disk_mib: u64,
     /// Its MAC address.
     pub mac: [u8; 6],
@@ -90,11 +90,11 @@ pub struct HostConfig {
     pub listen: Address,
     /// The directory of the control socket.
     pub run_dir: PathBuf,
-    /// The disk image, of the guest that boots here or of the replica that is made here.
-    pub disk: PathBuf,
-    /// Where disk epochs spill to; the image's directory when absent.
+    /// The disk images in the order of the guest's disks: of the guest that boots here, or of the replicas made here.
+    pub disks: Vec<PathBuf>,
+    /// Where disk epochs spill to; the first image's directory when absent.
     pub spill_dir: Option<PathBuf>,
-    /// Memory that a replica's disk epochs may use before they spill, in bytes.
+    /// Memory that the replicas' disk epochs may use together before they spill, in bytes.
     pub epoch_memory_bytes: u64,
     /// The switch port.
     pub net: Option<Address>,
@@ -179,7 +179,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let engine = Engine::new(EngineParts {
         name: config.name.clone(),
         guest,
-        disk: config.disk.clone(),
+        disks: config.disks.clone(),
         arbiter: config.arbiter.clone(),
         control: control_receiver,
         protect: protect_sender,
@@ -247,7 +247,7 @@ async fn boot(config: &HostConfig, wire: &Wire) -> Result<Option<Guest>, HostErr
         Some(Boot::Embedded(boot)) => boot_embedded(config, boot).map(Some),
         Some(Boot::Xen(boot)) => {
             refuse_lost_guest(config, &boot.name).await?;
-            let guest = xen::boot(boot, &config.disk, wire).await;
+            let guest = xen::boot(boot, &config.disks, wire).await;
             guest.map(Some).map_err(|source| HostError::Guest { name: boot.name.clone(), source })
         }
     }
@@ -276,7 +276,7 @@ fn boot_embedded(config: &HostConfig, boot: &BootConfig) -> Result<Guest, HostEr
         host_entropy_seed: config.entropy_seed,
     };
     let disk_bytes = boot.disk_mib.saturating_mul(1 << 20);
-    Guest::boot(&boot.name, &machine, &config.disk, disk_bytes, 0)
+    Guest::boot(&boot.name, &machine, &config.disks, disk_bytes, 0)
         .map_err(|source| HostError::Guest { name: boot.name.clone(), source })
 }
 
@@ -321,9 +321,10 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
     getrandom::fill(&mut session).map_err(|error| format!("no randomness for a session number: {error}"))?;
     let interval_ms = protect.heartbeat_interval_ms.unwrap_or(INTERVAL_DEFAULT_MS);
     let misses = protect.heartbeat_misses.unwrap_or(MISSES_DEFAULT);
-    let word = |channel| Hello {
+    let word = |channel, disk| Hello {
         protocol: PROTOCOL_VERSION,
         channel,
+        disk,
         guest: guest.to_owned(),
         session: u64::from_le_bytes(session),
         generation,
@@ -334,21 +335,23 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
         heartbeat_interval_ms: interval_ms,
         heartbeat_misses: misses,
     };
-    word(Channel::Colo).check().map_err(|error| error.to_string())?;
-    let (stream, welcome) = introduce(stream, word(Channel::Colo)).await?;
-    let mut others = Vec::with_capacity(3);
-    for channel in [Channel::Packets, Channel::Heartbeat, Channel::Nbd] {
+    word(Channel::Colo, 0).check().map_err(|error| error.to_string())?;
+    let (stream, welcome) = introduce(stream, word(Channel::Colo, 0)).await?;
+    let join = async |channel, disk| {
         let link = peer.connect().await.map_err(|error| format!("peer {peer}: {error}"))?;
-        others.push(introduce(link, word(channel)).await?.0);
-    }
-    let [Some(nbd), Some(heartbeat_link), Some(packets)] = [others.pop(), others.pop(), others.pop()] else {
-        return Err("the links did not come up".into());
+        introduce(link, word(channel, disk)).await.map(|(link, _)| link)
     };
+    let packets = join(Channel::Packets, 0).await?;
+    let heartbeat_link = join(Channel::Heartbeat, 0).await?;
+    let mut nbd = Vec::with_capacity(geometry.disks.len());
+    for disk in 0..geometry.disks.len() {
+        nbd.push(join(Channel::Nbd, disk).await?);
+    }
     let heartbeat = Heartbeat::new(engine_clock(), Duration::from_millis(interval_ms), misses, generation);
     let can = |feature| welcome.features.iter().any(|welcomed| welcomed == feature);
     let delta_pages = protect.delta_mib.unwrap_or(DELTA_MIB_DEFAULT).saturating_mul(PAGES_PER_MIB);
     let sent_pages = can(PAGE_DELTAS).then(|| SentPages::new(usize::try_from(delta_pages).unwrap_or(usize::MAX)));
-    let side = Side::Primary { nbd, export: DISK_NAME.into(), sent_pages };
+    let side = Side::Primary { nbd, sent_pages };
     let links = links::start(stream, packets, heartbeat_link, heartbeat, side);
     let claim = Claim { guest: guest.to_owned(), expected: generation, holder: config.name.clone() };
     let mut machine = primary::Config::new(protect.mode, claim);

@@ -1,10 +1,10 @@
-//! The four connections of a protected guest, each with a task that reads and a task that writes.
+//! The connections of a protected guest, each with a task that reads and a task that writes.
 //!
 //! ```text
 //!  stream      P → S  pages, messages, devices      S → P  messages
 //!  packets     P → S  client frames (epoch)         S → P  guest frames (epoch)
 //!  heartbeat   both ways, on a thread of its own    and the words that end a protection
-//!  nbd         P → S  writes                        S → P  replies
+//!  nbd         P → S  writes                        S → P  replies, and again for each further disk
 //! ```
 //!
 //! Tasks only move bytes. Whatever ends one of them says why on `lost`, and that is all it decides. Input queues
@@ -18,6 +18,7 @@ pub use super::pair::lock;
 use crate::colo::Loss;
 use crate::colo::delta::SentPages;
 use crate::colo::heartbeat::{BEAT_BYTES, Beat, Heartbeat, Word};
+use crate::colo::hello::disk_name;
 use crate::colo::message::Message;
 use crate::colo::stream::{self, Item};
 use crate::compare::wire;
@@ -127,6 +128,24 @@ pub struct DiskWrite {
     pub data: Bytes,
 }
 
+/// The answer to a disk write: which disk, which write, what came of it.
+pub type DiskAnswer = (usize, u64, Result<(), DiskError>);
+
+/// Where the answers of one disk go.
+struct Acks {
+    disk: usize,
+    to: mpsc::Sender<DiskAnswer>,
+}
+
+impl Acks {
+    async fn send(
+        &self,
+        (seq, result): (u64, Result<(), DiskError>),
+    ) -> Result<(), mpsc::error::SendError<DiskAnswer>> {
+        self.to.send((self.disk, seq, result)).await
+    }
+}
+
 /// What the engine holds of the connections. Dropping it closes them.
 #[derive(Debug)]
 pub struct Links {
@@ -139,9 +158,9 @@ pub struct Links {
     /// To the packet link.
     pub packets_out: Outbox<(u64, Bytes)>,
     /// Answers to disk writes; never any on the secondary.
-    pub disk_in: mpsc::Receiver<(u64, Result<(), DiskError>)>,
-    /// Disk writes; unused on the secondary.
-    pub disk_out: Outbox<DiskWrite>,
+    pub disk_in: mpsc::Receiver<DiskAnswer>,
+    /// Disk writes, by disk; none on the secondary.
+    pub disk_out: Vec<Outbox<DiskWrite>>,
     /// Page buffers to be used again.
     pub recycled: mpsc::Receiver<PageBatch>,
     /// Why a connection ended.
@@ -160,6 +179,12 @@ pub struct Links {
 }
 
 impl Links {
+    /// Bytes that wait for the disk links.
+    #[must_use]
+    pub fn disk_waiting_bytes(&self) -> usize {
+        self.disk_out.iter().map(Outbox::waiting_bytes).sum()
+    }
+
     /// Says a word to the peer, with every beat from now on.
     pub fn say(&self, word: Word) {
         lock(&self.heartbeat).say(word);
@@ -177,21 +202,19 @@ impl Drop for Links {
 
 /// Which side the links are for.
 pub enum Side {
-    /// The primary writes disk blocks through this NBD connection.
+    /// The primary writes disk blocks through NBD connections.
     Primary {
-        /// The connection, after its welcome.
-        nbd: Link,
-        /// The export.
-        export: String,
+        /// The connections, after their welcome, in the order of the disks.
+        nbd: Vec<Link>,
         /// What is remembered of the pages sent, if the peer can take deltas.
         sent_pages: Option<SentPages>,
     },
-    /// The secondary reads a stream for a guest of this size, and serves its disk.
+    /// The secondary reads a stream for a guest of this size, and serves its disks.
     Secondary {
         /// The guest's size.
         nr_pages: u64,
-        /// The NBD server; its end is the end of the pair, since no later checkpoint has a disk.
-        nbd: LinkTask,
+        /// The NBD servers; the end of one is the end of the pair, since no later checkpoint has that disk.
+        nbd: Vec<LinkTask>,
     },
 }
 
@@ -226,7 +249,7 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
     let (packets_sender, packets_in) = mpsc::channel(PACKETS_IN);
     let (packets_out, packets_outgoing) = outbox();
     let (disk_sender, disk_in) = mpsc::channel(PACKETS_IN);
-    let (disk_out, disk_outgoing) = outbox();
+    let mut disk_out = Vec::new();
     let (recycle, recycled) = mpsc::channel(4);
     let sent_bytes = Arc::new(AtomicU64::new(0));
     let received_bytes = Arc::new(AtomicU64::new(0));
@@ -242,18 +265,24 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
     spawn("packet link", Box::pin(read_packets(packets_read, packets_sender)));
     spawn("packet link", Box::pin(write_packets(packets_write, packets_outgoing)));
     match side {
-        Side::Primary { nbd, export, sent_pages } => {
+        Side::Primary { nbd, sent_pages } => {
             let writing = write_stream(stream_write, stream_outgoing, sent_pages, recycle, sent_bytes.clone());
             spawn("checkpoint stream", Box::pin(writing));
             spawn("checkpoint stream", Box::pin(read_messages(stream_read, stream_sender)));
-            spawn("disk link", Box::pin(forward_disk(nbd, export, disk_outgoing, disk_sender, sent_bytes.clone())));
+            for (disk, link) in nbd.into_iter().enumerate() {
+                let (out, outgoing) = outbox();
+                disk_out.push(out);
+                let acks = Acks { disk, to: disk_sender.clone() };
+                let forwarding = forward_disk(link, disk_name(disk), outgoing, acks, sent_bytes.clone());
+                spawn("disk link", Box::pin(forwarding));
+            }
         }
         Side::Secondary { nr_pages, nbd } => {
             let writing = write_stream(stream_write, stream_outgoing, None, recycle, sent_bytes.clone());
             spawn("checkpoint stream", Box::pin(writing));
             let received = received_bytes.clone();
             spawn("checkpoint stream", Box::pin(read_items(stream_read, nr_pages, stream_sender, received)));
-            spawn("disk link", nbd);
+            nbd.into_iter().for_each(|server| spawn("disk link", server));
         }
     }
     let (word_sender, words) = mpsc::channel(4);
@@ -399,7 +428,7 @@ async fn forward_disk(
     mut link: Link,
     export: String,
     mut outgoing: Outgoing<DiskWrite>,
-    acks: mpsc::Sender<(u64, Result<(), DiskError>)>,
+    acks: Acks,
     sent: Arc<AtomicU64>,
 ) -> io::Result<()> {
     let mut client = Client::new(export, Limits::default()).map_err(invalid)?;

@@ -7,7 +7,7 @@ use super::links::Outgoing;
 use crate::colo::hello::{Geometry, Mode};
 use crate::replica::epochs::ReplicaConfig;
 use bytes::Bytes;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use tokio::sync::mpsc;
 
 /// A Xen guest to run at the start.
@@ -17,7 +17,7 @@ pub struct XenBoot {
     pub name: String,
     /// xl's configuration.
     pub config: PathBuf,
-    /// The size of its disk.
+    /// The size of a disk of it.
     pub disk_bytes: u64,
 }
 
@@ -45,7 +45,7 @@ fn absent<T>() -> Result<T, GuestError> {
 }
 
 /// Refuses.
-pub async fn boot(_: &XenBoot, _: &Path, _: &Wire) -> Result<Guest, GuestError> {
+pub async fn boot(_: &XenBoot, _: &[PathBuf], _: &Wire) -> Result<Guest, GuestError> {
     absent()
 }
 
@@ -54,7 +54,7 @@ pub async fn stand_by(
     _: &str,
     _: &Geometry,
     _: Mode,
-    _: &Path,
+    _: &[PathBuf],
     _: ReplicaConfig,
     _: &Wire,
 ) -> Result<(Guest, bool), GuestError> {

@@ -73,9 +73,12 @@ pub struct Packets {
     pub dropped_network: u64,
 }
 
-/// The disk.
+/// The disk, or all disks together.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Disk {
+    /// Its name, where it is one of the guest's disks and not all together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
     /// Bytes of the first copy that are at the secondary.
     pub copied_bytes: u64,
     /// Bytes the first copy has in all.
@@ -86,8 +89,33 @@ pub struct Disk {
     pub fenced_writes: u64,
     /// What went wrong.
     pub errors: Vec<String>,
-    /// What the image would be worth if this host crashed now, once it held a replica.
+    /// What the image would be worth if this host crashed now, once it held a replica. Of several images, what the
+    /// first is worth that is not whole, or else the first.
     pub image: Option<String>,
+}
+
+impl Disk {
+    /// All disks together.
+    #[must_use]
+    pub fn sum(disks: &[Self]) -> Self {
+        let add = |of: fn(&Self) -> u64| disks.iter().map(of).fold(0, u64::saturating_add);
+        let not_whole = |disk: &&Self| disk.image.as_ref().is_some_and(|image| image.starts_with("not whole"));
+        let told = disks.iter().find(not_whole).or(disks.first());
+        let named = |disk: &Self, error: &String| match &disk.name {
+            Some(name) if disks.len() > 1 => format!("{name}: {error}"),
+            _ => error.clone(),
+        };
+        let errors = disks.iter().flat_map(|disk| disk.errors.iter().map(|error| named(disk, error)));
+        Self {
+            name: None,
+            copied_bytes: add(|disk| disk.copied_bytes),
+            total_bytes: add(|disk| disk.total_bytes),
+            waiting_bytes: add(|disk| disk.waiting_bytes),
+            fenced_writes: add(|disk| disk.fenced_writes),
+            errors: errors.collect(),
+            image: told.and_then(|disk| disk.image.clone()),
+        }
+    }
 }
 
 /// A host's word about its guest.
@@ -131,8 +159,11 @@ pub struct Status {
     pub copied_pages: (u64, u64),
     /// Packets.
     pub packets: Packets,
-    /// Disk.
+    /// Its disks together.
     pub disk: Disk,
+    /// Each of its disks.
+    #[serde(default)]
+    pub disks: Vec<Disk>,
     /// When the peer was lost, in µs of Unix time.
     pub lost_at_unix_us: Option<u64>,
     /// When the arbitration was decided, in µs of Unix time.
@@ -156,13 +187,33 @@ impl fmt::Display for Protection {
     }
 }
 
+impl Status {
+    /// A line an image; its disk's size and name where there are several.
+    fn images(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.disks.len() < 2 {
+            return self.disk.image.iter().try_for_each(|image| write!(f, "\ndisk image  {image}"));
+        }
+        self.disks.iter().try_for_each(|disk| {
+            let (name, mib) = (disk.name.as_deref().unwrap_or("disk"), disk.total_bytes >> 20);
+            let size = if disk.total_bytes > 0 { format!(" {mib} MiB") } else { String::new() };
+            let waiting = if disk.waiting_bytes > 0 {
+                format!(", {} KiB wait", disk.waiting_bytes.div_ceil(1024))
+            } else {
+                String::new()
+            };
+            let image = disk.image.as_ref().map_or(String::new(), |image| format!(", image {image}"));
+            write!(f, "\n{name:<11}{size}{waiting}{image}")
+        })
+    }
+}
+
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "host        {} (pid {})", self.host, self.pid)?;
         let Some(guest) = &self.guest else {
             write!(f, "guest       none")?;
             self.why.iter().try_for_each(|why| write!(f, "\nbecause     {why}"))?;
-            return self.disk.image.iter().try_for_each(|image| write!(f, "\ndisk image  {image}"));
+            return self.images(f);
         };
         writeln!(f, "guest       {guest}, generation {}, epoch {}", self.generation, self.epoch)?;
         writeln!(f, "protection  {}", self.protection)?;
@@ -205,9 +256,7 @@ impl fmt::Display for Status {
             )?;
         }
         write!(f, "sent        {} KiB", self.bytes_sent / 1024)?;
-        if let Some(image) = &self.disk.image {
-            write!(f, "\ndisk image  {image}")?;
-        }
+        self.images(f)?;
         for error in &self.disk.errors {
             write!(f, "\ndisk error  {error}")?;
         }

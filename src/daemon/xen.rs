@@ -3,7 +3,7 @@
 //! ```text
 //!   guest's NIC   vifD.0 (netback), vifD.0-emu (device model)    ◀── AF_PACKET ──▶ queue, Domain::receive_frame
 //!   the network   cnD.0, one end of a veth whose other is in the bridge   ◀── AF_PACKET ──▶ Wire
-//!   guest's disk  /dev/nbdN (block-colo) or the device model's own client ◀── NBD, Unix socket ──▶ mirror or replica
+//!   guest's disks /dev/nbdN (block-colo) or the device model's own client ◀── NBD, a Unix socket each ──▶ mirror or replica
 //! ```
 //!
 //! The hotplug scripts `vif-colo` and `block-colo` make the left-hand sides when libxl attaches the device, on the
@@ -16,15 +16,14 @@ pub use self::look::{device_model_path, facts, guest_facts};
 pub use self::nic::Wire;
 use self::nic::{Attachment, GuestNic};
 use super::address;
-use super::guest::{DISK_NAME, Guest, GuestError, GuestQueue, check_memory, mirror, replica};
+use super::guest::{Guest, GuestError, GuestQueue, check_memory, mirrors_on, mirrors_over, replicas_on};
 use super::nbd::threads::{Listener, Running, Service, serve_all};
-use crate::colo::hello::{DiskGeometry, Geometry, Mode, XenShape};
-use crate::disk::{Disk, FileDisk};
+use crate::colo::hello::{DISKS_MAX, Geometry, Mode, XenShape, disk_name};
+use crate::disk::Disk;
 use crate::hypervisor::xen::{Nic, Parts, XenDomain, toolstack};
 use crate::hypervisor::{self, Domain};
 use crate::nbd::handshake::Export;
-use crate::replica::epochs::{GuestView, ReplicaConfig};
-use crate::replica::state;
+use crate::replica::epochs::ReplicaConfig;
 use ::xen::qmp::DeviceModel;
 use ::xen::{DomId, Interface, Store};
 use std::path::{Path, PathBuf};
@@ -43,20 +42,20 @@ pub struct XenBoot {
     pub name: String,
     /// xl's configuration, for a guest that does not run yet.
     pub config: PathBuf,
-    /// The size of its disk, when the image is made.
+    /// The size of a disk of it, when the image is made.
     pub disk_bytes: u64,
 }
 
 /// The socket of a guest's disk.
 #[must_use]
-pub fn disk_socket(guest: &str) -> PathBuf {
-    Path::new(SOCKET_DIR).join(format!("{guest}.{DISK_NAME}.sock"))
+pub fn disk_socket(guest: &str, index: usize) -> PathBuf {
+    Path::new(SOCKET_DIR).join(format!("{guest}.{}.sock", disk_name(index)))
 }
 
-/// The spellings under which a domain's configuration names our disk: `block-colo`'s, and the device model's.
-fn our_disks(guest: &str) -> Vec<String> {
-    let socket = disk_socket(guest);
-    vec![format!("{guest}/{DISK_NAME}"), format!("nbd:unix:{}:exportname={DISK_NAME}", socket.display())]
+/// The spellings under which a domain's configuration names a disk of ours: `block-colo`'s, and the device model's.
+fn our_disk(guest: &str, index: usize) -> [String; 2] {
+    let (socket, name) = (disk_socket(guest, index), disk_name(index));
+    [format!("{guest}/{name}"), format!("nbd:unix:{}:exportname={name}", socket.display())]
 }
 
 /// A server that ends when it is dropped, and its socket.
@@ -72,17 +71,18 @@ impl Drop for Served {
     }
 }
 
-/// Serves a disk on a Unix socket. `knows_changes` says that it can tell what differs from the last checkpoint.
+/// Serves a guest's disk on its Unix socket. `knows_changes` says that it can tell what differs from the last checkpoint.
 async fn export<D: Disk + Clone + Sync + 'static>(
-    socket: &Path,
-    name: &str,
+    guest: &str,
+    index: usize,
     disk: D,
     knows_changes: bool,
-) -> Result<Served, GuestError> {
+) -> Result<Attachment, GuestError> {
+    let socket = disk_socket(guest, index);
     let failed = |e: std::io::Error| GuestError::Toolstack(format!("serve {}: {e}", socket.display()));
     std::fs::create_dir_all(SOCKET_DIR).map_err(failed)?;
-    let listener = address::listen_unix(socket).await.and_then(Listener::blocking).map_err(failed)?;
-    let exports = vec![Export { knows_changes, ..Export::new(name, disk.size_bytes()) }];
+    let listener = address::listen_unix(&socket).await.and_then(Listener::blocking).map_err(failed)?;
+    let exports = vec![Export { knows_changes, ..Export::new(disk_name(index), disk.size_bytes()) }];
     let open = Box::new(move |_| Ok(Box::new(disk.clone()) as Box<dyn Disk>));
     let (service, running) =
         (Arc::new(Service { exports, open, max_connections: DISK_CLIENTS_MAX, tls: None }), Running::default());
@@ -92,8 +92,8 @@ async fn export<D: Disk + Clone + Sync + 'static>(
             tracing::error!(%error, "a guest's disk takes no clients any more");
         }
     };
-    std::thread::Builder::new().name("disk".into()).spawn(serve).map_err(failed)?;
-    Ok(Served { running, socket: socket.to_owned() })
+    std::thread::Builder::new().name(disk_name(index)).spawn(serve).map_err(failed)?;
+    Ok(Box::new(Served { running, socket }))
 }
 
 /// What every attached guest has, whichever side it is on.
@@ -127,17 +127,17 @@ async fn attach(domid: DomId, config: &serde_json::Value, wire: &Wire) -> Result
 }
 
 /// Runs a guest, or adopts one that runs.
-pub async fn boot(boot: &XenBoot, image: &Path, wire: &Wire) -> Result<Guest, GuestError> {
+pub async fn boot(boot: &XenBoot, images: &[PathBuf], wire: &Wire) -> Result<Guest, GuestError> {
     let toolstack = |e: &dyn std::fmt::Display| GuestError::Toolstack(e.to_string());
     let store = Store::open().map_err(|e| toolstack(&e))?;
     let by_name = || store.by_name(&boot.name).map_err(|e| toolstack(&e));
     let running = by_name()?;
-    state::take_up(image, running.is_some())?;
-    let disk = FileDisk::open_or_create(image, boot.disk_bytes)?;
-    let disks = vec![DiskGeometry { name: DISK_NAME.into(), size_bytes: disk.size_bytes() }];
-    let mirror = mirror(Box::new(disk));
+    let (mirrors, disks) = mirrors_on(images, boot.disk_bytes, running.is_some())?;
     // Before the domain: its devices are opened when it is made.
-    let served = export(&disk_socket(&boot.name), DISK_NAME, mirror.clone(), false).await?;
+    let mut served = Vec::with_capacity(images.len());
+    for (index, mirror) in mirrors.disks().iter().enumerate() {
+        served.push(export(&boot.name, index, mirror.clone(), false).await?);
+    }
     let domid = match running {
         Some(domid) => domid,
         None => {
@@ -151,11 +151,12 @@ pub async fn boot(boot: &XenBoot, image: &Path, wire: &Wire) -> Result<Guest, Gu
     };
     let config = blocking(|| toolstack::config(domid))?;
     let mut attached = attach(domid, &config, wire).await?;
-    attached.attachments.push(Box::new(served));
+    attached.attachments.extend(served);
     let info = attached.xen.domain_info(domid).map_err(|e| toolstack(&e))?;
     let ram_pages = info.map_or(0, |info| info.total_pages);
     let mac = toolstack::macs(&config).first().copied().unwrap_or_default();
-    let obstacles: Vec<_> = look::obstacles(&boot.name, &config).iter().map(ToString::to_string).collect();
+    let obstacles: Vec<_> =
+        look::obstacles(&boot.name, &config, Some(images)).iter().map(ToString::to_string).collect();
     let obstacle = (!obstacles.is_empty()).then(|| obstacles.join("; "));
     let Attached { xen, domid, queue, epoch, nic, model, attachments } = attached;
     let domain = XenDomain::running(Parts { xen, domid, model, nic, obstacle })?;
@@ -168,7 +169,7 @@ pub async fn boot(boot: &XenBoot, image: &Path, wire: &Wire) -> Result<Guest, Gu
         xen: Some(XenShape { config, ram_pages }),
     };
     let (name, domain) = (boot.name.clone(), Some(Box::new(domain) as Box<dyn Domain>));
-    Ok(Guest { name, geometry, domain, queue, epoch, mirror, replica: None, attachments })
+    Ok(Guest { name, geometry, domain, queue, epoch, mirrors, replicas: None, attachments })
 }
 
 async fn create(config: &Path) -> Result<(), GuestError> {
@@ -185,20 +186,23 @@ fn blocking<T>(order: impl FnOnce() -> Result<T, String>) -> Result<T, GuestErro
     tokio::task::block_in_place(order).map_err(GuestError::Toolstack)
 }
 
-/// Makes room for a Xen guest that a primary will send: a paused domain with all its devices, and a replica.
+/// Makes room for a Xen guest that a primary will send: a paused domain with all its devices, and replicas.
 pub async fn stand_by(
     name: &str,
     geometry: &Geometry,
     mode: Mode,
-    image: &Path,
+    images: &[PathBuf],
     epochs: ReplicaConfig,
     wire: &Wire,
 ) -> Result<(Guest, bool), GuestError> {
     let shape = geometry.xen.as_ref().ok_or(GuestError::Toolstack("this is no Xen guest".into()))?;
     // The cache of its last checkpoint; the guest's own memory is Xen's to find.
     check_memory("standing by for the guest", shape.ram_pages)?;
-    let (replica, is_blank) = replica(geometry, image, epochs)?;
-    let served = export(&disk_socket(name), DISK_NAME, GuestView(replica.clone()), true).await?;
+    let (replicas, is_blank) = replicas_on(geometry, images, epochs)?;
+    let mut served = Vec::with_capacity(images.len());
+    for (index, view) in replicas.guest_views().enumerate() {
+        served.push(export(name, index, view, true).await?);
+    }
     let domid = blocking(|| toolstack::create_incoming(name, &shape.config))?;
     let mut attached = match attach(domid, &shape.config, wire).await {
         Ok(attached) => attached,
@@ -207,7 +211,7 @@ pub async fn stand_by(
             return Err(error);
         }
     };
-    attached.attachments.push(Box::new(served));
+    attached.attachments.extend(served);
     let Attached { xen, domid, queue, epoch, nic, model, attachments } = attached;
     let parts = Parts { xen, domid, model, nic, obstacle: None };
     let nr_pages = geometry.nr_pages;
@@ -218,8 +222,8 @@ pub async fn stand_by(
         domain: Some(Box::new(domain)),
         queue,
         epoch,
-        mirror: mirror(Box::new(GuestView(replica.clone()))),
-        replica: Some(replica),
+        mirrors: mirrors_over(&replicas),
+        replicas: Some(replicas),
         attachments,
     };
     Ok((guest, is_blank))

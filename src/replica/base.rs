@@ -12,15 +12,16 @@
 //! initial copy makes such an image whole again. A guest that runs on its own disk is told of its failed flush, as by
 //! any disk.
 
-use super::state::{Standing, State, Why};
+use super::records::Member;
+use super::state::{Standing, Why};
 use crate::disk::{Disk, DiskError};
 use crate::mutant::{self, Mutant};
 use std::io;
 
-/// A base image and its record.
+/// A base image and its part in the records of the guest's images.
 pub struct Base {
     disk: Box<dyn Disk>,
-    state: State,
+    state: Member,
     why: Why,
     unflushed: bool,
     /// A flush failed, and some of what it covered may be lost.
@@ -31,11 +32,11 @@ impl Base {
     /// An image as it is found. A process that was killed may have left writes in the page cache, so it is flushed
     /// before it is whole, whatever is written to it here.
     #[must_use]
-    pub fn new(disk: Box<dyn Disk>, state: State) -> Self {
+    pub fn new(disk: Box<dyn Disk>, state: Member) -> Self {
         Self { disk, state, why: Why::InitialCopy, unflushed: !mutant::active(Mutant::TrustPageCache), lost: false }
     }
 
-    /// What the image is worth after a crash now.
+    /// What the guest's images are worth after a crash now.
     #[must_use]
     pub fn standing(&self) -> Standing {
         self.state.standing()
@@ -54,8 +55,8 @@ impl Base {
         self.why = why;
     }
 
-    /// Makes the image whole, as it is. A checkpoint that became whole before and was not written to since keeps its
-    /// number.
+    /// Makes the image whole, as it is, once the guest's other images are too. A checkpoint that became whole before
+    /// and was not written to since keeps its number.
     pub fn settle(&mut self, whole: Standing) -> Result<(), DiskError> {
         if mutant::active(Mutant::WholeBeforeFlush) {
             self.state.record(whole)?;
@@ -109,8 +110,13 @@ impl Disk for Base {
 
 #[cfg(test)]
 mod tests {
+    use super::super::state::State;
     use super::*;
     use crate::disk::MemoryDisk;
+
+    fn forgetful() -> Member {
+        Member::alone(State::forgetful())
+    }
 
     /// Flushes fail as often as it says.
     struct Failing(MemoryDisk, u32);
@@ -138,7 +144,7 @@ mod tests {
 
     #[test]
     fn what_a_failed_flush_lost_no_later_one_brings_back() {
-        let mut base = Base::new(Box::new(Failing(MemoryDisk::new(8), 1)), State::forgetful());
+        let mut base = Base::new(Box::new(Failing(MemoryDisk::new(8), 1)), forgetful());
         let whole = Standing::Checkpoint { generation: 1, number: 2 };
         base.expect(Why::Applying);
         base.write(0, b"lost").unwrap();
@@ -155,7 +161,7 @@ mod tests {
 
     #[test]
     fn a_guest_on_its_own_disk_is_told_and_goes_on() {
-        let mut base = Base::new(Box::new(Failing(MemoryDisk::new(8), 0)), State::forgetful());
+        let mut base = Base::new(Box::new(Failing(MemoryDisk::new(8), 0)), forgetful());
         base.settle(Standing::Guest).unwrap();
         base.disk = Box::new(Failing(MemoryDisk::new(8), 1));
         base.write(0, b"lost").unwrap();

@@ -12,7 +12,8 @@
 //! image is whole when it returned, a resync is wrong too.
 
 use super::epochs::{Replica, ReplicaConfig, Stage};
-use super::state::{Standing, State, StateFile, take_up_state};
+use super::state::{Standing, State, StateFile};
+use super::take_up::{Taken, take_up_states};
 use crate::disk::{Disk, DiskError};
 use crate::mutant::{self, Mutant};
 use std::collections::HashMap;
@@ -24,11 +25,11 @@ const SIZE: usize = 4;
 /// Unflushed bytes of which every subset is tried; of more, none, all, and all or none but one.
 const SUBSETS_MAX: usize = 5;
 
-type Image = [u8; SIZE];
+pub(super) type Image = [u8; SIZE];
 
 /// A call that reaches the operating system.
 #[derive(Clone, Debug)]
-enum Event {
+pub(super) enum Event {
     Write(usize, Vec<u8>),
     Flush,
     Record(Vec<u8>),
@@ -104,8 +105,8 @@ impl StateFile for Machine {
 
 /// What survives a power cut, and what may.
 #[derive(Clone, Default)]
-struct Medium {
-    image: Image,
+pub(super) struct Medium {
+    pub(super) image: Image,
     unflushed: Vec<(usize, u8)>,
     record: Vec<u8>,
     unsynced: Vec<Vec<u8>>,
@@ -114,7 +115,7 @@ struct Medium {
 }
 
 impl Medium {
-    fn take(&mut self, event: &Event) {
+    pub(super) fn take(&mut self, event: &Event) {
         match event {
             Event::Write(at, bytes) => self.unflushed.extend(bytes.iter().enumerate().map(|(i, byte)| (at + i, *byte))),
             Event::Flush => self.unflushed.drain(..).for_each(|(at, byte)| self.image[at] = byte),
@@ -135,7 +136,7 @@ impl Medium {
         image
     }
 
-    fn images(&self) -> Vec<Image> {
+    pub(super) fn images(&self) -> Vec<Image> {
         let count = self.unflushed.len();
         let all = (1_usize << count) - 1;
         let ones = || (0..count).map(|i| 1 << i);
@@ -149,7 +150,7 @@ impl Medium {
         images
     }
 
-    fn records(&self) -> Vec<Option<Vec<u8>>> {
+    pub(super) fn records(&self) -> Vec<Option<Vec<u8>>> {
         let mut records = vec![self.record.clone()];
         for new in &self.unsynced {
             let torn = [1, 20, 29, 35].map(|at| [&new[..at], self.record.get(at..).unwrap_or_default()].concat());
@@ -161,8 +162,13 @@ impl Medium {
         records
     }
 
+    /// What is there after a power cut.
+    pub(super) fn record(&self) -> Option<Vec<u8>> {
+        self.created.then(|| self.record.clone())
+    }
+
     /// After the power cut, with nothing or everything of what was unflushed.
-    fn cut(&self, everything: bool) -> Self {
+    pub(super) fn cut(&self, everything: bool) -> Self {
         let mut medium = self.clone();
         if everything {
             [Event::Flush, Event::RecordSync, Event::DirSync].iter().for_each(|event| medium.take(event));
@@ -275,7 +281,7 @@ impl Model {
     }
 }
 
-fn standing(record: Option<Vec<u8>>) -> Standing {
+pub(super) fn standing(record: Option<Vec<u8>>) -> Standing {
     let machine = Machine::default();
     machine.get().record = record;
     State::open(Box::new(machine)).unwrap().standing()
@@ -370,8 +376,8 @@ impl Run {
         match op {
             Op::Kill | Op::PowerCut { .. } => return self.end(),
             Op::Boot => {
-                let mut state = State::open(Box::new(self.machine.clone())).unwrap();
-                if take_up_state(&mut state, false, false).is_ok() {
+                let state = State::open(Box::new(self.machine.clone())).unwrap();
+                if take_up_states(&mut [Taken { state, is_new: false }], false).is_ok() {
                     self.booted = true;
                     model.guest = visible;
                     model.checkpoints.clear();
@@ -465,7 +471,7 @@ impl Run {
 
     fn power_cut(&mut self, everything: bool) {
         self.medium = self.medium.cut(everything);
-        let record = self.medium.created.then(|| self.medium.record.clone());
+        let record = self.medium.record();
         match standing(record.clone()) {
             Standing::Guest | Standing::NoRecord => self.model.flushed(self.medium.image),
             Standing::Checkpoint { .. } | Standing::Resync(_) => self.model.floor = None,

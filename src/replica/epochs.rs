@@ -40,9 +40,12 @@
 //! Source: QEMU `docs/block-replication.txt` and `block/replication.c` (stages, their words), of which this matches
 //! what a guest can see.
 
+pub use super::stage::{ReplicaError, Stage};
+
 use super::base::Base;
 use super::extents::{Budget, Overlay};
 use super::lock;
+use super::records::Member;
 use super::state::{Standing, State, StateFile, Why};
 use crate::disk::{Disk, DiskError, check_range};
 use crate::mutant::{self, Mutant};
@@ -62,55 +65,6 @@ pub const FLUSH_STEP_BYTES: u64 = 8 << 20;
 
 type ChangedRuns = Option<Vec<(u64, bool)>>;
 
-/// Where a replica stands, in QEMU's words.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Stage {
-    /// Not started: neither guest nor primary may touch it.
-    None,
-    /// The initial copy is arriving; there is nothing to take over with.
-    Syncing,
-    /// Checkpoints are sealed.
-    Running,
-    /// Taken over; layers are being merged into the base.
-    Failover,
-    /// Taken over; merging met an error and may be tried again. The guest's disk is whole.
-    FailoverFailed,
-    /// The base is the disk.
-    Done,
-}
-
-/// Why a step of the replica's life was refused.
-#[derive(Debug, thiserror::Error)]
-pub enum ReplicaError {
-    /// The step makes no sense at this stage.
-    #[error("{step}: not possible while the replica is in stage {stage:?}")]
-    Stage {
-        /// The step.
-        step: &'static str,
-        /// The stage.
-        stage: Stage,
-    },
-    /// The generation is not newer than the one in force.
-    #[error("generation {theirs} is over: this replica is at generation {ours}")]
-    StaleGeneration {
-        /// The generation offered.
-        theirs: u64,
-        /// The generation in force.
-        ours: u64,
-    },
-    /// A write was lost since the last good checkpoint. This one must not be acknowledged; what was sealed before
-    /// is whole, and only a new initial copy makes checkpoints possible again.
-    #[error("this checkpoint's disk is not whole: {first}")]
-    Broken {
-        /// The first error.
-        first: String,
-    },
-    /// The disk below failed.
-    #[error(transparent)]
-    Disk(#[from] DiskError),
-}
-
 /// What a replica may use.
 #[derive(Clone, Debug)]
 pub struct ReplicaConfig {
@@ -120,6 +74,12 @@ pub struct ReplicaConfig {
     pub spill_dir: Option<PathBuf>,
     /// All spill files together.
     pub spill_budget_bytes: u64,
+}
+
+impl ReplicaConfig {
+    pub(super) fn budget(self) -> Arc<Budget> {
+        Budget::new(self.memory_budget_bytes, self.spill_dir, self.spill_budget_bytes)
+    }
 }
 
 impl Default for ReplicaConfig {
@@ -156,7 +116,7 @@ pub struct ReplicaStatus {
     pub fenced_writes: u64,
     /// Whether the next seal will be refused.
     pub broken: bool,
-    /// What the base is worth if this host crashes now.
+    /// What the guest's images are worth if this host crashes now.
     pub standing: Standing,
     /// The first [`MAX_ERRORS`] errors since the start.
     pub errors: Vec<String>,
@@ -184,16 +144,16 @@ impl Replica {
     /// A replica over a `base` that does not outlive it, not started.
     #[must_use]
     pub fn new(base: Box<dyn Disk>, config: ReplicaConfig) -> Self {
-        Self::over(base, State::forgetful(), config)
+        Self::over(base, Member::alone(State::forgetful()), config.budget())
     }
 
     /// A replica over a `base` whose record is kept in `state`, not started.
     pub fn open(base: Box<dyn Disk>, state: Box<dyn StateFile>, config: ReplicaConfig) -> Result<Self, DiskError> {
-        Ok(Self::over(base, State::open(state)?, config))
+        Ok(Self::over(base, Member::alone(State::open(state)?), config.budget()))
     }
 
-    fn over(base: Box<dyn Disk>, state: State, config: ReplicaConfig) -> Self {
-        let budget = Budget::new(config.memory_budget_bytes, config.spill_dir, config.spill_budget_bytes);
+    /// A replica that is one of several, which share `budget` and their records, not started.
+    pub(super) fn over(base: Box<dyn Disk>, state: Member, budget: Arc<Budget>) -> Self {
         Self {
             base: Base::new(base, state),
             stage: Stage::None,
@@ -227,12 +187,7 @@ impl Replica {
     /// the base is neither the old disk nor the new one, and durably says so when this returns. Refused for an older
     /// generation, and once a guest was taken over.
     pub fn start_sync(&mut self, generation: u64) -> Result<(), ReplicaError> {
-        if self.taken_over {
-            return Err(ReplicaError::Stage { step: "start", stage: self.stage });
-        }
-        if generation < self.generation {
-            return Err(ReplicaError::StaleGeneration { theirs: generation, ours: self.generation });
-        }
+        self.check_start(generation)?;
         self.base.begin_copy()?;
         self.drop_pending();
         self.drop_active();
@@ -242,6 +197,17 @@ impl Replica {
         self.seals = 0;
         self.broken = None;
         self.errors.clear();
+        Ok(())
+    }
+
+    /// What [`Self::start_sync`] refuses before it does anything.
+    pub(super) fn check_start(&self, generation: u64) -> Result<(), ReplicaError> {
+        if self.taken_over {
+            return Err(ReplicaError::Stage { step: "start", stage: self.stage });
+        }
+        if generation < self.generation {
+            return Err(ReplicaError::StaleGeneration { theirs: generation, ours: self.generation });
+        }
         Ok(())
     }
 
@@ -300,15 +266,19 @@ impl Replica {
     }
 
     /// A flush of guest B. Before a takeover there is nothing to make durable. After it: [`DiskError::Busy`] until
-    /// every layer is merged, each call merging [`FLUSH_STEP_BYTES`], then a flush of the base. Once it succeeded, a
-    /// restart finds all that was written before.
+    /// every layer is merged, of the guest's other disks too, each call merging [`FLUSH_STEP_BYTES`] of this one; then
+    /// a flush of the base. Once it succeeded, a restart finds all that was written before.
     pub fn guest_flush(&mut self) -> Result<(), DiskError> {
         self.check_guest()?;
         if self.stage == Stage::Running {
             return Ok(());
         }
         self.apply_some(FLUSH_STEP_BYTES)?;
-        if self.sealed.is_empty() { self.settle() } else { Err(DiskError::Busy) }
+        if !self.sealed.is_empty() {
+            return Err(DiskError::Busy);
+        }
+        self.settle()?;
+        if self.taken_over && self.is_unsettled() { Err(DiskError::Busy) } else { Ok(()) }
     }
 
     /// What guest B wrote since the last checkpoint, like [`Disk::changed`]. `None` while there are no checkpoints.
@@ -321,6 +291,13 @@ impl Replica {
     /// nothing, whatever the sizes. On an error the checkpoint must not be acknowledged; guest B's view is
     /// untouched. After a takeover or a stop it does nothing, as in QEMU.
     pub fn seal(&mut self) -> Result<(), ReplicaError> {
+        self.prepare_seal()?;
+        self.commit_seal();
+        Ok(())
+    }
+
+    /// The part of a checkpoint that can fail. Sees to it that [`Self::commit_seal`] cannot.
+    pub(super) fn prepare_seal(&mut self) -> Result<(), ReplicaError> {
         match self.stage {
             Stage::None => return Err(ReplicaError::Stage { step: "checkpoint", stage: self.stage }),
             Stage::Failover | Stage::FailoverFailed | Stage::Done => return Ok(()),
@@ -329,10 +306,18 @@ impl Replica {
         if let Some(first) = &self.broken {
             return Err(ReplicaError::Broken { first: first.clone() });
         }
+        while !self.pending.is_empty() && self.sealed.len() >= MAX_SEALED_EPOCHS {
+            self.apply_some(FLUSH_STEP_BYTES)?;
+        }
+        Ok(())
+    }
+
+    /// The checkpoint itself, right after [`Self::prepare_seal`].
+    pub(super) fn commit_seal(&mut self) {
+        if !matches!(self.stage, Stage::Syncing | Stage::Running) {
+            return;
+        }
         if !self.pending.is_empty() {
-            while self.sealed.len() >= MAX_SEALED_EPOCHS {
-                self.apply_some(FLUSH_STEP_BYTES)?;
-            }
             self.sealed.push_back(std::mem::replace(&mut self.pending, Overlay::new(&self.budget)));
         }
         if !mutant::active(Mutant::KeepActiveAtCheckpoint) {
@@ -341,20 +326,15 @@ impl Replica {
         self.stage = Stage::Running;
         self.base.expect(Why::Applying);
         self.seals += 1;
-        Ok(())
     }
 
     /// Guest B carries on from the last checkpoint and its own writes; the primary's since then are dropped and
     /// its generation is over. Copies nothing; the layers are merged by [`Self::apply_some`]. Does nothing when
     /// the guest was already taken over; refused before the first checkpoint.
     pub fn takeover(&mut self, new_generation: u64) -> Result<(), ReplicaError> {
-        match self.stage {
-            Stage::Failover | Stage::FailoverFailed | Stage::Done if self.taken_over => return Ok(()),
-            Stage::Running => {}
-            stage => return Err(ReplicaError::Stage { step: "takeover", stage }),
-        }
-        if new_generation <= self.generation {
-            return Err(ReplicaError::StaleGeneration { theirs: new_generation, ours: self.generation });
+        self.check_takeover(new_generation)?;
+        if self.taken_over {
+            return Ok(());
         }
         self.generation = new_generation;
         self.taken_over = true;
@@ -363,6 +343,16 @@ impl Replica {
         self.sealed.push_back(std::mem::replace(&mut self.active, Overlay::new(&self.budget)));
         self.stage = Stage::Failover;
         Ok(())
+    }
+
+    /// What [`Self::takeover`] refuses before it does anything; it cannot fail otherwise.
+    pub(super) fn check_takeover(&self, new_generation: u64) -> Result<(), ReplicaError> {
+        match self.stage {
+            _ if self.taken_over => Ok(()),
+            Stage::Running if new_generation > self.generation => Ok(()),
+            Stage::Running => Err(ReplicaError::StaleGeneration { theirs: new_generation, ours: self.generation }),
+            stage => Err(ReplicaError::Stage { step: "takeover", stage }),
+        }
     }
 
     /// Ends replication without a takeover; guest B must be stopped. The base becomes the last checkpoint, as far
@@ -405,6 +395,15 @@ impl Replica {
         }
         self.free(budget_bytes);
         Ok(!self.sealed.is_empty() || !self.dropped.is_empty())
+    }
+
+    /// Whether the records do not tell yet what the images are: one of the guest's disks is not all in its base.
+    pub(super) fn is_unsettled(&self) -> bool {
+        match (self.base.standing(), self.stage) {
+            (standing, _) if self.taken_over => standing != Standing::Guest,
+            (standing, Stage::Running) => !standing.is_whole(),
+            _ => false,
+        }
     }
 
     /// Bytes still to be copied to the base.

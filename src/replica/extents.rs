@@ -36,7 +36,7 @@ pub type ReadBelow<'a> = dyn FnMut(u64, &mut [u8]) -> Result<(), DiskError> + 'a
 /// Whoever writes what a layer does not cover: an offset and the bytes.
 pub type WriteBelow<'a> = dyn FnMut(u64, &[u8]) -> Result<(), DiskError> + 'a;
 
-/// What all layers of one replica may use together.
+/// What all layers of a guest's replicas may use together.
 #[derive(Debug)]
 pub struct Budget {
     memory_limit_bytes: u64,

@@ -10,8 +10,10 @@
 //! - [`extents`]: a sparse layer over a disk, in memory up to a budget, then in a spill file;
 //! - [`epochs`]: the secondary's disk, built of such layers, one checkpoint deep for its guest;
 //! - [`base`]: the image under them, never written before it durably says that it is not whole;
-//! - [`state`]: the record in which it says so, and what a restart makes of it;
-//! - [`mirror`]: the primary's disk, and the copies of its writes on their way to the other host.
+//! - [`state`]: the record in which it says so; [`take_up`]: what a restart makes of it;
+//! - [`mirror`]: the primary's disk, and the copies of its writes on their way to the other host;
+//! - [`set`]: the disks of one guest, which take each of these steps together or not at all;
+//! - [`records`]: the records of its images, which change together.
 //!
 //! The trap is shared: guest B must see the disk of the last checkpoint and its own writes, never the primary's
 //! writes since; so what arrives early waits in a layer of its own, and what the primary writes for a checkpoint
@@ -23,11 +25,17 @@
 
 pub mod base;
 #[cfg(test)]
+mod crash_set_tests;
+#[cfg(test)]
 mod crash_tests;
 pub mod epochs;
 pub mod extents;
 pub mod mirror;
+pub mod records;
+pub mod set;
+pub mod stage;
 pub mod state;
+pub mod take_up;
 #[cfg(test)]
 mod tests;
 

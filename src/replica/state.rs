@@ -15,6 +15,10 @@
 //! | `guest` | a guest's own disk: what the guest flushed is there, as after a power cut of any disk |
 //! | `resync WHY`, or nothing that can be read | neither one thing nor the other |
 //!
+//! The images of a guest with several disks have a record each, and a checkpoint's says in which set of images it was
+//! made and which of them this is (`checkpoint G N SET 0/2`): [`super::records`] changes them together, and
+//! [`super::take_up`] boots a guest on all of them or on none.
+//!
 //! The record is overwritten in place and is shorter than a sector. Whatever tears it leaves a line whose checksum is
 //! wrong, which reads as `resync`: the safe side in both directions, and for one flush instead of a rename's two.
 //!
@@ -71,6 +75,23 @@ impl fmt::Display for Why {
     }
 }
 
+/// Which of a guest's images one is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// Drawn when the images were made replicas together: another guest's, or an older copy, has another.
+    pub set: u32,
+    /// Which of them, from 0.
+    pub index: u8,
+    /// How many there are.
+    pub count: u8,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "disk{} of {}", self.index, self.count)
+    }
+}
+
 /// What an image is worth.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -97,7 +118,7 @@ impl Standing {
         !matches!(self, Self::Resync(_))
     }
 
-    fn encode(self) -> [u8; RECORD_BYTES] {
+    fn encode(self, place: Option<Place>) -> [u8; RECORD_BYTES] {
         let what = match self {
             Self::NoRecord => "none".to_owned(),
             Self::Checkpoint { generation, number } => format!("checkpoint {generation} {number}"),
@@ -106,7 +127,8 @@ impl Standing {
                 format!("resync {}", Why::ALL.iter().find(|(each, _)| *each == why).map_or("", |w| w.1))
             }
         };
-        let body = format!("{MAGIC} {what}");
+        let place = place.map_or(String::new(), |Place { set, index, count }| format!(" {set:08x} {index}/{count}"));
+        let body = format!("{MAGIC} {what}{place}");
         let mut record = [b' '; RECORD_BYTES];
         let line = format!("{body} {:08x}", checksum(body.as_bytes()));
         record[..line.len()].copy_from_slice(line.as_bytes());
@@ -114,23 +136,32 @@ impl Standing {
         record
     }
 
-    fn decode(record: &[u8]) -> Self {
-        Self::parse(record).unwrap_or(Self::Resync(Why::Unreadable))
+    fn decode(record: &[u8]) -> (Self, Option<Place>) {
+        Self::parse(record).unwrap_or((Self::Resync(Why::Unreadable), None))
     }
 
-    fn parse(record: &[u8]) -> Option<Self> {
+    fn parse(record: &[u8]) -> Option<(Self, Option<Place>)> {
         let record = record.get(..RECORD_BYTES).filter(|whole| whole.len() == record.len())?;
         let (body, sum) = std::str::from_utf8(record).ok()?.trim_end().rsplit_once(' ')?;
         u32::from_str_radix(sum, 16).ok().filter(|sum| *sum == checksum(body.as_bytes()))?;
         let words: Vec<_> = body.strip_prefix(MAGIC)?.split_whitespace().collect();
-        match words[..] {
-            ["checkpoint", generation, number] => {
-                Some(Self::Checkpoint { generation: generation.parse().ok()?, number: number.parse().ok()? })
+        let (words, place) = match &words[..] {
+            [words @ .., set, at] if at.contains('/') => {
+                let (index, count) = at.split_once('/')?;
+                let set = u32::from_str_radix(set, 16).ok()?;
+                (words, Some(Place { set, index: index.parse().ok()?, count: count.parse().ok()? }))
             }
-            ["guest"] => Some(Self::Guest),
-            ["resync", why] => Why::ALL.iter().find(|(_, word)| *word == why).map(|(why, _)| Self::Resync(*why)),
-            _ => None,
-        }
+            words => (words, None),
+        };
+        let standing = match *words {
+            ["checkpoint", generation, number] => {
+                Self::Checkpoint { generation: generation.parse().ok()?, number: number.parse().ok()? }
+            }
+            ["guest"] => Self::Guest,
+            ["resync", why] => Self::Resync(Why::ALL.iter().find(|(_, word)| *word == why)?.0),
+            _ => return None,
+        };
+        Some((standing, place))
     }
 }
 
@@ -152,39 +183,6 @@ fn checksum(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg()))
     })
-}
-
-/// Why an image does not become a guest's disk.
-#[derive(Debug, thiserror::Error)]
-pub enum StateError {
-    /// It is not whole.
-    #[error(
-        "{} is not whole: {why}; let a host that has the guest protect it to this one again, or copy a whole disk over \
-         it, and remove {}{}", image.display(), state.display(),
-        if *.why == Why::TakenOver { "; if no other copy is left, save this one before anything else" } else { "" }
-    )]
-    NotWhole {
-        /// The image.
-        image: PathBuf,
-        /// Its record.
-        state: PathBuf,
-        /// Why it is not.
-        why: Why,
-    },
-    /// It is a checkpoint, and the guest in memory is past it.
-    #[error(
-        "{} is {standing}, and the guest that runs here is past it; destroy that one to boot from the checkpoint",
-        image.display()
-    )]
-    Behind {
-        /// The image.
-        image: PathBuf,
-        /// What it is.
-        standing: Standing,
-    },
-    /// The record cannot be read or written.
-    #[error(transparent)]
-    Disk(#[from] DiskError),
 }
 
 /// Where one record is kept, in the steps that a crash can come between.
@@ -296,6 +294,8 @@ impl StateFile for Forgetful {
 /// The record of one image.
 pub struct State {
     file: Box<dyn StateFile>,
+    /// What was found, and is written.
+    pub(super) place: Option<Place>,
     standing: Standing,
     /// `standing` is on the medium, and no crash can take it back.
     durable: bool,
@@ -307,14 +307,20 @@ impl State {
     /// Reads the record. One that cannot be understood says that the image is not whole; only a failing read is an
     /// error.
     pub fn open(mut file: Box<dyn StateFile>) -> Result<Self, DiskError> {
-        let standing = file.read()?.map_or(Standing::NoRecord, |record| Standing::decode(&record));
+        let (standing, place) = file.read()?.map_or((Standing::NoRecord, None), |record| Standing::decode(&record));
         let durable = standing != Standing::NoRecord && mutant::active(Mutant::TrustStateRead);
-        Ok(Self { file, standing, durable, named: durable })
+        Ok(Self { file, place, standing, durable, named: durable })
+    }
+
+    /// Which of a guest's images this is from now on.
+    pub(super) fn belong(&mut self, place: Option<Place>) {
+        self.durable &= self.place == place;
+        self.place = place;
     }
 
     /// A record that is kept nowhere.
     pub(super) fn forgetful() -> Self {
-        Self { file: Box::new(Forgetful), standing: Standing::NoRecord, durable: false, named: false }
+        Self { file: Box::new(Forgetful), place: None, standing: Standing::NoRecord, durable: false, named: false }
     }
 
     /// What the image is worth.
@@ -335,7 +341,7 @@ impl State {
             return Ok(());
         }
         self.durable = false;
-        self.file.write(&standing.encode())?;
+        self.file.write(&standing.encode(self.place))?;
         self.file.sync()?;
         if !self.named && !mutant::active(Mutant::ForgetDirectory) {
             self.file.sync_dir()?;
@@ -350,42 +356,19 @@ pub fn found(image: &Path) -> Result<Standing, DiskError> {
     Ok(State::open(Box::new(FileState::of(image)))?.standing())
 }
 
-/// Makes an image a guest's own disk, before the guest's first write; refused when it is not whole. `runs` says that
-/// the guest is there already, and remembers a disk. An image that never held a replica needs no record.
-pub fn take_up(image: &Path, runs: bool) -> Result<(), StateError> {
-    // A record without its image is about one that was removed.
-    let is_new = !image.exists();
-    let mut state = State::open(Box::new(FileState::of(image)))?;
-    take_up_state(&mut state, is_new, runs).map_err(|refused| match refused {
-        Refused::Disk(error) => error.into(),
-        Refused::NotWhole(why) => StateError::NotWhole { image: image.to_owned(), state: path(image), why },
-        Refused::Behind(standing) => StateError::Behind { image: image.to_owned(), standing },
-    })
-}
-
-/// [`StateError`] without its names.
-#[derive(Debug)]
-pub(super) enum Refused {
-    NotWhole(Why),
-    Behind(Standing),
-    Disk(DiskError),
-}
-
-pub(super) fn take_up_state(state: &mut State, is_new: bool, runs: bool) -> Result<(), Refused> {
-    match state.standing() {
-        Standing::NoRecord => return Ok(()),
-        Standing::Resync(why) if !is_new => return Err(Refused::NotWhole(why)),
-        standing @ Standing::Checkpoint { .. } if !is_new && runs => return Err(Refused::Behind(standing)),
-        _ => {}
-    }
-    state.record(Standing::Guest).map_err(Refused::Disk)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn all() -> Vec<Standing> {
+    fn all() -> Vec<(Standing, Option<Place>)> {
+        let places =
+            [None, Some(Place { set: 0x9f31, index: 0, count: 2 }), Some(Place { set: 7, index: 15, count: 16 })];
+        let longest = Some(Place { set: u32::MAX, index: 15, count: 16 });
+        let with = |place: Option<Place>| standings().into_iter().map(move |standing| (standing, place));
+        places.into_iter().chain([longest]).flat_map(with).collect()
+    }
+
+    fn standings() -> Vec<Standing> {
         let numbers = [(0, 1), (1, 12), (1, 345), (23, 67), (u64::MAX, u64::MAX)];
         let checkpoints = numbers.map(|(generation, number)| Standing::Checkpoint { generation, number });
         let resyncs = Why::ALL.map(|(why, _)| Standing::Resync(why));
@@ -395,75 +378,39 @@ mod tests {
     #[test]
     fn a_record_is_a_line_of_text() {
         let checkpoint = Standing::Checkpoint { generation: 3, number: 17 };
-        let text = String::from_utf8(checkpoint.encode().to_vec()).unwrap();
+        let text = String::from_utf8(checkpoint.encode(None).to_vec()).unwrap();
         assert_eq!(text.trim_end(), "xen-colo-state 1 checkpoint 3 17 83001e3f");
+        let place = Some(Place { set: 0x9f31, index: 1, count: 2 });
+        let text = String::from_utf8(checkpoint.encode(place).to_vec()).unwrap();
+        assert!(text.starts_with("xen-colo-state 1 checkpoint 3 17 00009f31 1/2 "), "{text}");
         assert_eq!(checksum(b"123456789"), 0xcbf4_3926, "the check value of CRC-32");
-        all().into_iter().for_each(|standing| assert_eq!(Standing::decode(&standing.encode()), standing));
+        all().into_iter().for_each(|(is, at)| assert_eq!(Standing::decode(&is.encode(at)), (is, at)));
     }
 
     #[test]
     fn a_torn_record_is_the_old_one_or_the_new_one_or_none() {
         let mut torn = 0;
+        let unreadable = (Standing::Resync(Why::Unreadable), None);
         for old in all() {
             for new in all() {
                 for at in 0..RECORD_BYTES {
-                    let mixed = [&new.encode()[..at], &old.encode()[at..]].concat();
+                    let mixed = [&new.0.encode(new.1)[..at], &old.0.encode(old.1)[at..]].concat();
                     let read = Standing::decode(&mixed);
-                    assert!([old, new, Standing::Resync(Why::Unreadable)].contains(&read), "{old} {new} {at}: {read}");
+                    assert!([old, new, unreadable].contains(&read), "{old:?} {new:?} {at}: {read:?}");
                     torn += u32::from(read != old && read != new);
                 }
             }
         }
         assert!(torn > 500, "{torn}");
-        let good = Standing::Guest.encode();
+        let good = Standing::Guest.encode(None);
         for flipped in 0..good.len() - 1 {
             let mut bad = good;
             bad[flipped] ^= 1;
-            assert_eq!(Standing::decode(&bad), Standing::Resync(Why::Unreadable), "byte {flipped}");
+            assert_eq!(Standing::decode(&bad), unreadable, "byte {flipped}");
         }
         let long = [&good[..], b"\n"].concat();
         for foreign in [&b""[..], b"guest", &good[1..], &long, &[0; RECORD_BYTES], &[0xff; RECORD_BYTES]] {
-            assert_eq!(Standing::decode(foreign), Standing::Resync(Why::Unreadable));
+            assert_eq!(Standing::decode(foreign), unreadable);
         }
-    }
-
-    #[test]
-    fn the_record_lies_beside_the_image_and_outlives_its_process() {
-        let dir = tempfile::tempdir().unwrap();
-        let (image, link) = (dir.path().join("image"), dir.path().join("link"));
-        fs::write(&image, b"disk").unwrap();
-        std::os::unix::fs::symlink(&image, &link).unwrap();
-        assert_eq!(path(&link), path(&image));
-        assert_eq!(path(&image).file_name().unwrap(), "image.colo-state");
-        take_up(&image, false).unwrap();
-        assert!(!path(&image).exists(), "an image that never held a replica needs none");
-
-        fs::write(path(&image), vec![b'x'; 5000]).unwrap();
-        assert_eq!(found(&image).unwrap(), Standing::Resync(Why::Unreadable));
-        let checkpoint = Standing::Checkpoint { generation: 1, number: 2 };
-        State::open(Box::new(FileState::of(&link))).unwrap().record(checkpoint).unwrap();
-        assert_eq!((found(&image).unwrap(), fs::metadata(path(&image)).unwrap().len()), (checkpoint, 96));
-
-        let behind = take_up(&image, true).unwrap_err();
-        assert!(matches!(behind, StateError::Behind { .. }), "{behind}");
-        take_up(&image, false).unwrap();
-        assert_eq!(found(&image).unwrap(), Standing::Guest);
-        take_up(&image, true).unwrap();
-        State::open(Box::new(FileState::of(&image))).unwrap().record(Standing::Resync(Why::TakenOver)).unwrap();
-        let refused = take_up(&image, false).unwrap_err().to_string();
-        assert!(refused.contains("image is not whole: a guest had taken over on it"), "{refused}");
-        assert!(refused.ends_with("save this one before anything else"), "{refused}");
-        fs::remove_file(&image).unwrap();
-        take_up(&image, false).expect("the record of an image that is gone says nothing about a new one");
-    }
-
-    #[test]
-    fn a_record_that_cannot_be_read_is_no_permission() {
-        let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("image");
-        fs::create_dir(path(&image)).unwrap();
-        fs::write(&image, b"disk").unwrap();
-        assert!(matches!(take_up(&image, false), Err(StateError::Disk(_))));
-        assert!(path(Path::new("/dev/null")).starts_with("/dev"), "a character device is none to keep a disk on");
     }
 }

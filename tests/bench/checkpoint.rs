@@ -18,19 +18,19 @@ use tokio::sync::{mpsc, oneshot};
 use xen_colo::bitmap::Bitmap;
 use xen_colo::colo::arbiter::{Claim, Policy};
 use xen_colo::colo::heartbeat::Heartbeat;
-use xen_colo::colo::hello::{Mode, ResumeOrder};
+use xen_colo::colo::hello::{Mode, ResumeOrder, disk_name};
 use xen_colo::colo::{primary, secondary};
 use xen_colo::daemon::address::{Address, Link};
 use xen_colo::daemon::control::{Answer, Asked, Request};
 use xen_colo::daemon::engine::{Engine, EngineParts, HostInput, Vacancy};
-use xen_colo::daemon::guest::{DISK_NAME, Guest};
+use xen_colo::daemon::guest::Guest;
 use xen_colo::daemon::links::{self, Side, outbox};
 use xen_colo::daemon::{engine_clock, nbd};
 use xen_colo::demo::{GUEST_IP, GUEST_MAC};
 use xen_colo::hypervisor::embedded::MachineConfig;
 use xen_colo::hypervisor::{Domain, DomainError};
 use xen_colo::page::{PAGE_SIZE, Pfn};
-use xen_colo::replica::epochs::{PrimaryView, ReplicaConfig};
+use xen_colo::replica::epochs::ReplicaConfig;
 
 type Failed = Box<dyn Error + Send + Sync>;
 
@@ -123,7 +123,7 @@ impl Host {
         let engine = Engine::new(EngineParts {
             name: name.into(),
             guest,
-            disk: Default::default(),
+            disks: Default::default(),
             arbiter: None,
             control: control_receiver,
             protect,
@@ -169,11 +169,11 @@ impl Pair {
             diverge_percent: 0,
             host_entropy_seed: 1,
         };
-        let image = |host: &str| dir.join(format!("{name}-{host}.img"));
+        let image = |host: &str| [dir.join(format!("{name}-{host}.img"))];
         let mut guest = Guest::boot(name, &config, &image("a"), 16 << 20, GENERATION)?;
         let (copy, is_blank) = Guest::stand_by(name, &guest.geometry, &image("b"), ReplicaConfig::default(), 2)?;
-        let replica = copy.replica.clone().ok_or("a guest that stands by has a replica")?;
-        links::lock(&replica).start_sync(GENERATION)?;
+        let replicas = copy.replicas.clone().ok_or("a guest that stands by has replicas")?;
+        replicas.start_sync(GENERATION)?;
 
         let domain = Arc::new(Mutex::new(guest.domain.take().ok_or("a booted guest has a domain")?));
         let (sender, pauses) = channel::channel();
@@ -186,12 +186,13 @@ impl Pair {
         let [(stream_a, stream_b), (packets_a, packets_b), (beats_a, beats_b), (nbd_a, nbd_b)] =
             <[(Link, Link); 4]>::try_from(ends).map_err(|_| "four links")?;
         let beats = || Heartbeat::new(engine_clock(), Duration::from_millis(100), 1000, GENERATION);
-        let view = Box::new(PrimaryView { replica, generation: GENERATION });
-        let server = Box::pin(async move {
-            nbd::serve_connection(nbd_b, DISK_NAME.into(), view).await.map_err(std::io::Error::other)
-        });
-        let side_a = Side::Primary { nbd: nbd_a, export: DISK_NAME.into(), sent_pages: None };
-        let side_b = Side::Secondary { nr_pages: guest.geometry.nr_pages, nbd: server };
+        let view = Box::new(replicas.primary_views(GENERATION).next().ok_or("a guest has a disk")?);
+        let server =
+            Box::pin(
+                async move { nbd::serve_connection(nbd_b, disk_name(0), view).await.map_err(std::io::Error::other) },
+            );
+        let side_a = Side::Primary { nbd: vec![nbd_a], sent_pages: None };
+        let side_b = Side::Secondary { nr_pages: guest.geometry.nr_pages, nbd: vec![server] };
         let links_a = links::start(stream_a, packets_a, beats_a, beats(), side_a);
         let links_b = links::start(stream_b, packets_b, beats_b, beats(), side_b);
 

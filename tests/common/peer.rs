@@ -36,6 +36,7 @@ pub fn hello_of(name: &str, channel: Channel, session: u64) -> Hello {
     Hello {
         protocol: PROTOCOL_VERSION,
         channel,
+        disk: 0,
         guest: "web".into(),
         session,
         generation: 1,

@@ -36,11 +36,13 @@ pub struct Plan {
     pub policies: [String; 2],
     /// The guest's memory.
     pub guest_mib: u64,
+    /// How many disks it has.
+    pub disks: usize,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { fence: true, policies: ["arbiter".into(), "arbiter".into()], guest_mib: 16 }
+        Self { fence: true, policies: ["arbiter".into(), "arbiter".into()], guest_mib: 16, disks: 1 }
     }
 }
 
@@ -103,6 +105,9 @@ impl World {
             command.args(["--policy", policy]);
             if policy != "alone" {
                 command.args(["--arbiter", &arbiter.address.to_string()]);
+            }
+            for disk in 1..plan.disks {
+                command.arg("--disk").arg(path(&format!("disk{disk}-{name}.img")));
             }
             if name == "a" {
                 command.args(["--guest", "web", "--guest-mib", &plan.guest_mib.to_string(), "--disk-mib", "64"]);

@@ -203,6 +203,11 @@ impl Domain for SimDomain {
     }
 }
 
+/// A disk among others.
+pub(super) fn boxed(disk: impl Disk + 'static) -> Box<dyn Disk> {
+    Box::new(disk)
+}
+
 /// A disk that is busy now and then: two guests then serve the same requests in different orders.
 pub(super) struct Busy {
     /// The disk.

@@ -1,9 +1,9 @@
 //! What a host does of its own accord: its guest's steps and frames, its background work, its side's effects.
 
 use super::commit::describe;
-use super::host::{Input, Role};
+use super::host::{Input, Role, disk_link};
 use super::plan::{A, B, Step};
-use super::world::{DISK, Event, PACKETS, STREAM, World, tell};
+use super::world::{Event, PACKETS, STREAM, World, tell};
 use bytes::{Bytes, BytesMut};
 use xen_colo::colo::arbiter::Ask;
 use xen_colo::colo::heartbeat::Word;
@@ -173,8 +173,8 @@ impl World {
                 self.say(A, Word::Dismissal);
                 self.step(Step::DismissSaid);
             }
-            Effect::DiskWrite { seq, offset, data } => {
-                self.send(DISK, A, data.len(), Input::DiskWrite { seq, offset, data });
+            Effect::DiskWrite { disk, seq, offset, data } => {
+                self.send(disk_link(disk), A, data.len(), Input::DiskWrite { disk, seq, offset, data });
                 self.step(Step::DiskSent);
             }
         }

@@ -8,9 +8,9 @@
 //! A host that is frozen keeps what reaches its sockets, and finds it all when it wakes.
 
 use super::dice::Dice;
-use super::domain::{Busy, Captured, Core, SimDomain};
+use super::domain::{Busy, Captured, Core, SimDomain, boxed};
 use super::plan::{A, B, Plan, Step};
-use super::world::{BEATS, DISK, Event, GENERATION, World, tell};
+use super::world::{BEATS, DISK, Event, GENERATION, SECOND_DISK, World, tell};
 use bytes::{Bytes, BytesMut};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,9 +27,10 @@ use xen_colo::daemon::pair::secondary::SecondarySide;
 use xen_colo::daemon::pair::{Clock, lock};
 use xen_colo::disk::{Disk, DiskError, MemoryDisk};
 use xen_colo::hypervisor::Domain;
+use xen_colo::hypervisor::embedded::copies::Copies;
 use xen_colo::hypervisor::embedded::{Machine, MachineConfig, kv};
-use xen_colo::replica::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig};
-use xen_colo::replica::mirror::{Mirror, MirrorHandle};
+use xen_colo::replica::epochs::ReplicaConfig;
+use xen_colo::replica::set::{Mirrors, Replicas};
 
 /// The guest's hardware address.
 pub(super) const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -38,6 +39,12 @@ const DISK_BYTES: usize = 1 << 20;
 /// Small, so that a busy guest reaches it.
 const MIRROR_QUEUE_BYTES: u64 = 3 << 20;
 const MISSES: u32 = 3;
+const BEAT_SOCKET: usize = 3;
+
+/// The link of a disk.
+pub(super) fn disk_link(disk: usize) -> usize {
+    [DISK, SECOND_DISK][disk]
+}
 
 /// What reaches a host, each kind through a socket of its own.
 #[derive(Debug)]
@@ -46,8 +53,8 @@ pub(super) enum Input {
     Answer(Answer),
     Stream(Bytes),
     Message(Message),
-    DiskWrite { seq: u64, offset: u64, data: Bytes },
-    DiskAck(u64, Result<(), DiskError>),
+    DiskWrite { disk: usize, seq: u64, offset: u64, data: Bytes },
+    DiskAck(usize, u64, Result<(), DiskError>),
     Packet(u64, Bytes),
     Beat(Beat),
     Network(Bytes),
@@ -59,9 +66,9 @@ impl Input {
             // The end of a connection is read after what was sent before it.
             Self::Stream(_) | Self::Message(_) | Self::Lost(_) => 0,
             Self::Answer(_) => 1,
-            Self::DiskWrite { .. } | Self::DiskAck(..) => 2,
-            Self::Packet(..) => 3,
-            Self::Beat(_) => 4,
+            Self::DiskWrite { disk, .. } | Self::DiskAck(disk, ..) => disk_link(*disk) + 2,
+            Self::Packet(..) => 2,
+            Self::Beat(_) => BEAT_SOCKET,
             Self::Network(_) => 5,
         }
     }
@@ -85,12 +92,12 @@ pub(super) enum Role {
 pub(super) struct Host {
     pub(super) role: Role,
     pub(super) core: Arc<Mutex<Core>>,
-    mirror: Option<MirrorHandle>,
-    replica: Option<Arc<Mutex<Replica>>>,
+    mirrors: Option<Mirrors>,
+    replicas: Option<Replicas>,
     pub(super) heartbeat: Option<Heartbeat>,
     decoder: Decoder,
     undecoded: BytesMut,
-    sockets: [VecDeque<Input>; 6],
+    sockets: [VecDeque<Input>; 7],
     /// Its links are up.
     pub(super) linked: bool,
     /// It is gone for good.
@@ -112,8 +119,8 @@ impl Host {
         Self {
             role,
             core,
-            mirror: None,
-            replica: None,
+            mirrors: None,
+            replicas: None,
             heartbeat: None,
             decoder: Decoder::new(RAM_PAGES),
             undecoded: BytesMut::new(),
@@ -144,25 +151,25 @@ impl Host {
             diverge_percent: plan.diverge_percent,
             host_entropy_seed: dice.next(),
         };
-        let mirror = Mirror::new(Box::new(MemoryDisk::new(DISK_BYTES)), MIRROR_QUEUE_BYTES);
-        let mut mirror = MirrorHandle(Arc::new(Mutex::new(mirror)));
-        let machine = Machine::boot(&config, Instant::ZERO, &mut mirror).expect("the guest boots");
+        let blank = || (0..plan.disks).map(|_| boxed(MemoryDisk::new(DISK_BYTES))).collect();
+        let mirrors = Mirrors::new(blank(), MIRROR_QUEUE_BYTES);
+        let copies = || Copies::of(mirrors.disks().iter().cloned().map(boxed).collect());
+        let machine = Machine::boot(&config, Instant::ZERO, &mut copies()).expect("the guest boots");
         let mut busy = |disk: Box<dyn Disk>, percent| Box::new(Busy { disk, percent, dice: Dice(dice.next()) });
-        let disk = busy(Box::new(mirror.clone()), plan.busy_percent[A]);
+        let disk = busy(boxed(copies()), plan.busy_percent[A]);
         let core = Arc::new(Mutex::new(Core::new(machine, disk, captured.clone())));
         let mut domain = SimDomain { core: core.clone(), clock: clock.clone() };
         domain.resume().expect("the guest runs");
         let mut a = Self::new(Role::Running(domain), core);
-        a.mirror = Some(mirror);
+        a.mirrors = Some(mirrors);
 
-        let replica = Replica::new(Box::new(MemoryDisk::new(DISK_BYTES)), ReplicaConfig::default());
-        let replica = Arc::new(Mutex::new(replica));
-        let disk = busy(Box::new(GuestView(replica.clone())), plan.busy_percent[B]);
+        let replicas = Replicas::new(blank(), ReplicaConfig::default());
+        let disk = busy(boxed(Copies::of(replicas.guest_views().map(boxed).collect())), plan.busy_percent[B]);
         config.host_entropy_seed = dice.next();
         let machine = Machine::blank(&config).expect("there is room for a guest");
         let core = Arc::new(Mutex::new(Core::new(machine, disk, captured.clone())));
         let mut b = Self::new(Role::StandingBy(SimDomain { core: core.clone(), clock: clock.clone() }), core);
-        b.replica = Some(replica);
+        b.replicas = Some(replicas);
         (a, b)
     }
 
@@ -210,14 +217,15 @@ impl Host {
         is_served && !self.crashed
     }
 
-    /// What is on its guest's disk.
-    pub(super) fn scan(&self) -> Result<BTreeMap<String, Vec<u8>>, String> {
-        let mut disk: Box<dyn Disk> = match (&self.mirror, &self.replica) {
-            (Some(mirror), _) => Box::new(mirror.clone()),
-            (None, Some(replica)) => Box::new(GuestView(replica.clone())),
+    /// What is on each of its guest's disks.
+    pub(super) fn scan(&self) -> Result<Vec<BTreeMap<String, Vec<u8>>>, String> {
+        let disks: Vec<_> = match (&self.mirrors, &self.replicas) {
+            (Some(mirrors), _) => mirrors.disks().iter().cloned().map(boxed).collect(),
+            (None, Some(replicas)) => replicas.guest_views().map(boxed).collect(),
             (None, None) => return Err("no disk".into()),
         };
-        kv::scan(&mut *disk).map_err(|error| format!("the disk cannot be read: {error}"))
+        let scan = |mut disk: Box<dyn Disk>| kv::scan(&mut *disk);
+        disks.into_iter().map(scan).collect::<Result<_, _>>().map_err(|error| format!("a disk cannot be read: {error}"))
     }
 
     pub(super) fn is_replicating(&self) -> bool {
@@ -266,10 +274,11 @@ impl World {
         let mut config = secondary_machine::Config::new(plan.mode, claim("b"));
         (config.peer_deadline, config.arbiter_deadline) = (us(plan.peer_deadline_us), us(300_000));
         let Role::StandingBy(domain) = std::mem::replace(&mut self.hosts[B].role, Role::Nothing) else { return };
-        let (replica, epoch) = (self.hosts[B].replica.clone().expect("it has one"), lock(&domain.core).epoch.clone());
-        lock(&replica).start_sync(GENERATION).expect("nothing was there before");
+        let (replicas, epoch) =
+            (self.hosts[B].replicas.clone().expect("it has some"), lock(&domain.core).epoch.clone());
+        replicas.start_sync(GENERATION).expect("nothing was there before");
         let clock = self.virtual_clock();
-        let side = SecondarySide::new(now, config, Box::new(domain), replica, epoch, GUEST_MAC, clock.clone());
+        let side = SecondarySide::new(now, config, Box::new(domain), replicas, epoch, GUEST_MAC, clock.clone());
         self.hosts[B].role = Role::Secondary(Box::new(side.expect("it stands by")));
 
         let mut config = primary_machine::Config::new(plan.mode, claim("a"));
@@ -278,8 +287,8 @@ impl World {
             (us(plan.checkpoint_delay_us), us(plan.min_interval_us));
         config.arbiter_deadline = us(300_000);
         let Role::Running(domain) = std::mem::replace(&mut self.hosts[A].role, Role::Nothing) else { return };
-        let (mirror, epoch) = (self.hosts[A].mirror.clone().expect("it has one"), lock(&domain.core).epoch.clone());
-        match PrimarySide::new(now, config, Box::new(domain), mirror, epoch, clock, true) {
+        let (mirrors, epoch) = (self.hosts[A].mirrors.clone().expect("it has some"), lock(&domain.core).epoch.clone());
+        match PrimarySide::new(now, config, Box::new(domain), mirrors, epoch, clock, true) {
             Ok(side) => self.hosts[A].role = Role::Primary(Box::new(side)),
             Err((_, error)) => return self.violate(format!("no primary: {error}")),
         }
@@ -303,7 +312,7 @@ impl World {
         }
         match input {
             Input::Beat(beat) => return self.beat(host, beat),
-            Input::DiskWrite { seq, offset, data } => return self.disk_write(seq, offset, &data),
+            Input::DiskWrite { disk, seq, offset, data } => return self.disk_write(disk, seq, offset, &data),
             _ => {}
         }
         self.check_lease(host);
@@ -325,14 +334,14 @@ impl World {
         self.flush(host);
         self.hosts[host].leaving = false;
         // Beats first: they are what could renew a lease that is over. The others in any order.
-        while let Some(beat) = self.hosts[host].sockets[4].pop_front() {
+        while let Some(beat) = self.hosts[host].sockets[BEAT_SOCKET].pop_front() {
             self.input(host, beat);
         }
         self.check_lease(host);
         self.words(host);
         self.decode(host);
         loop {
-            let filled: Vec<_> = (0..6).filter(|at| !self.hosts[host].sockets[*at].is_empty()).collect();
+            let filled: Vec<_> = (0..7).filter(|at| !self.hosts[host].sockets[*at].is_empty()).collect();
             if filled.is_empty() {
                 break;
             }
@@ -378,10 +387,11 @@ impl World {
         }
     }
 
-    fn disk_write(&mut self, seq: u64, offset: u64, data: &Bytes) {
-        let Some(replica) = self.hosts[B].replica.clone() else { return };
+    fn disk_write(&mut self, disk: usize, seq: u64, offset: u64, data: &Bytes) {
+        let view = self.hosts[B].replicas.as_ref().and_then(|replicas| replicas.primary_views(GENERATION).nth(disk));
+        let Some(mut view) = view else { return };
         let taken_over = matches!(&self.hosts[B].role, Role::Secondary(side) if side.took_over());
-        let result = PrimaryView { replica, generation: GENERATION }.write(offset, data);
+        let result = view.write(offset, data);
         if taken_over {
             self.saw("old write after takeover");
             if result.is_ok() {
@@ -391,7 +401,7 @@ impl World {
         self.step(Step::DiskWritten);
         self.strike_if_due();
         if !self.hosts[B].crashed {
-            self.send(DISK, B, 0, Input::DiskAck(seq, result));
+            self.send(disk_link(disk), B, 0, Input::DiskAck(disk, seq, result));
             self.step(Step::DiskAckSent);
             self.strike_if_due();
         }
@@ -462,8 +472,8 @@ impl World {
                 });
                 self.strike_if_due();
             }
-            (Role::Primary(side), Input::DiskAck(seq, result)) => {
-                side.handle_disk_acked(now, seq, result);
+            (Role::Primary(side), Input::DiskAck(disk, seq, result)) => {
+                side.handle_disk_acked(now, disk, seq, result);
                 self.flush(host);
                 self.step(Step::DiskAckGot);
                 self.strike_if_due();

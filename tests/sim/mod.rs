@@ -158,6 +158,7 @@ fn the_pair_keeps_its_promises() {
     assert!(unseen.is_empty(), "{unseen:?} never struck");
     for outcome in [
         "secondary took over",
+        "two disks taken over",
         "secondary stopped",
         "secondary held",
         "secondary without a state",
@@ -257,6 +258,16 @@ fn finds_stale_delta() {
 }
 
 #[test]
+fn finds_seal_first_only() {
+    find(Mutant::SealFirstOnly);
+}
+
+#[test]
+fn finds_drain_first_only() {
+    find(Mutant::DrainFirstOnly);
+}
+
+#[test]
 fn every_mutant_has_a_test() {
-    assert_eq!(Mutant::ALL.len(), 9);
+    assert_eq!(Mutant::ALL.len(), 11);
 }

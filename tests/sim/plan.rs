@@ -190,8 +190,10 @@ pub(super) struct Plan {
     pub(super) net_us: u64,
     /// How many client frames in a hundred are lost, doubled, overtaken.
     pub(super) net_trouble: [u64; 3],
-    /// Stream, packets, disk, beats.
-    pub(super) wires: [Wire; 4],
+    /// How many disks the guest has.
+    pub(super) disks: usize,
+    /// Stream, packets, disk, beats, second disk.
+    pub(super) wires: [Wire; 5],
     /// How often a guest's disk is busy, by host.
     pub(super) busy_percent: [u64; 2],
     /// How long an engine takes to look at its guest's frames.
@@ -227,7 +229,8 @@ impl Plan {
             jitter_us: dice.pick(&[0, link_us, 10 * link_us]),
             us_per_kib: dice.pick(&[1, 8, 40]),
         };
-        let wires = [wire(dice), wire(dice), wire(dice), Wire { jitter_us: 200, us_per_kib: 0, ..wire(dice) }];
+        let beats = |dice: &mut Dice| Wire { jitter_us: 200, us_per_kib: 0, ..wire(dice) };
+        let wires = [wire(dice), wire(dice), wire(dice), beats(dice), wire(dice)];
         let beat_us = dice.pick(&[20_000, 30_000, 50_000]);
         let fault = Fault::new(dice);
         let cut = matches!(fault.kind, Kind::Cut | Kind::CutIn | Kind::CutOut);
@@ -253,6 +256,7 @@ impl Plan {
             think_us: dice.pick(&[1_000, 8_000, 20_000]),
             net_us: dice.pick(&[50, 300, 1_000]),
             net_trouble: [trouble(dice, 25, 10), trouble(dice, 20, 10), trouble(dice, 20, 20)],
+            disks: dice.pick(&[1, 2]),
             wires,
             busy_percent: [trouble(dice, 25, 60), trouble(dice, 25, 60)],
             look_us: dice.pick(&[10, 50, 1_000]),

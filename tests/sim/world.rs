@@ -34,6 +34,7 @@ pub(super) const STREAM: usize = 0;
 pub(super) const PACKETS: usize = 1;
 pub(super) const DISK: usize = 2;
 pub(super) const BEATS: usize = 3;
+pub(super) const SECOND_DISK: usize = 4;
 /// Ports of the switch: clients count from 0.
 const HOST_PORT: usize = 16;
 /// How long a fault may wait for its moment, counted from the start of the protection.
@@ -137,7 +138,7 @@ pub(super) struct World {
     pub(super) now_us: u64,
     pub(super) clock: Arc<AtomicU64>,
     pub(super) hosts: [Host; 2],
-    pub(super) lines: [Line; 8],
+    pub(super) lines: [Line; 10],
     pub(super) register: Register,
     /// Who won the next generation, and when.
     pub(super) granted: Option<(usize, u64)>,
@@ -413,11 +414,11 @@ impl World {
     }
 
     fn cut_tails(&mut self, host: usize) {
-        for link in [STREAM, PACKETS, DISK, BEATS] {
+        for link in [STREAM, PACKETS, DISK, BEATS, SECOND_DISK] {
             let tail_us = 2 * self.plan.wires[link].delay_us + self.plan.wires[link].jitter_us;
             let lives_us = self.dice.below(tail_us + 1);
             // A disk server may sit on requests for as long as it likes.
-            let all = link == DISK && self.dice.percent(50);
+            let all = matches!(link, DISK | SECOND_DISK) && self.dice.percent(50);
             self.lines[link * 2 + host].ends_us.get_or_insert(if all { u64::MAX } else { self.now_us + lives_us });
         }
     }
@@ -571,13 +572,20 @@ impl World {
         self.report.segments = (self.commit.explained, self.commit.owned);
     }
 
-    /// The survivor's disk holds all that was promised.
+    /// Each disk of the survivor holds all that was promised.
     fn check_survivor(&mut self) {
         let serving: Vec<_> = [A, B].into_iter().filter(|host| self.hosts[*host].serves()).collect();
         let [survivor] = serving[..] else {
             return self.violate(format!("hosts {serving:?} serve the guest"));
         };
-        let checked = self.hosts[survivor].scan().and_then(|disk| self.history.check_disk(&disk));
+        let checked = self.hosts[survivor].scan().and_then(|disks| {
+            // The guest writes all it writes on each of its disks.
+            let check = |(index, disk)| self.history.check_disk(disk).map_err(|why| format!("disk{index}: {why}"));
+            disks.iter().enumerate().try_for_each(check)
+        });
+        if self.plan.disks > 1 && survivor == B {
+            self.saw("two disks taken over");
+        }
         if let Err(why) = checked {
             self.violate(format!("host {survivor}: {why}"));
         }

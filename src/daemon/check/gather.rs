@@ -1,7 +1,7 @@
 //! Looks at this host, and changes nothing.
 
 use super::{Facts, Greeting, Piece, Program};
-use crate::colo::hello::{Channel, DiskGeometry, Geometry, Hello, Mode, PROTOCOL_VERSION};
+use crate::colo::hello::{Channel, DiskGeometry, Geometry, Hello, Mode, PROTOCOL_VERSION, disk_name};
 use crate::daemon::address::Address;
 use crate::daemon::{host, xen};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -81,6 +81,7 @@ async fn greet(address: &Address) -> Result<Greeting, String> {
         let word = Hello {
             protocol: PROTOCOL_VERSION,
             channel: Channel::Greeting,
+            disk: 0,
             guest: "none".into(),
             session: 0,
             generation: 0,
@@ -89,7 +90,7 @@ async fn greet(address: &Address) -> Result<Greeting, String> {
             features: vec![],
             geometry: Geometry {
                 nr_pages: 1,
-                disks: vec![DiskGeometry { name: "none".into(), size_bytes: 0 }],
+                disks: vec![DiskGeometry { name: disk_name(0), size_bytes: 0 }],
                 mac: [0; 6],
                 ip: [0; 4],
                 diverge_percent: 0,

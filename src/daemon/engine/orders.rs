@@ -9,7 +9,6 @@ use crate::daemon::control::{Answer as Reply, Request};
 use crate::daemon::engine_clock;
 use crate::daemon::status::{Protection, Status};
 use crate::hypervisor::{Domain, DomainError};
-use crate::replica::state;
 use std::sync::atomic::Ordering;
 use tokio::sync::oneshot;
 
@@ -159,7 +158,7 @@ impl Engine {
         match &mut self.role {
             Role::Empty => {
                 (status.state, status.why) = ("empty".into(), self.left.clone());
-                status.disk.image = state::found(&self.parts.disk).map_or_else(|e| Some(e.to_string()), report::image);
+                report::images(&mut status, &self.parts.disks);
             }
             Role::Running(guest) => {
                 status.guest = Some(guest.name.clone());

@@ -2,10 +2,13 @@
 
 use super::{PrimaryRole, SecondaryRole};
 use crate::clock::Instant;
+use crate::colo::hello::disk_name;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
-use crate::daemon::links::lock;
 use crate::daemon::status::{Checkpoints, Disk, Packets, PauseUs, Protection, Status};
-use crate::replica::state::Standing;
+use crate::replica::epochs::ReplicaStatus;
+use crate::replica::mirror::MirrorStatus;
+use crate::replica::state::{self, Standing};
+use std::path::PathBuf;
 
 /// The primary's part.
 pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
@@ -47,8 +50,8 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         dropped_stale: packets.dropped_stale,
         dropped_network: status.packets.dropped_network,
     };
-    let mirror = lock(&role.guest.mirror.0).status();
-    status.disk = Disk {
+    let disk = |(index, mirror): (usize, MirrorStatus)| Disk {
+        name: Some(disk_name(index)),
         copied_bytes: mirror.sync_done_bytes,
         total_bytes: mirror.sync_total_bytes,
         waiting_bytes: mirror.queued_bytes,
@@ -56,6 +59,8 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         errors: mirror.error.into_iter().collect(),
         image: None,
     };
+    status.disks = role.guest.mirrors.status().into_iter().enumerate().map(disk).collect();
+    status.disk = Disk::sum(&status.disks);
 }
 
 /// The secondary's part.
@@ -80,18 +85,29 @@ pub(super) fn secondary(status: &mut Status, role: &SecondaryRole) {
     (status.failover, status.exit_reason) = (machine.failover(), machine.exit_reason());
     let stats = side.stats();
     (status.checkpoints.total, status.pages) = (stats.checkpoints, stats.pages);
-    let replica = lock(side.replica()).status();
-    status.disk = Disk {
+    let disk = |(index, replica): (usize, ReplicaStatus)| Disk {
+        name: Some(disk_name(index)),
+        total_bytes: replica.size_bytes,
         waiting_bytes: replica.debt_bytes,
         fenced_writes: replica.fenced_writes,
         errors: replica.errors,
         image: image(replica.standing),
         ..Disk::default()
     };
+    status.disks = side.replicas().status().into_iter().enumerate().map(disk).collect();
+    status.disk = Disk { total_bytes: 0, ..Disk::sum(&status.disks) };
+}
+
+/// What the images of a host without a guest are worth.
+pub(super) fn images(status: &mut Status, images: &[PathBuf]) {
+    let found = |path: &PathBuf| state::found(path).map_or_else(|e| Some(e.to_string()), image);
+    let disk = |(index, path)| Disk { name: Some(disk_name(index)), image: found(path), ..Disk::default() };
+    status.disks = images.iter().enumerate().map(disk).collect();
+    status.disk = Disk::sum(&status.disks);
 }
 
 /// What an image is worth, if it ever held a replica.
-pub(super) fn image(standing: Standing) -> Option<String> {
+fn image(standing: Standing) -> Option<String> {
     (standing != Standing::NoRecord).then(|| standing.to_string())
 }
 

@@ -1,14 +1,14 @@
-//! The acceptor's part: who knocks, what is made for them, and when their four links are one session.
+//! The acceptor's part: who knocks, what is made for them, and when their links are one session.
 
 use super::{BLANK_DISK, HELLO_DEADLINE, PAGE_DELTAS, Shared, VACANT, read_word};
 use crate::colo::arbiter::Claim;
 use crate::colo::heartbeat::Heartbeat;
-use crate::colo::hello::{self, Channel, Hello, PROTOCOL_VERSION, Welcome};
+use crate::colo::hello::{self, Channel, Hello, PROTOCOL_VERSION, Welcome, disk_name};
 use crate::colo::secondary;
 use crate::daemon::address::{Link, Listener};
 use crate::daemon::engine::{HostInput, Vacancy};
-use crate::daemon::guest::{DISK_NAME, Guest};
-use crate::daemon::links::{self, Side};
+use crate::daemon::guest::Guest;
+use crate::daemon::links::{self, LinkTask, Side};
 use crate::daemon::nbd::{self, ServeError};
 use crate::daemon::{engine_clock, xen};
 use crate::replica::epochs::{PrimaryView, ReplicaConfig};
@@ -33,6 +33,8 @@ struct Session {
     guest: Box<Guest>,
     packets: Option<Link>,
     heartbeat: Option<Link>,
+    /// In the order of the disks; the session is whole with the last of them.
+    nbd: Vec<Link>,
 }
 
 pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
@@ -106,10 +108,10 @@ async fn answer(link: &mut Link, why: &str, from: &str) {
 /// Decides on a hello. For a COLO hello it makes the room the guest needs, so that a host without it says so to
 /// the primary and not only to its own log.
 async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<Option<(Guest, bool)>, String> {
-    word.check().map_err(|error| error.to_string())?;
     if word.channel == Channel::Greeting {
         return Ok(None);
     }
+    word.check().map_err(|error| error.to_string())?;
     let config = &shared.config;
     if word.from == config.name {
         return Err(format!("both hosts are called {}; an arbiter could not tell them apart", word.from));
@@ -124,7 +126,12 @@ async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<
     if !matches!(tokio::time::timeout(leaves_within, left).await, Ok(Ok(vacancy)) if *vacancy == Vacancy::Vacant) {
         return Err(format!("host {} has a guest already", config.name));
     }
-    let beside = config.disk.parent().filter(|dir| !dir.as_os_str().is_empty()).map(ToOwned::to_owned);
+    let beside = config
+        .disks
+        .first()
+        .and_then(|image| image.parent())
+        .filter(|dir| !dir.as_os_str().is_empty())
+        .map(ToOwned::to_owned);
     let spill_dir = config.spill_dir.clone().or(beside).unwrap_or_else(|| ".".into());
     let epochs = ReplicaConfig {
         memory_budget_bytes: config.epoch_memory_bytes,
@@ -132,22 +139,32 @@ async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<
         ..ReplicaConfig::default()
     };
     let made = match &word.geometry.xen {
-        Some(_) => xen::stand_by(&word.guest, &word.geometry, word.mode, &config.disk, epochs, &shared.wire).await,
-        None => Guest::stand_by(&word.guest, &word.geometry, &config.disk, epochs, config.entropy_seed),
+        Some(_) => xen::stand_by(&word.guest, &word.geometry, word.mode, &config.disks, epochs, &shared.wire).await,
+        None => Guest::stand_by(&word.guest, &word.geometry, &config.disks, epochs, config.entropy_seed),
     };
     made.map(Some).map_err(|error| format!("host {}: {error}", config.name))
 }
 
-/// Keeps a welcomed link with its session, and starts the engine's part when all four are there.
+/// Keeps a welcomed link with its session, and starts the engine's part when all are there.
 async fn take(shared: &Shared, session: &mut Option<Session>, link: Link, word: Hello, guest: Option<Box<Guest>>) {
     match (word.channel, guest) {
         (Channel::Colo, Some(guest)) => {
-            *session = Some(Session { hello: word, stream: link, guest, packets: None, heartbeat: None });
+            *session =
+                Some(Session { hello: word, stream: link, guest, packets: None, heartbeat: None, nbd: Vec::new() });
         }
         (Channel::Packets, _) => _ = session.as_mut().map(|session| session.packets = Some(link)),
         (Channel::Heartbeat, _) => _ = session.as_mut().map(|session| session.heartbeat = Some(link)),
         (Channel::Nbd, _) => {
-            if let Some(input) = session.take().and_then(|session| join(shared, session, link)) {
+            let Some(begun) = session.as_mut() else { return };
+            if word.disk != begun.nbd.len() {
+                tracing::warn!(peer = %word.from, disk = word.disk, "the disk links came in another order");
+                *session = None;
+                return;
+            }
+            begun.nbd.push(link);
+            if begun.nbd.len() == begun.hello.geometry.disks.len()
+                && let Some(input) = session.take().and_then(|session| join(shared, session))
+            {
                 let _ = shared.host.send(input).await;
             }
         }
@@ -155,32 +172,37 @@ async fn take(shared: &Shared, session: &mut Option<Session>, link: Link, word: 
     }
 }
 
-fn join(shared: &Shared, session: Session, nbd_link: Link) -> Option<HostInput> {
-    let Session { hello: word, stream, guest, packets: Some(packets), heartbeat: Some(beats) } = session else {
-        tracing::warn!(peer = %session.hello.from, "the disk link came before the others");
+fn join(shared: &Shared, session: Session) -> Option<HostInput> {
+    let Session { hello: word, stream, guest, packets: Some(packets), heartbeat: Some(beats), nbd } = session else {
+        tracing::warn!(peer = %session.hello.from, "the disk links came before the others");
         return None;
     };
     let generation = word.generation;
-    let replica = guest.replica.clone()?;
+    let replicas = guest.replicas.clone()?;
     // Before the first write can arrive: the primary begins as soon as its last link is welcomed.
-    if let Err(error) = links::lock(&replica).start_sync(generation) {
+    if let Err(error) = replicas.start_sync(generation) {
         tracing::error!(%error, "the replica cannot begin");
         return None;
     }
-    let view = Box::new(PrimaryView { replica, generation });
-    let server = Box::pin(async move {
-        nbd::serve_connection(nbd_link, DISK_NAME.into(), view).await.map_err(|error| match error {
-            ServeError::Io(error) => error,
-            ServeError::Protocol(error) => io::Error::new(io::ErrorKind::InvalidData, error),
-            error @ ServeError::Deadline => io::Error::new(io::ErrorKind::TimedOut, error),
-        })
-    });
+    let views = replicas.primary_views(generation);
+    let servers = nbd.into_iter().zip(views).enumerate().map(|(disk, (link, view))| serve(link, disk, view)).collect();
     let interval = Duration::from_millis(word.heartbeat_interval_ms);
     let heartbeat = Heartbeat::new(engine_clock(), interval, word.heartbeat_misses, generation);
-    let side = Side::Secondary { nr_pages: word.geometry.nr_pages, nbd: server };
+    let side = Side::Secondary { nr_pages: word.geometry.nr_pages, nbd: servers };
     let links = links::start(stream, packets, beats, heartbeat, side);
     let claim = Claim { guest: word.guest.clone(), expected: generation, holder: shared.config.name.clone() };
     let mut config = secondary::Config::new(word.mode, claim);
     config.policy = shared.config.policy.clone();
     Some(HostInput::Join { links, config, peer: word.from, guest })
+}
+
+/// Serves a disk to the primary.
+fn serve(link: Link, disk: usize, view: PrimaryView) -> LinkTask {
+    Box::pin(async move {
+        nbd::serve_connection(link, disk_name(disk), Box::new(view)).await.map_err(|error| match error {
+            ServeError::Io(error) => error,
+            ServeError::Protocol(error) => io::Error::new(io::ErrorKind::InvalidData, error),
+            error @ ServeError::Deadline => io::Error::new(io::ErrorKind::TimedOut, error),
+        })
+    })
 }

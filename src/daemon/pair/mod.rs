@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!             PrimarySide                                          SecondarySide
-//!  colo::Primary  Domain  Mirror  Proxy      ◀── links ──▶    colo::Secondary  Domain  RamCache  Replica  Rewriter
+//!  colo::Primary  Domain  Mirrors  Proxy     ◀── links ──▶    colo::Secondary  Domain  RamCache  Replicas  Rewriter
 //! ```
 //!
 //! A side is synchronous: `handle_*(now, input)` in, `poll_effect()` out, like the machines it joins. It *does*

@@ -4,14 +4,14 @@
 //!  network ──▶ handle_network_frame ──▶ guest ──▶ handle_guest_frame(epoch) ──▶ Proxy ──▶ ToNetwork
 //!                     └─ (COLO) ToSecondary(epoch)                                ▲
 //!                                        handle_secondary_frame(epoch) ───────────┘
-//!  guest's disk writes ──▶ Mirror ──▶ DiskWrite ──▶ handle_disk_acked
+//!  guest's disk writes ──▶ Mirrors ──▶ DiskWrite ──▶ handle_disk_acked
 //! ```
 //!
 //! The epoch is one number in three places: the machine counts captures, the guest's frames are tagged with it
 //! where they are emitted, the mirror's writes where they are made. All three change inside the capture, while
 //! the guest stands still; that is the only moment at which they can change together.
 
-use super::{Clock, Samples, cause_of, lock};
+use super::{Clock, Samples, cause_of};
 use crate::bitmap::Bitmap;
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask};
@@ -23,7 +23,8 @@ use crate::compare::{self, Output, Proxy};
 use crate::disk::DiskError;
 use crate::hypervisor::{Domain, DomainError};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn};
-use crate::replica::mirror::{MirrorHandle, SyncStep};
+use crate::replica::mirror::SyncStep;
+use crate::replica::set::Mirrors;
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -59,6 +60,8 @@ pub enum Effect {
     },
     /// A disk write to the secondary; answer with [`PrimarySide::handle_disk_acked`].
     DiskWrite {
+        /// Which disk, from 0.
+        disk: usize,
         /// Names the write in the answer.
         seq: u64,
         /// Where.
@@ -108,8 +111,8 @@ pub struct PrimarySide {
     machine: Primary,
     mode: Mode,
     domain: Box<dyn Domain>,
-    mirror: MirrorHandle,
-    /// The mirror counts on from protection to protection; this is where it stood when this one began.
+    mirrors: Mirrors,
+    /// The mirrors count on from protection to protection; this is where they stood when this one began.
     disk_epoch_base: u64,
     proxy: Proxy,
     epoch: Arc<AtomicU64>,
@@ -131,12 +134,12 @@ pub struct PrimarySide {
 
 impl PrimarySide {
     /// Begins to protect a running guest. `epoch` is what the guest's frames are tagged with at emission; it must
-    /// be 0. A blank target gets no zero pages of disk.
+    /// be 0. Blank targets get no zero pages of disk.
     pub fn new(
         now: Instant,
         config: Config,
         mut domain: Box<dyn Domain>,
-        mirror: MirrorHandle,
+        mirrors: Mirrors,
         epoch: Arc<AtomicU64>,
         clock: Clock,
         target_is_blank: bool,
@@ -153,18 +156,14 @@ impl PrimarySide {
             return Err((domain, error));
         }
         let to_copy = todo.count();
-        let disk_epoch_base = {
-            let mut mirror = lock(&mirror.0);
-            mirror.attach(target_is_blank);
-            mirror.status().epoch
-        };
+        mirrors.attach(target_is_blank);
         Ok(Self {
             mode: config.mode,
             generation: config.claim.expected,
             machine: Primary::new(now, config),
             domain,
-            mirror,
-            disk_epoch_base,
+            disk_epoch_base: mirrors.epoch(),
+            mirrors,
             proxy: Proxy::open(),
             epoch,
             clock,
@@ -309,12 +308,12 @@ impl PrimarySide {
         self.pump(now);
     }
 
-    /// The secondary's answer to a disk write.
-    pub fn handle_disk_acked(&mut self, now: Instant, seq: u64, result: Result<(), DiskError>) {
+    /// The secondary's answer to a write of a disk.
+    pub fn handle_disk_acked(&mut self, now: Instant, disk: usize, seq: u64, result: Result<(), DiskError>) {
         let failed = result.as_ref().err().map(ToString::to_string);
-        lock(&self.mirror.0).handle_acked(seq, result);
+        self.mirrors.handle_acked(disk, seq, result);
         if let Some(why) = failed {
-            self.machine.handle_loss(now, Loss::Local(format!("disk write to the secondary: {why}")));
+            self.machine.handle_loss(now, Loss::Local(format!("write of disk{disk} to the secondary: {why}")));
         }
         self.machine.handle_progress(now);
         self.pump(now);
@@ -392,7 +391,7 @@ impl PrimarySide {
     fn copy_slice(&mut self, now: Instant) -> Result<(), String> {
         let Some(copy) = self.copy.as_mut() else { return Ok(()) };
         if !copy.disk_done {
-            let step = lock(&self.mirror.0).next_sync_chunk().map_err(|e| e.to_string())?;
+            let step = self.mirrors.next_sync_chunk().map_err(|e| e.to_string())?;
             copy.disk_done = matches!(step, SyncStep::Finished);
         }
         let nr_pages = self.domain.nr_pages();
@@ -450,22 +449,20 @@ impl PrimarySide {
                     Output::Diverged { .. } => {}
                 }
             }
-            let mut mirror = lock(&self.mirror.0);
-            while let Some(forward) = mirror.poll_forward() {
+            while let Some((disk, forward)) = self.mirrors.poll_forward() {
                 idle = false;
                 let (seq, offset, data) = (forward.seq, forward.offset, forward.data);
-                self.effects.push_back(Effect::DiskWrite { seq, offset, data });
+                self.effects.push_back(Effect::DiskWrite { disk, seq, offset, data });
             }
-            if mirror.pressure() {
+            if self.mirrors.pressure() {
                 self.machine.request_checkpoint(now, Cause::DiskBound);
             }
-            if self.machine.state() == State::Sending && mirror.drained(self.disk_epoch_base + self.machine.epoch() - 1)
-            {
+            let ended = self.disk_epoch_base + self.machine.epoch();
+            if self.machine.state() == State::Sending && self.mirrors.drained(ended - 1) {
                 self.machine.handle_disk_drained(now);
                 // It may have been the last thing the checkpoint waited for: what follows must not wait for an input.
                 idle &= self.machine.state() == State::Sending;
             }
-            drop(mirror);
             if idle {
                 return;
             }
@@ -489,7 +486,7 @@ impl PrimarySide {
                 self.stats.last_owned_at = Some(now);
                 self.proxy.checkpoint(now, epoch);
             }
-            Action::AllowDisk { epoch } => lock(&self.mirror.0).allow(self.disk_epoch_base + epoch),
+            Action::AllowDisk { epoch } => self.mirrors.allow(self.disk_epoch_base + epoch),
             Action::ResumeGuest => self.resume().map_err(|e| e.to_string())?,
             Action::PauseGuest => self.domain.suspend().map_err(|e| e.to_string())?,
             Action::Dismiss => self.effects.push_back(Effect::Dismiss),
@@ -499,7 +496,7 @@ impl PrimarySide {
                 let _ = self.domain.stop();
                 self.last_packets = Some(self.proxy.stats());
                 self.proxy = Proxy::open();
-                lock(&self.mirror.0).detach();
+                self.mirrors.detach();
                 self.end(Exit::Stopped);
             }
         }
@@ -528,7 +525,7 @@ impl PrimarySide {
         let suspended = (self.clock)();
         let epoch = self.machine.epoch();
         self.epoch.store(epoch, Ordering::SeqCst);
-        let ended = lock(&self.mirror.0).mark();
+        let ended = self.mirrors.mark();
         assert_eq!(ended + 1, self.disk_epoch_base + epoch, "packets and disk are marked together");
         self.domain.take_dirty(&mut self.dirty)?;
         let listed = (self.clock)();
@@ -574,7 +571,7 @@ impl PrimarySide {
         self.generation = generation;
         self.last_packets = Some(compare::Stats { currently_held: 0, ..self.proxy.stats() });
         self.proxy.release_all();
-        lock(&self.mirror.0).detach();
+        self.mirrors.detach();
         self.copy = None;
         let went_on = (|| {
             self.domain.logdirty(false)?;

@@ -1,4 +1,4 @@
-//! The secondary's side: the guest that stands ready, what is staged for it, and the replica under it.
+//! The secondary's side: the guest that stands ready, what is staged for it, and the replicas under it.
 //!
 //! ```text
 //!  stream ──▶ handle_item ──▶ staged ── whole: seal ── owned ──▶ work(): cache ──▶ guest
@@ -10,9 +10,9 @@
 //! a lost peer is heard while a large one loads. Client frames carry the epoch in which the *primary's* guest got
 //! them: those of an epoch that ended are in the loaded state already, those of the next wait until it is loaded.
 
+use super::Clock;
 use super::staged::{Load, Staged};
 use super::survivor::{ANNOUNCE_FIRST, ANNOUNCE_ROUNDS, ANNOUNCE_STEP, Replay, Said, announcement};
-use super::{Clock, lock};
 use crate::bitmap::Bitmap;
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask};
@@ -26,11 +26,11 @@ use crate::hypervisor::cache::RamCache;
 use crate::hypervisor::{Domain, DomainError};
 use crate::mutant::{self, Mutant};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn, is_zero};
-use crate::replica::epochs::Replica;
+use crate::replica::set::Replicas;
 use bytes::Bytes;
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Bytes of client frames kept for an epoch that is not loaded yet. Beyond it they are dropped: the guests then
@@ -89,7 +89,7 @@ pub struct Stats {
 pub struct SecondarySide {
     machine: Secondary,
     domain: Box<dyn Domain>,
-    replica: Arc<Mutex<Replica>>,
+    replicas: Replicas,
     rewriter: Rewriter,
     epoch: Arc<AtomicU64>,
     clock: Clock,
@@ -118,13 +118,13 @@ pub struct SecondarySide {
 }
 
 impl SecondarySide {
-    /// A side that waits for the first state of a guest. `domain` is blank and suspended, `replica` has begun its
-    /// sync, `epoch` is what the guest's frames are tagged with at emission.
+    /// A side that waits for the first state of a guest. `domain` is blank and suspended, `replicas` have begun
+    /// their sync, `epoch` is what the guest's frames are tagged with at emission.
     pub fn new(
         now: Instant,
         config: Config,
         mut domain: Box<dyn Domain>,
-        replica: Arc<Mutex<Replica>>,
+        replicas: Replicas,
         epoch: Arc<AtomicU64>,
         mac: [u8; 6],
         clock: Clock,
@@ -136,7 +136,7 @@ impl SecondarySide {
             machine: Secondary::new(now, config),
             changed: Bitmap::new(domain.nr_pages()),
             domain,
-            replica,
+            replicas,
             rewriter: Rewriter::new(),
             epoch,
             clock,
@@ -170,10 +170,10 @@ impl SecondarySide {
         self.stats
     }
 
-    /// The replica.
+    /// The replicas of its disks.
     #[must_use]
-    pub fn replica(&self) -> &Arc<Mutex<Replica>> {
-        &self.replica
+    pub fn replicas(&self) -> &Replicas {
+        &self.replicas
     }
 
     /// The guest.
@@ -344,7 +344,7 @@ impl SecondarySide {
 
     /// The peer is lost, or a failover is wanted.
     pub fn handle_loss(&mut self, now: Instant, loss: Loss) {
-        if loss != Loss::Requested && lock(&self.replica).status().broken {
+        if loss != Loss::Requested && self.replicas.is_broken() {
             self.machine.give_way(GIVE_WAY);
         }
         self.machine.handle_loss(now, loss);
@@ -391,7 +391,7 @@ impl SecondarySide {
         if !self.wants_work(now) {
             return false;
         }
-        let applied = lock(&self.replica).apply_some(DISK_APPLY_SLICE_BYTES);
+        let applied = self.replicas.apply_some(DISK_APPLY_SLICE_BYTES);
         match applied {
             Ok(true) => return true,
             Ok(false) => self.disk_due = None,
@@ -467,7 +467,7 @@ impl SecondarySide {
                 }
                 Action::StopGuest => {
                     self.stop();
-                    if let Err(error) = lock(&self.replica).stop() {
+                    if let Err(error) = self.replicas.stop() {
                         self.error.get_or_insert(error.to_string());
                     }
                     self.end();
@@ -482,10 +482,10 @@ impl SecondarySide {
         self.load = None;
     }
 
-    /// Checks that the staged state can be found whole, and makes the disk's pending epoch the checkpoint.
+    /// Checks that the staged state can be found whole, and makes the disks' pending epochs the checkpoint.
     fn seal(&mut self) -> Result<(), String> {
         self.domain.check_devices(&self.staged.devices).map_err(|e| e.to_string())?;
-        lock(&self.replica).seal().map_err(|e| e.to_string())
+        self.replicas.seal().map_err(|e| e.to_string())
     }
 
     fn begin_load(&mut self, now: Instant) {
@@ -565,7 +565,7 @@ impl SecondarySide {
     fn take_over(&mut self, now: Instant, generation: u64) {
         self.generation = generation;
         self.staged = Staged::default();
-        if let Err(error) = lock(&self.replica).takeover(generation) {
+        if let Err(error) = self.replicas.takeover(generation) {
             self.error.get_or_insert(error.to_string());
         }
         self.rewriter.takeover();

@@ -1,6 +1,6 @@
 //! What `xl-colo check` asks of Xen, and what `protect` refuses for: one judgement for both.
 
-use super::our_disks;
+use super::{DISKS_MAX, disk_name, our_disk};
 use crate::daemon::check::{Abilities, Control, Obstacle, XenFacts};
 use crate::hypervisor::xen::toolstack;
 use ::xen::{Error, Interface, Store, refuse};
@@ -53,26 +53,38 @@ pub fn guest_facts(name: &str) -> Result<Vec<Obstacle>, String> {
     let mut found: Vec<_> =
         refusals.map(|refusal| Obstacle { reason: refusal.reason, remedy: refusal.remedy.into() }).collect();
     match tokio::task::block_in_place(|| toolstack::config(domid)) {
-        Ok(config) => found.extend(obstacles(name, &config)),
+        Ok(config) => found.extend(obstacles(name, &config, None)),
         Err(reason) => found.push(Obstacle { reason, remedy: "see what xl list -l says of it".into() }),
     }
     Ok(found)
 }
 
-/// What is in the way of protecting a guest of this configuration.
-pub(super) fn obstacles(guest: &str, config: &serde_json::Value) -> Vec<Obstacle> {
-    let ours = our_disks(guest);
+/// What is in the way of protecting a guest of this configuration, by a host of these `images` if it is known.
+pub(super) fn obstacles(guest: &str, config: &serde_json::Value, images: Option<&[PathBuf]>) -> Vec<Obstacle> {
+    let served = images.map_or(DISKS_MAX, <[PathBuf]>::len);
+    let ours: Vec<_> = (0..served).map(|index| our_disk(guest, index)).collect();
     let mut found = Vec::new();
-    let foreign = toolstack::foreign_disks(config, &ours);
+    let foreign = toolstack::foreign_disks(config, &ours.concat());
     if !foreign.is_empty() {
+        let target = match served {
+            1 => format!("target={}", ours[0][0]),
+            _ => format!("target={guest}/disk0, the next one {guest}/disk1, and so on"),
+        };
         found.push(Obstacle {
             reason: format!("writes to {} would be lost", foreign.join(", ")),
-            remedy: format!(
-                "give each disk script=block-colo,target={} (see the sample configurations), or detach it",
-                ours[0]
-            ),
+            remedy: format!("give each disk script=block-colo,{target} (see the sample configurations), or detach it"),
         });
     }
+    for (index, names) in ours.iter().enumerate() {
+        let disks = toolstack::disks_of(config, names);
+        if let [first, second, ..] = &disks[..] {
+            found.push(Obstacle {
+                reason: format!("{first} and {second} are both {}, and would overwrite each other", disk_name(index)),
+                remedy: format!("give one of them another target, {guest}/disk{}", ours.len()),
+            });
+        }
+    }
+    found.extend(images.and_then(|images| unused(config, &ours, images)));
     let nics = config["nics"].as_array().map(Vec::as_slice).unwrap_or_default();
     if nics.len() > 1 {
         found.push(Obstacle {
@@ -93,6 +105,16 @@ pub(super) fn obstacles(guest: &str, config: &serde_json::Value) -> Vec<Obstacle
     found
 }
 
+/// An image that is no disk of the guest. A guest without any disk has one image all the same: `--disk` wants one.
+fn unused(config: &serde_json::Value, ours: &[[String; 2]], images: &[PathBuf]) -> Option<Obstacle> {
+    let is_unused = |(_, names): &(&PathBuf, &[String; 2])| toolstack::disks_of(config, *names).is_empty();
+    let (image, names) = images.iter().zip(ours).filter(|_| images.len() > 1).find(is_unused)?;
+    Some(Obstacle {
+        reason: format!("{} is given as {}, and no disk in its configuration is that", image.display(), names[0]),
+        remedy: format!("add a disk with script=block-colo,target={}, or give one --disk less", names[0]),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -110,14 +132,42 @@ mod tests {
     fn only_our_own_devices_can_be_protected() {
         let nic = json!({"mac": "02:00:00:00:00:01", "script": "/etc/xen/scripts/vif-colo"});
         let disk = json!({"vdev": "xvda", "pdev_path": "web/disk0", "readwrite": 1});
-        assert_eq!(obstacles("web", &json!({"nics": [nic], "disks": [disk]})), []);
-        assert_eq!(obstacles("web", &json!({})), []);
+        let one = [PathBuf::from("/srv/web.img")];
+        assert_eq!(obstacles("web", &json!({"nics": [nic], "disks": [disk]}), Some(&one)), []);
+        assert_eq!(obstacles("web", &json!({}), Some(&one)), []);
         let bridge = json!({"mac": "02:00:00:00:00:02", "script": "vif-bridge"});
         let data = json!({"vdev": "xvdb", "pdev_path": "/dev/vg/data", "readwrite": 1});
-        let found = obstacles("web", &json!({"nics": [nic, bridge], "disks": [disk, data]}));
+        let found = obstacles("web", &json!({"nics": [nic, bridge], "disks": [disk, data]}), None);
         let said: Vec<_> = found.iter().map(ToString::to_string).collect();
         assert_eq!(said.len(), 3, "{said:?}");
         assert!(said[0].starts_with("writes to xvdb (/dev/vg/data) would be lost (give"), "{said:?}");
         assert!(said[1].contains("2 NICs") && said[2].contains("vif-bridge"), "{said:?}");
+    }
+
+    #[test]
+    fn each_disk_is_one_of_ours_and_each_of_ours_one_disk() {
+        let disk = |vdev: &str, target: &str| json!({"vdev": vdev, "pdev_path": target, "readwrite": 1});
+        let said = |disks: &[serde_json::Value], images: usize| {
+            let images: Vec<_> = (0..images).map(|index| PathBuf::from(format!("/srv/{index}.img"))).collect();
+            let found = obstacles("web", &json!({"disks": disks}), (!images.is_empty()).then_some(&images[..]));
+            found.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        let (first, second) = (disk("xvda", "web/disk0"), disk("xvdb", "web/disk1"));
+        let emulated = disk("hdb", "nbd:unix:/run/xen-colo/web.disk1.sock:exportname=disk1");
+        let none: [&str; 0] = [];
+        for disks in [[first.clone(), second.clone()], [second.clone(), first.clone()], [first.clone(), emulated]] {
+            assert_eq!(said(&disks, 2), none, "in any order, by either name");
+            assert_eq!(said(&disks, 0), none, "of a host that nobody knows");
+        }
+        let refused = said(&[first.clone(), second.clone()], 1);
+        assert!(refused[0].starts_with("writes to xvdb (web/disk1) would be lost (give each disk"), "{refused:?}");
+        let refused = said(std::slice::from_ref(&first), 2);
+        assert_eq!(refused.len(), 1, "{refused:?}");
+        assert!(refused[0].starts_with("/srv/1.img is given as web/disk1, and no disk in its"), "{refused:?}");
+        let twice = disk("xvdb", "web/disk0");
+        let refused = said(&[first.clone(), twice], 1);
+        assert!(refused[0].starts_with("xvda and xvdb are both disk0"), "{refused:?}");
+        let foreign = said(&[first, second, disk("xvdc", "/dev/vg/data")], 2);
+        assert!(foreign[0].starts_with("writes to xvdc (/dev/vg/data) would be lost"), "{foreign:?}");
     }
 }

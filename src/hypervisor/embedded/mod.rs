@@ -14,6 +14,7 @@
 //! The trap: anything the guest remembers outside its pages and registers is lost at a takeover. Derived values
 //! (the next timer, who owns which port) are therefore computed from the pages each time, never cached.
 
+pub mod copies;
 pub mod devices;
 pub mod domain;
 pub mod kv;

@@ -120,6 +120,17 @@ pub fn foreign_disks(config: &serde_json::Value, ours: &[String]) -> Vec<String>
     foreign.map(|disk| format!("{} ({})", disk["vdev"].as_str().unwrap_or("?"), target(disk))).collect()
 }
 
+/// The disks of a configuration whose target is one of these spellings, by the guest's names for them.
+#[must_use]
+pub fn disks_of(config: &serde_json::Value, targets: &[String]) -> Vec<String> {
+    let disks = config["disks"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let is_one = |disk: &&serde_json::Value| {
+        disk["pdev_path"].as_str().is_some_and(|path| targets.iter().any(|target| target == path))
+    };
+    let named = disks.iter().filter(is_one);
+    named.map(|disk| disk["vdev"].as_str().unwrap_or("?").to_owned()).collect()
+}
+
 /// The MAC addresses of a configuration's NICs.
 #[must_use]
 pub fn macs(config: &serde_json::Value) -> Vec<[u8; 6]> {

@@ -1,0 +1,265 @@
+//! The disks of one guest, taken together: mirrors on the primary, replicas on the secondary.
+//!
+//! ```text
+//!   disk0   Mirror ── its own queue, its own connection ──▶ Replica ─┐
+//!   disk1   Mirror ── its own queue, its own connection ──▶ Replica ─┼─ sealed, taken over, stopped as one
+//!   disk2   Mirror ── its own queue, its own connection ──▶ Replica ─┘
+//!              └─ marked as one, drained when all are
+//! ```
+//!
+//! A step is taken on all disks or on none: first each is asked whether it can, under all locks, then it is done on
+//! each, which cannot fail. What can fail only while it is done (writing images at a stop, or in the background) is
+//! done on every disk whatever happens to another, and their records ([`super::records`]) call none of them whole.
+//!
+//! The traps: locks are taken in the order of the disks, and only here are several held at once; and an error that does
+//! not name its disk sends the operator to the wrong one.
+
+use super::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig, ReplicaError, ReplicaStatus};
+use super::lock;
+use super::mirror::{Forward, Mirror, MirrorHandle, MirrorStatus, SyncStep};
+use super::records::Member;
+use super::state::{State, StateFile};
+use crate::disk::{Disk, DiskError};
+use crate::mutant::{self, Mutant};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// What went wrong with one disk of several.
+#[derive(Debug, thiserror::Error)]
+#[error("disk{disk}: {source}")]
+pub struct OfDisk<E: std::error::Error + 'static> {
+    /// Which, from 0.
+    pub disk: usize,
+    /// What.
+    pub source: E,
+}
+
+fn of_disk<T, E: std::error::Error>(disk: usize, result: Result<T, E>) -> Result<T, OfDisk<E>> {
+    result.map_err(|source| OfDisk { disk, source })
+}
+
+/// Guest A's disks.
+#[derive(Clone)]
+pub struct Mirrors(Arc<[MirrorHandle]>);
+
+impl Mirrors {
+    /// Mirrors of the guest's disks, in their order, not attached. Copies waiting or in flight take at most
+    /// `bound_bytes` over all of them, each disk having its share.
+    #[must_use]
+    pub fn new(locals: Vec<Box<dyn Disk>>, bound_bytes: u64) -> Self {
+        let share_bytes = bound_bytes / locals.len().max(1) as u64;
+        let handle = |local| MirrorHandle(Arc::new(Mutex::new(Mirror::new(local, share_bytes))));
+        Self(locals.into_iter().map(handle).collect())
+    }
+
+    /// Each disk, as the guest has it.
+    #[must_use]
+    pub fn disks(&self) -> &[MirrorHandle] {
+        &self.0
+    }
+
+    fn each(&self) -> impl Iterator<Item = MutexGuard<'_, Mirror>> {
+        self.0.iter().map(|mirror| lock(&mirror.0))
+    }
+
+    /// Starts copying all disks; see [`Mirror::attach`].
+    pub fn attach(&self, target_blank: bool) {
+        self.each().for_each(|mut mirror| mirror.attach(target_blank));
+    }
+
+    /// Stops copying, and drops what was queued.
+    pub fn detach(&self) {
+        self.each().for_each(|mut mirror| mirror.detach());
+    }
+
+    /// One step of the initial copy: of the first disk that has one to do. `Full` when none has room for it.
+    pub fn next_sync_chunk(&self) -> Result<SyncStep, OfDisk<DiskError>> {
+        let mut all = SyncStep::Finished;
+        for (disk, mut mirror) in self.each().enumerate() {
+            match of_disk(disk, mirror.next_sync_chunk())? {
+                SyncStep::Finished => {}
+                SyncStep::Full => all = SyncStep::Full,
+                step @ (SyncStep::Queued { .. } | SyncStep::Skipped { .. }) => return Ok(step),
+            }
+        }
+        Ok(all)
+    }
+
+    /// The epoch that writes belong to now.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.each().next().map_or(0, |mirror| mirror.status().epoch)
+    }
+
+    /// Ends the current epoch on all disks, which share it, and returns its number. The guest must be suspended.
+    pub fn mark(&self) -> u64 {
+        let mut ended = self.each().map(|mut mirror| mirror.mark());
+        let first = ended.next().unwrap_or(0);
+        ended.for_each(|other| assert_eq!(other, first, "the disks are marked together"));
+        first
+    }
+
+    /// Lets the writes of `epoch` and of those before it go.
+    pub fn allow(&self, epoch: u64) {
+        self.each().for_each(|mut mirror| mirror.allow(epoch));
+    }
+
+    /// The next copy that may be sent, and of which disk.
+    pub fn poll_forward(&self) -> Option<(usize, Forward)> {
+        self.each().enumerate().find_map(|(disk, mut mirror)| mirror.poll_forward().map(|copy| (disk, copy)))
+    }
+
+    /// The other host's answer to a copy of a disk. One of a disk that is none says nothing.
+    pub fn handle_acked(&self, disk: usize, seq: u64, result: Result<(), DiskError>) {
+        if let Some(mirror) = self.0.get(disk) {
+            lock(&mirror.0).handle_acked(seq, result);
+        }
+    }
+
+    /// Whether the other host has acknowledged the whole initial copy and every write of `epoch` and before, of every
+    /// disk.
+    #[must_use]
+    pub fn drained(&self, epoch: u64) -> bool {
+        let disks = if mutant::active(Mutant::DrainFirstOnly) { 1 } else { self.0.len() };
+        self.each().take(disks).all(|mirror| mirror.drained(epoch))
+    }
+
+    /// Whether a checkpoint is due for one of them.
+    #[must_use]
+    pub fn pressure(&self) -> bool {
+        self.each().any(|mirror| mirror.pressure())
+    }
+
+    /// Where each stands.
+    #[must_use]
+    pub fn status(&self) -> Vec<MirrorStatus> {
+        self.each().map(|mirror| mirror.status()).collect()
+    }
+}
+
+/// A base image, and where its record is kept.
+pub type Image = (Box<dyn Disk>, Box<dyn StateFile>);
+
+/// Guest B's disks.
+#[derive(Clone)]
+pub struct Replicas(Arc<[Arc<Mutex<Replica>>]>);
+
+impl Replicas {
+    /// Replicas over bases that do not outlive them, in the order of the guest's disks, not started.
+    #[must_use]
+    pub fn new(bases: Vec<Box<dyn Disk>>, config: ReplicaConfig) -> Self {
+        let states = bases.iter().map(|_| State::forgetful()).collect();
+        Self::over(bases, states, 0, config)
+    }
+
+    /// Replicas over images with their records, in the order of the guest's disks, not started. `set` tells them from
+    /// other guests' images and from older copies of these: draw it. What `config` allows is for all of them together.
+    pub fn open(images: Vec<Image>, set: u32, config: ReplicaConfig) -> Result<Self, OfDisk<DiskError>> {
+        let (mut bases, mut states) = (Vec::new(), Vec::new());
+        for (disk, (base, file)) in images.into_iter().enumerate() {
+            bases.push(base);
+            states.push(of_disk(disk, State::open(file))?);
+        }
+        Ok(Self::over(bases, states, set, config))
+    }
+
+    fn over(bases: Vec<Box<dyn Disk>>, states: Vec<State>, set: u32, config: ReplicaConfig) -> Self {
+        let budget = config.budget();
+        let members = Member::of(states, set).into_iter();
+        let replica = |(base, member)| Arc::new(Mutex::new(Replica::over(base, member, budget.clone())));
+        Self(bases.into_iter().zip(members).map(replica).collect())
+    }
+
+    /// Each disk.
+    #[must_use]
+    pub fn disks(&self) -> &[Arc<Mutex<Replica>>] {
+        &self.0
+    }
+
+    /// Each disk, as guest B has it.
+    pub fn guest_views(&self) -> impl Iterator<Item = GuestView> {
+        self.0.iter().cloned().map(GuestView)
+    }
+
+    /// Each disk, as the primary of `generation` writes it.
+    pub fn primary_views(&self, generation: u64) -> impl Iterator<Item = PrimaryView> {
+        self.0.iter().cloned().map(move |replica| PrimaryView { replica, generation })
+    }
+
+    fn all(&self) -> Vec<MutexGuard<'_, Replica>> {
+        self.0.iter().map(|replica| lock(replica)).collect()
+    }
+
+    /// Asks each disk, then does it on each.
+    fn step(
+        &self,
+        mut may: impl FnMut(&mut Replica) -> Result<(), ReplicaError>,
+        mut does: impl FnMut(&mut Replica) -> Result<(), ReplicaError>,
+    ) -> Result<(), OfDisk<ReplicaError>> {
+        let mut all = self.all();
+        all.iter_mut().enumerate().try_for_each(|(disk, replica)| of_disk(disk, may(replica)))?;
+        all.iter_mut().enumerate().try_for_each(|(disk, replica)| of_disk(disk, does(replica)))
+    }
+
+    /// Begins the initial copy of all disks; see [`Replica::start_sync`]. After an error none has begun: the first disk
+    /// makes it durable for all that they are not whole, and nothing else of it can fail.
+    pub fn start_sync(&self, generation: u64) -> Result<(), OfDisk<ReplicaError>> {
+        self.step(|replica| replica.check_start(generation), |replica| replica.start_sync(generation))
+    }
+
+    /// The checkpoint, of all disks or, after an error, of none; see [`Replica::seal`].
+    pub fn seal(&self) -> Result<(), OfDisk<ReplicaError>> {
+        let mut sealed = 0;
+        self.step(Replica::prepare_seal, |replica| {
+            sealed += 1;
+            if sealed == 1 || !mutant::active(Mutant::SealFirstOnly) {
+                replica.commit_seal();
+            }
+            Ok(())
+        })
+    }
+
+    /// Guest B carries on from the last checkpoint of all disks; after an error nothing has changed. See
+    /// [`Replica::takeover`].
+    pub fn takeover(&self, new_generation: u64) -> Result<(), OfDisk<ReplicaError>> {
+        self.step(|replica| replica.check_takeover(new_generation), |replica| replica.takeover(new_generation))
+    }
+
+    /// Ends replication without a takeover, on every disk; see [`Replica::stop`]. After an error, the first one, it is
+    /// over too, and the images are not whole together.
+    pub fn stop(&self) -> Result<(), OfDisk<ReplicaError>> {
+        let mut all = self.all();
+        let stopped: Vec<_> = all.iter_mut().enumerate().map(|(disk, replica)| of_disk(disk, replica.stop())).collect();
+        stopped.into_iter().collect::<Result<(), _>>()?;
+        // A disk with nothing left to apply was stopped before another one was written: it says again what it is.
+        let settle = |replica: &mut Replica| replica.apply_some(1).map(drop).map_err(ReplicaError::Disk);
+        all.iter_mut().enumerate().try_for_each(|(disk, replica)| of_disk(disk, settle(replica)))
+    }
+
+    /// Copies about `budget_bytes` of sealed epochs into the bases, every disk its share; see [`Replica::apply_some`].
+    /// True while there is more to do on any, or their records do not say yet what they are. An error keeps no other
+    /// disk from it.
+    pub fn apply_some(&self, budget_bytes: u64) -> Result<bool, OfDisk<DiskError>> {
+        let share_bytes = budget_bytes / self.0.len().max(1) as u64;
+        let apply = |(disk, replica): (usize, &Arc<Mutex<Replica>>)| {
+            let mut replica = lock(replica);
+            let more = of_disk(disk, replica.apply_some(share_bytes))?;
+            Ok((more, replica.is_unsettled()))
+        };
+        let applied: Vec<_> = self.0.iter().enumerate().map(apply).collect();
+        let applied = applied.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let unsettled = applied.last().is_some_and(|(_, unsettled)| *unsettled);
+        Ok(unsettled || applied.iter().any(|(more, _)| *more))
+    }
+
+    /// Whether one of them is broken, and with it the next checkpoint.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.0.iter().any(|replica| lock(replica).status().broken)
+    }
+
+    /// Where each stands.
+    #[must_use]
+    pub fn status(&self) -> Vec<ReplicaStatus> {
+        self.0.iter().map(|replica| lock(replica).status()).collect()
+    }
+}

@@ -34,6 +34,8 @@ pub enum Mutant {
     TrustStateRead,
     /// What an earlier process wrote to an image counts as flushed.
     TrustPageCache,
+    /// A mirror's bitmap forgets the writes of an epoch when it ends, not when it is owned.
+    ForgetUnowned,
 }
 
 impl Mutant {

@@ -18,6 +18,7 @@ mod nbd_tls;
 mod partition;
 mod qemu_replication;
 mod restart;
+mod resync;
 mod sim;
 mod tidy;
 mod unprotect;

@@ -30,6 +30,8 @@ use crate::colo::heartbeat::Word;
 use crate::colo::hello::Mode;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
 use crate::disk::DiskError;
+use crate::replica::mirror::Target;
+use crate::replica::mirror::resync::ChunkHash;
 use bytes::Bytes;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -64,8 +66,8 @@ pub enum HostInput {
         config: primary_machine::Config,
         /// The peer's name.
         peer: String,
-        /// Whether the peer's disk is new and all zero.
-        target_is_blank: bool,
+        /// The peer's disk as it is.
+        target: Target,
         /// Told when the first copy has begun, or why it has not.
         begun: tokio::sync::oneshot::Sender<Reply>,
     },
@@ -133,6 +135,7 @@ enum Input {
     Lost(Loss),
     Stream(StreamIn),
     Disk(u64, Result<(), DiskError>),
+    Hash(ChunkHash),
     Recycled(crate::page::PageBatch),
     SecondaryOrMirrored(u64, Bytes),
     GuestFrames,
@@ -210,6 +213,7 @@ impl Engine {
         let deadline = self.deadline();
         let frames = self.guest_frames();
         let busy = self.has_work();
+        let hashes_wanted = matches!(&self.role, Role::Primary(role) if role.side.wants_hash());
         let sleep = async {
             match deadline {
                 Some(at) => tokio::time::sleep(at - engine_clock()).await,
@@ -238,6 +242,7 @@ impl Engine {
             Some(answer) = self.answers.recv() => Input::Answer(answer),
             Some(item) = links.stream_in.recv() => Input::Stream(item),
             Some((seq, result)) = links.disk_in.recv() => Input::Disk(seq, result),
+            Some(hash) = links.hashes_in.recv(), if hashes_wanted => Input::Hash(hash),
             Some(batch) = links.recycled.recv() => Input::Recycled(batch),
             Some((epoch, frame)) = links.packets_in.recv() => Input::SecondaryOrMirrored(epoch, frame),
             () = frames => Input::GuestFrames,
@@ -351,8 +356,8 @@ impl Engine {
         match input {
             Input::Control((request, reply)) => self.control(request, reply),
             Input::Host(input) => match *input {
-                HostInput::Protect { links, config, peer, target_is_blank, begun } => {
-                    let _ = begun.send(self.begin_primary(now, links, config, peer, target_is_blank));
+                HostInput::Protect { links, config, peer, target, begun } => {
+                    let _ = begun.send(self.begin_primary(now, links, config, peer, target));
                 }
                 HostInput::Join { links, config, peer, guest } => self.begin_secondary(now, links, config, peer, guest),
             },
@@ -378,6 +383,11 @@ impl Engine {
             Input::Disk(seq, result) => {
                 if let Role::Primary(role) = &mut self.role {
                     role.side.handle_disk_acked(now, seq, result);
+                }
+            }
+            Input::Hash(hash) => {
+                if let Role::Primary(role) = &mut self.role {
+                    role.side.handle_hash(now, hash);
                 }
             }
             Input::Recycled(batch) => {
@@ -493,7 +503,7 @@ impl Engine {
         links: Links,
         config: primary_machine::Config,
         peer: String,
-        blank: bool,
+        target: Target,
     ) -> Reply {
         let role = std::mem::replace(&mut self.role, Role::Empty);
         let mut guest = match role {
@@ -511,7 +521,7 @@ impl Engine {
         let Some(domain) = guest.domain.take() else { return Reply::error("this host has no guest") };
         let mode = config.mode;
         let clock = Arc::new(engine_clock);
-        match PrimarySide::new(now, config, domain, guest.mirror.clone(), guest.epoch.clone(), clock, blank) {
+        match PrimarySide::new(now, config, domain, guest.mirror.clone(), guest.epoch.clone(), clock, target) {
             Ok(side) => {
                 self.role = Role::Primary(Box::new(PrimaryRole { side, guest }));
                 self.adopt(links, peer, mode);

@@ -1,8 +1,8 @@
 //! One host: a process with a control socket, a peer listener, a switch port and an engine.
 //!
 //! ```text
-//!   control socket ─▶ engine ─ protect ─▶ knock() ── hello × 4 ──▶ peer's listener
-//!   peer listener  ─▶ greet   ── four links of one session ──▶ engine: Join
+//!   control socket ─▶ engine ─ protect ─▶ knock() ── hellos ──▶ peer's listener
+//!   peer listener  ─▶ greet   ── the links of one session ──▶ engine: Join
 //!   switch port    ◀─▶ engine
 //! ```
 //!
@@ -21,15 +21,18 @@ use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, Vacancy};
 use super::engine_clock;
 use super::frames::{FrameReader, FrameWriter};
 use super::guest::{DISK_NAME, Guest, GuestError};
-use super::links::{self, Outgoing, Side, outbox};
+use super::hashes;
+use super::links::{self, Outgoing, Side, lock, outbox};
 use super::xen::{self, Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
 use crate::colo::delta::SentPages;
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
-use crate::colo::hello::{self, Channel, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome};
+use crate::colo::hello::{self, Channel, DiskCheckpoint, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome};
 use crate::colo::primary;
+use crate::disk::Disk as _;
 use crate::hypervisor::embedded::MachineConfig;
 use crate::page::PAGE_SIZE;
+use crate::replica::mirror::{Holds, MirrorHandle, Target};
 use bytes::{Bytes, BytesMut};
 use std::io;
 use std::path::PathBuf;
@@ -50,6 +53,8 @@ const BLANK_DISK: &str = "blank-disk";
 pub(super) const VACANT: &str = "vacant";
 /// The feature of a host that can take page deltas.
 const PAGE_DELTAS: &str = "page-deltas";
+/// The feature of a host that can tell the hashes of its disk.
+const CHUNK_HASHES: &str = "chunk-hashes";
 /// Memory in MiB for what was sent of a guest's pages, by default.
 const DELTA_MIB_DEFAULT: u64 = 64;
 /// Pages in a MiB.
@@ -175,7 +180,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let (host_sender, host_receiver) = mpsc::channel(1);
     let (network_out, network_outgoing) = outbox();
     let (vacancy_sender, vacancy) = watch::channel(if guest.is_none() { Vacancy::Vacant } else { Vacancy::Taken });
-    let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone()));
+    let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone(), guest.mirror.clone()));
     let engine = Engine::new(EngineParts {
         name: config.name.clone(),
         guest,
@@ -217,7 +222,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         while let Some((protect, reply)) = protects.recv().await {
             let answer = match &shape {
                 None => Reply::error("this host has no guest"),
-                Some((name, geometry)) => match knock(&shared, &protect, name, geometry).await {
+                Some((name, geometry, mirror)) => match knock(&shared, &protect, name, geometry, mirror).await {
                     Ok(()) => Reply::done(),
                     Err(why) => Reply::error(why),
                 },
@@ -310,7 +315,13 @@ async fn switch_port(net: Address, frames_in: mpsc::Sender<Bytes>, mut frames_ou
 }
 
 /// The primary's way in: claims the next generation, opens the links, hands them to the engine.
-async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geometry) -> Result<(), String> {
+async fn knock(
+    shared: &Shared,
+    protect: &Protect,
+    guest: &str,
+    geometry: &Geometry,
+    mirror: &MirrorHandle,
+) -> Result<(), String> {
     let config = &shared.config;
     let peer: Address = protect.peer.parse().map_err(|error| format!("{error}"))?;
     // A peer that is not there must be found out before a generation is spent.
@@ -336,19 +347,22 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
     };
     word(Channel::Colo).check().map_err(|error| error.to_string())?;
     let (stream, welcome) = introduce(stream, word(Channel::Colo)).await?;
-    let mut others = Vec::with_capacity(3);
-    for channel in [Channel::Packets, Channel::Heartbeat, Channel::Nbd] {
-        let link = peer.connect().await.map_err(|error| format!("peer {peer}: {error}"))?;
-        others.push(introduce(link, word(channel)).await?.0);
-    }
-    let [Some(nbd), Some(heartbeat_link), Some(packets)] = [others.pop(), others.pop(), others.pop()] else {
-        return Err("the links did not come up".into());
-    };
-    let heartbeat = Heartbeat::new(engine_clock(), Duration::from_millis(interval_ms), misses, generation);
     let can = |feature| welcome.features.iter().any(|welcomed| welcomed == feature);
+    let target = Target { session: u64::from_le_bytes(session), holds: holds(&welcome, mirror) };
+    let open = async |channel| {
+        let link = peer.connect().await.map_err(|error| format!("peer {peer}: {error}"))?;
+        Ok::<_, String>(introduce(link, word(channel)).await?.0)
+    };
+    let (packets, heartbeat_link) = (open(Channel::Packets).await?, open(Channel::Heartbeat).await?);
+    let hashes = match target.holds {
+        Holds::Hashed => Some((open(Channel::Hashes).await?, hashes::count(lock(&mirror.0).size_bytes()))),
+        Holds::Anything | Holds::Zeroes | Holds::Checkpoint { .. } => None,
+    };
+    let nbd = open(Channel::Nbd).await?;
+    let heartbeat = Heartbeat::new(engine_clock(), Duration::from_millis(interval_ms), misses, generation);
     let delta_pages = protect.delta_mib.unwrap_or(DELTA_MIB_DEFAULT).saturating_mul(PAGES_PER_MIB);
     let sent_pages = can(PAGE_DELTAS).then(|| SentPages::new(usize::try_from(delta_pages).unwrap_or(usize::MAX)));
-    let side = Side::Primary { nbd, export: DISK_NAME.into(), sent_pages };
+    let side = Side::Primary { nbd, export: DISK_NAME.into(), sent_pages, hashes };
     let links = links::start(stream, packets, heartbeat_link, heartbeat, side);
     let claim = Claim { guest: guest.to_owned(), expected: generation, holder: config.name.clone() };
     let mut machine = primary::Config::new(protect.mode, claim);
@@ -357,14 +371,27 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
     if let Some(delay_ms) = protect.checkpoint_delay_ms {
         machine.checkpoint_delay = Duration::from_millis(delay_ms);
     }
-    let target_is_blank = can(BLANK_DISK);
     let (begun, answer) = oneshot::channel();
-    let input = HostInput::Protect { links, config: machine, peer: welcome.from, target_is_blank, begun };
+    let input = HostInput::Protect { links, config: machine, peer: welcome.from, target, begun };
     let gone = || "the host is shutting down".to_owned();
     shared.host.send(input).await.map_err(|_| gone())?;
     match answer.await.map_err(|_| gone())? {
         Reply::Return(_) => Ok(()),
         Reply::Error { desc } => Err(desc),
+    }
+}
+
+/// What the peer's disk is, as far as the two of us know.
+fn holds(welcome: &Welcome, mirror: &MirrorHandle) -> Holds {
+    let can = |feature| welcome.features.iter().any(|welcomed| welcomed == feature);
+    let known = welcome.checkpoints.iter().find(|known| known.disk == DISK_NAME);
+    match known {
+        _ if can(BLANK_DISK) => Holds::Zeroes,
+        Some(&DiskCheckpoint { session, number, .. }) if lock(&mirror.0).counts_from(session, number) => {
+            Holds::Checkpoint { session, number }
+        }
+        _ if can(CHUNK_HASHES) => Holds::Hashed,
+        _ => Holds::Anything,
     }
 }
 

@@ -5,6 +5,7 @@
 //!  packets     P → S  client frames (epoch)         S → P  guest frames (epoch)
 //!  heartbeat   both ways, on a thread of its own    and the words that end a protection
 //!  nbd         P → S  writes                        S → P  replies
+//!  hashes      (if the disk is not known)           S → P  a hash a chunk
 //! ```
 //!
 //! Tasks only move bytes. Whatever ends one of them says why on `lost`, and that is all it decides. Input queues
@@ -14,6 +15,7 @@
 use super::address::Link;
 use super::engine_clock;
 use super::frames::FRAME_BYTES_MAX;
+use super::hashes;
 pub use super::pair::lock;
 use crate::colo::Loss;
 use crate::colo::delta::SentPages;
@@ -24,6 +26,8 @@ use crate::compare::wire;
 use crate::disk::DiskError;
 use crate::nbd::client::{Client, Limits, SubmitError};
 use crate::page::PageBatch;
+use crate::replica::mirror::Payload;
+use crate::replica::mirror::resync::ChunkHash;
 use bytes::{Bytes, BytesMut};
 use std::collections::HashMap;
 use std::io;
@@ -38,6 +42,8 @@ use tokio::task::JoinHandle;
 const STREAM_IN_ITEMS: usize = 8;
 /// Packets waiting for the engine.
 const PACKETS_IN: usize = 1024;
+/// Hashes waiting for the engine.
+const HASHES_IN: usize = 64;
 /// Bytes asked of a socket at once.
 const READ_BYTES: usize = 1 << 20;
 /// Pages encoded into one write.
@@ -124,7 +130,7 @@ pub struct DiskWrite {
     /// Where.
     pub offset: u64,
     /// What.
-    pub data: Bytes,
+    pub payload: Payload,
 }
 
 /// What the engine holds of the connections. Dropping it closes them.
@@ -142,6 +148,8 @@ pub struct Links {
     pub disk_in: mpsc::Receiver<(u64, Result<(), DiskError>)>,
     /// Disk writes; unused on the secondary.
     pub disk_out: Outbox<DiskWrite>,
+    /// The secondary's hashes, if it was asked for them.
+    pub hashes_in: mpsc::Receiver<ChunkHash>,
     /// Page buffers to be used again.
     pub recycled: mpsc::Receiver<PageBatch>,
     /// Why a connection ended.
@@ -185,6 +193,8 @@ pub enum Side {
         export: String,
         /// What is remembered of the pages sent, if the peer can take deltas.
         sent_pages: Option<SentPages>,
+        /// The connection on which the secondary tells the hashes of its disk, and how many.
+        hashes: Option<(Link, u64)>,
     },
     /// The secondary reads a stream for a guest of this size, and serves its disk.
     Secondary {
@@ -192,6 +202,8 @@ pub enum Side {
         nr_pages: u64,
         /// The NBD server; its end is the end of the pair, since no later checkpoint has a disk.
         nbd: LinkTask,
+        /// What tells the hashes of its disk.
+        hashes: Option<LinkTask>,
     },
 }
 
@@ -227,6 +239,7 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
     let (packets_out, packets_outgoing) = outbox();
     let (disk_sender, disk_in) = mpsc::channel(PACKETS_IN);
     let (disk_out, disk_outgoing) = outbox();
+    let (hash_sender, hashes_in) = mpsc::channel(HASHES_IN);
     let (recycle, recycled) = mpsc::channel(4);
     let sent_bytes = Arc::new(AtomicU64::new(0));
     let received_bytes = Arc::new(AtomicU64::new(0));
@@ -242,13 +255,17 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
     spawn("packet link", Box::pin(read_packets(packets_read, packets_sender)));
     spawn("packet link", Box::pin(write_packets(packets_write, packets_outgoing)));
     match side {
-        Side::Primary { nbd, export, sent_pages } => {
+        Side::Primary { nbd, export, sent_pages, hashes } => {
+            if let Some((link, count)) = hashes {
+                spawn("hash link", Box::pin(hashes::read(link, count, hash_sender)));
+            }
             let writing = write_stream(stream_write, stream_outgoing, sent_pages, recycle, sent_bytes.clone());
             spawn("checkpoint stream", Box::pin(writing));
             spawn("checkpoint stream", Box::pin(read_messages(stream_read, stream_sender)));
             spawn("disk link", Box::pin(forward_disk(nbd, export, disk_outgoing, disk_sender, sent_bytes.clone())));
         }
-        Side::Secondary { nr_pages, nbd } => {
+        Side::Secondary { nr_pages, nbd, hashes } => {
+            hashes.into_iter().for_each(|hashes| spawn("hash link", hashes));
             let writing = write_stream(stream_write, stream_outgoing, None, recycle, sent_bytes.clone());
             spawn("checkpoint stream", Box::pin(writing));
             let received = received_bytes.clone();
@@ -267,6 +284,7 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
         packets_out,
         disk_in,
         disk_out,
+        hashes_in,
         recycled,
         lost,
         heartbeat,
@@ -395,6 +413,19 @@ fn refused(why: &dyn std::fmt::Debug) -> DiskError {
     DiskError::Io { what: "the secondary's disk".into(), source: io::Error::other(format!("{why:?}")) }
 }
 
+/// Zeroes go as such, and as any bytes to a server that knows no better.
+fn submit(client: &mut Client, write: &DiskWrite) -> Result<u64, SubmitError> {
+    match &write.payload {
+        Payload::Data(data) => client.write(write.offset, data.clone()),
+        &Payload::Zeroes { len_bytes, keep_allocated } => {
+            match client.write_zeroes(write.offset, len_bytes, keep_allocated) {
+                Err(SubmitError::Unsupported) => client.write(write.offset, vec![0; len_bytes as usize].into()),
+                submitted => submitted,
+            }
+        }
+    }
+}
+
 async fn forward_disk(
     mut link: Link,
     export: String,
@@ -409,7 +440,7 @@ async fn forward_disk(
     loop {
         if client.export().is_some() {
             while let Some((bytes, write)) = waiting.take().or_else(|| outgoing.try_recv()) {
-                match client.write(write.offset, write.data.clone()) {
+                match submit(&mut client, &write) {
                     Ok(cookie) => _ = under_way.insert(cookie, (write.seq, bytes)),
                     Err(SubmitError::Full) => {
                         waiting = Some((bytes, write));

@@ -11,9 +11,11 @@
 //! | record | the image |
 //! |---|---|
 //! | none | never held a replica; whatever it was, it still is |
-//! | `checkpoint G N` | byte for byte checkpoint N of generation G, or a later one that changed nothing |
+//! | `checkpoint G N [S]` | byte for byte checkpoint N of generation G, or a later one that changed nothing |
 //! | `guest` | a guest's own disk: what the guest flushed is there, as after a power cut of any disk |
 //! | `resync WHY`, or nothing that can be read | neither one thing nor the other |
+//!
+//! S is the session in which its primary numbers them: a primary that comes back knows by both what the image lacks.
 //!
 //! The record is overwritten in place and is shorter than a sector. Whatever tears it leaves a line whose checksum is
 //! wrong, which reads as `resync`: the safe side in both directions, and for one flush instead of a rename's two.
@@ -83,6 +85,8 @@ pub enum Standing {
         generation: u64,
         /// Its number in that generation, the initial copy being 1.
         number: u64,
+        /// What its primary called the session in which it numbers them; 0 when it will not ask.
+        session: u64,
     },
     /// It is a guest's own disk.
     Guest,
@@ -100,7 +104,10 @@ impl Standing {
     fn encode(self) -> [u8; RECORD_BYTES] {
         let what = match self {
             Self::NoRecord => "none".to_owned(),
-            Self::Checkpoint { generation, number } => format!("checkpoint {generation} {number}"),
+            Self::Checkpoint { generation, number, session: 0 } => format!("checkpoint {generation} {number}"),
+            Self::Checkpoint { generation, number, session } => {
+                format!("checkpoint {generation} {number} {session:016x}")
+            }
             Self::Guest => "guest".to_owned(),
             Self::Resync(why) => {
                 format!("resync {}", Why::ALL.iter().find(|(each, _)| *each == why).map_or("", |w| w.1))
@@ -124,8 +131,13 @@ impl Standing {
         u32::from_str_radix(sum, 16).ok().filter(|sum| *sum == checksum(body.as_bytes()))?;
         let words: Vec<_> = body.strip_prefix(MAGIC)?.split_whitespace().collect();
         match words[..] {
-            ["checkpoint", generation, number] => {
-                Some(Self::Checkpoint { generation: generation.parse().ok()?, number: number.parse().ok()? })
+            ["checkpoint", generation, number, ref session @ ..] => {
+                let session = match *session {
+                    [] => 0,
+                    [session] => u64::from_str_radix(session, 16).ok()?,
+                    _ => return None,
+                };
+                Some(Self::Checkpoint { generation: generation.parse().ok()?, number: number.parse().ok()?, session })
             }
             ["guest"] => Some(Self::Guest),
             ["resync", why] => Why::ALL.iter().find(|(_, word)| *word == why).map(|(why, _)| Self::Resync(*why)),
@@ -138,7 +150,7 @@ impl fmt::Display for Standing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoRecord => f.write_str("not a replica's"),
-            Self::Checkpoint { generation, number } => {
+            Self::Checkpoint { generation, number, .. } => {
                 write!(f, "whole: checkpoint {number} of generation {generation}")
             }
             Self::Guest => f.write_str("whole: a guest's own disk"),
@@ -387,14 +399,18 @@ mod tests {
 
     fn all() -> Vec<Standing> {
         let numbers = [(0, 1), (1, 12), (1, 345), (23, 67), (u64::MAX, u64::MAX)];
-        let checkpoints = numbers.map(|(generation, number)| Standing::Checkpoint { generation, number });
+        let checkpoints = numbers.map(|(generation, number)| Standing::Checkpoint {
+            generation,
+            number,
+            session: if number == 12 { 0 } else { number.rotate_left(17) },
+        });
         let resyncs = Why::ALL.map(|(why, _)| Standing::Resync(why));
         [&checkpoints[..], &resyncs, &[Standing::Guest]].concat()
     }
 
     #[test]
     fn a_record_is_a_line_of_text() {
-        let checkpoint = Standing::Checkpoint { generation: 3, number: 17 };
+        let checkpoint = Standing::Checkpoint { generation: 3, number: 17, session: 0 };
         let text = String::from_utf8(checkpoint.encode().to_vec()).unwrap();
         assert_eq!(text.trim_end(), "xen-colo-state 1 checkpoint 3 17 83001e3f");
         assert_eq!(checksum(b"123456789"), 0xcbf4_3926, "the check value of CRC-32");
@@ -440,7 +456,7 @@ mod tests {
 
         fs::write(path(&image), vec![b'x'; 5000]).unwrap();
         assert_eq!(found(&image).unwrap(), Standing::Resync(Why::Unreadable));
-        let checkpoint = Standing::Checkpoint { generation: 1, number: 2 };
+        let checkpoint = Standing::Checkpoint { generation: 1, number: 2, session: 0 };
         State::open(Box::new(FileState::of(&link))).unwrap().record(checkpoint).unwrap();
         assert_eq!((found(&image).unwrap(), fs::metadata(path(&image)).unwrap().len()), (checkpoint, 96));
 

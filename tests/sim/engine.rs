@@ -173,8 +173,9 @@ impl World {
                 self.say(A, Word::Dismissal);
                 self.step(Step::DismissSaid);
             }
-            Effect::DiskWrite { seq, offset, data } => {
-                self.send(DISK, A, data.len(), Input::DiskWrite { seq, offset, data });
+            Effect::DiskWrite { seq, offset, payload } => {
+                let bytes = payload.wire_bytes() as usize;
+                self.send(DISK, A, bytes, Input::DiskWrite { seq, offset, payload });
                 self.step(Step::DiskSent);
             }
         }

@@ -29,7 +29,7 @@ use xen_colo::disk::{Disk, DiskError, MemoryDisk};
 use xen_colo::hypervisor::Domain;
 use xen_colo::hypervisor::embedded::{Machine, MachineConfig, kv};
 use xen_colo::replica::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig};
-use xen_colo::replica::mirror::{Mirror, MirrorHandle};
+use xen_colo::replica::mirror::{Holds, Mirror, MirrorHandle, Payload, Target};
 
 /// The guest's hardware address.
 pub(super) const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -46,7 +46,7 @@ pub(super) enum Input {
     Answer(Answer),
     Stream(Bytes),
     Message(Message),
-    DiskWrite { seq: u64, offset: u64, data: Bytes },
+    DiskWrite { seq: u64, offset: u64, payload: Payload },
     DiskAck(u64, Result<(), DiskError>),
     Packet(u64, Bytes),
     Beat(Beat),
@@ -279,7 +279,8 @@ impl World {
         config.arbiter_deadline = us(300_000);
         let Role::Running(domain) = std::mem::replace(&mut self.hosts[A].role, Role::Nothing) else { return };
         let (mirror, epoch) = (self.hosts[A].mirror.clone().expect("it has one"), lock(&domain.core).epoch.clone());
-        match PrimarySide::new(now, config, Box::new(domain), mirror, epoch, clock, true) {
+        let target = Target { session: 1, holds: Holds::Zeroes };
+        match PrimarySide::new(now, config, Box::new(domain), mirror, epoch, clock, target) {
             Ok(side) => self.hosts[A].role = Role::Primary(Box::new(side)),
             Err((_, error)) => return self.violate(format!("no primary: {error}")),
         }
@@ -303,7 +304,7 @@ impl World {
         }
         match input {
             Input::Beat(beat) => return self.beat(host, beat),
-            Input::DiskWrite { seq, offset, data } => return self.disk_write(seq, offset, &data),
+            Input::DiskWrite { seq, offset, payload } => return self.disk_write(seq, offset, &payload),
             _ => {}
         }
         self.check_lease(host);
@@ -378,10 +379,11 @@ impl World {
         }
     }
 
-    fn disk_write(&mut self, seq: u64, offset: u64, data: &Bytes) {
+    fn disk_write(&mut self, seq: u64, offset: u64, payload: &Payload) {
         let Some(replica) = self.hosts[B].replica.clone() else { return };
         let taken_over = matches!(&self.hosts[B].role, Role::Secondary(side) if side.took_over());
-        let result = PrimaryView { replica, generation: GENERATION }.write(offset, data);
+        let mut disk = PrimaryView { replica, generation: GENERATION };
+        let result = payload.content().write_to(&mut disk, offset);
         if taken_over {
             self.saw("old write after takeover");
             if result.is_ok() {

@@ -55,8 +55,9 @@ impl Engine {
                     Effect::Message(message) => links.stream_out.send(12, StreamOut::Message(message)),
                     Effect::Pages(batch) => links.stream_out.send(batch.len() * PAGE_SIZE, StreamOut::Pages(batch)),
                     Effect::Devices(blob) => links.stream_out.send(blob.len(), StreamOut::Devices(blob)),
-                    Effect::DiskWrite { seq, offset, data } => {
-                        links.disk_out.send(data.len(), DiskWrite { seq, offset, data });
+                    Effect::DiskWrite { seq, offset, payload } => {
+                        let bytes = payload.wire_bytes() as usize;
+                        links.disk_out.send(bytes, DiskWrite { seq, offset, payload });
                     }
                     Effect::ToSecondary { epoch, frame } => {
                         if links.packets_out.waiting_bytes() < PACKETS_BACKLOG_BYTES {

@@ -6,6 +6,7 @@ use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary
 use crate::daemon::links::lock;
 use crate::daemon::status::{Checkpoints, Disk, Packets, PauseUs, Protection, Status};
 use crate::replica::state::Standing;
+use std::time::Duration;
 
 /// The primary's part.
 pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
@@ -48,9 +49,16 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         dropped_network: status.packets.dropped_network,
     };
     let mirror = lock(&role.guest.mirror.0).status();
+    let copying = stats.copy_begun.map(|begun| stats.disk_read_at.unwrap_or(now) - begun);
+    let rate = |copying: Duration| mirror.sync_done_bytes.saturating_mul(1000).checked_div(copying.as_millis() as u64);
     status.disk = Disk {
         copied_bytes: mirror.sync_done_bytes,
         total_bytes: mirror.sync_total_bytes,
+        resync: mirror.attached.then(|| mirror.sync_what.into()),
+        skipped_bytes: mirror.sync_skipped_bytes,
+        sent_bytes: mirror.sync_sent_bytes,
+        copy_bytes_per_s: copying.filter(|_| mirror.attached).and_then(rate),
+        spared_bytes: mirror.spared_bytes,
         waiting_bytes: mirror.queued_bytes,
         fenced_writes: 0,
         errors: mirror.error.into_iter().collect(),

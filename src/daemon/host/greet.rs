@@ -1,17 +1,19 @@
-//! The acceptor's part: who knocks, what is made for them, and when their four links are one session.
+//! The acceptor's part: who knocks, what is made for them, and when their links are one session.
 
-use super::{BLANK_DISK, HELLO_DEADLINE, PAGE_DELTAS, Shared, VACANT, read_word};
+use super::{BLANK_DISK, CHUNK_HASHES, HELLO_DEADLINE, PAGE_DELTAS, Shared, VACANT, read_word};
 use crate::colo::arbiter::Claim;
 use crate::colo::heartbeat::Heartbeat;
-use crate::colo::hello::{self, Channel, Hello, PROTOCOL_VERSION, Welcome};
+use crate::colo::hello::{self, Channel, DiskCheckpoint, Hello, PROTOCOL_VERSION, Welcome};
 use crate::colo::secondary;
 use crate::daemon::address::{Link, Listener};
 use crate::daemon::engine::{HostInput, Vacancy};
 use crate::daemon::guest::{DISK_NAME, Guest};
-use crate::daemon::links::{self, Side};
+use crate::daemon::hashes;
+use crate::daemon::links::{self, LinkTask, Side};
 use crate::daemon::nbd::{self, ServeError};
 use crate::daemon::{engine_clock, xen};
 use crate::replica::epochs::{PrimaryView, ReplicaConfig};
+use crate::replica::state::Standing;
 use bytes::BytesMut;
 use std::io;
 use std::sync::Arc;
@@ -33,6 +35,7 @@ struct Session {
     guest: Box<Guest>,
     packets: Option<Link>,
     heartbeat: Option<Link>,
+    hashes: Option<Link>,
 }
 
 pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
@@ -74,13 +77,15 @@ pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
                     Ok(made) => {
                         let blank = made.as_ref().is_some_and(|(_, is_blank)| *is_blank);
                         let vacant = *shared.vacancy.borrow() == Vacancy::Vacant;
-                        let features = [(true, PAGE_DELTAS), (blank, BLANK_DISK), (vacant, VACANT)];
+                        let features =
+                            [(true, PAGE_DELTAS), (true, CHUNK_HASHES), (blank, BLANK_DISK), (vacant, VACANT)];
                         let features = features.into_iter().filter(|(has, _)| *has);
                         let welcome = Welcome {
                             protocol: PROTOCOL_VERSION,
                             from: shared.config.name.clone(),
                             refused: None,
                             features: features.map(|(_, name)| name.to_owned()).collect(),
+                            checkpoints: made.iter().flat_map(|(guest, _)| checkpoint(guest)).collect(),
                         };
                         let mut out = BytesMut::new();
                         hello::encode(&welcome, &mut out);
@@ -95,9 +100,20 @@ pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
     }
 }
 
+/// What the image is a checkpoint of, by a name that its primary may know.
+fn checkpoint(guest: &Guest) -> Option<DiskCheckpoint> {
+    match links::lock(guest.replica.as_ref()?).status().standing {
+        Standing::Checkpoint { number, session: session @ 1.., .. } => {
+            Some(DiskCheckpoint { disk: DISK_NAME.into(), session, number })
+        }
+        _ => None,
+    }
+}
+
 async fn answer(link: &mut Link, why: &str, from: &str) {
     let refused = Some(why.to_owned());
-    let welcome = Welcome { protocol: PROTOCOL_VERSION, from: from.to_owned(), refused, features: vec![] };
+    let welcome =
+        Welcome { protocol: PROTOCOL_VERSION, from: from.to_owned(), refused, features: vec![], checkpoints: vec![] };
     let mut out = BytesMut::new();
     hello::encode(&welcome, &mut out);
     let _ = link.write_all(&out).await;
@@ -142,10 +158,11 @@ async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<
 async fn take(shared: &Shared, session: &mut Option<Session>, link: Link, word: Hello, guest: Option<Box<Guest>>) {
     match (word.channel, guest) {
         (Channel::Colo, Some(guest)) => {
-            *session = Some(Session { hello: word, stream: link, guest, packets: None, heartbeat: None });
+            *session = Some(Session { hello: word, stream: link, guest, packets: None, heartbeat: None, hashes: None });
         }
         (Channel::Packets, _) => _ = session.as_mut().map(|session| session.packets = Some(link)),
         (Channel::Heartbeat, _) => _ = session.as_mut().map(|session| session.heartbeat = Some(link)),
+        (Channel::Hashes, _) => _ = session.as_mut().map(|session| session.hashes = Some(link)),
         (Channel::Nbd, _) => {
             if let Some(input) = session.take().and_then(|session| join(shared, session, link)) {
                 let _ = shared.host.send(input).await;
@@ -156,18 +173,19 @@ async fn take(shared: &Shared, session: &mut Option<Session>, link: Link, word: 
 }
 
 fn join(shared: &Shared, session: Session, nbd_link: Link) -> Option<HostInput> {
-    let Session { hello: word, stream, guest, packets: Some(packets), heartbeat: Some(beats) } = session else {
+    let Session { hello: word, stream, guest, packets: Some(packets), heartbeat: Some(beats), hashes } = session else {
         tracing::warn!(peer = %session.hello.from, "the disk link came before the others");
         return None;
     };
     let generation = word.generation;
     let replica = guest.replica.clone()?;
     // Before the first write can arrive: the primary begins as soon as its last link is welcomed.
-    if let Err(error) = links::lock(&replica).start_sync(generation) {
+    if let Err(error) = links::lock(&replica).start_session(generation, word.session) {
         tracing::error!(%error, "the replica cannot begin");
         return None;
     }
     let view = Box::new(PrimaryView { replica, generation });
+    let hashes = hashes.map(|link| -> LinkTask { Box::pin(hashes::tell(link, (*view).clone())) });
     let server = Box::pin(async move {
         nbd::serve_connection(nbd_link, DISK_NAME.into(), view).await.map_err(|error| match error {
             ServeError::Io(error) => error,
@@ -177,7 +195,7 @@ fn join(shared: &Shared, session: Session, nbd_link: Link) -> Option<HostInput> 
     });
     let interval = Duration::from_millis(word.heartbeat_interval_ms);
     let heartbeat = Heartbeat::new(engine_clock(), interval, word.heartbeat_misses, generation);
-    let side = Side::Secondary { nr_pages: word.geometry.nr_pages, nbd: server };
+    let side = Side::Secondary { nr_pages: word.geometry.nr_pages, nbd: server, hashes };
     let links = links::start(stream, packets, beats, heartbeat, side);
     let claim = Claim { guest: word.guest.clone(), expected: generation, holder: shared.config.name.clone() };
     let mut config = secondary::Config::new(word.mode, claim);

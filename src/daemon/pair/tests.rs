@@ -10,8 +10,8 @@ use crate::colo::stream::Item;
 use crate::colo::{Loss, primary, secondary};
 use crate::disk::MemoryDisk;
 use crate::hypervisor::embedded::{Embedded, MachineConfig};
-use crate::replica::epochs::{GuestView, Replica, ReplicaConfig};
-use crate::replica::mirror::{Mirror, MirrorHandle};
+use crate::replica::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig};
+use crate::replica::mirror::{Holds, Mirror, MirrorHandle, Target};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -36,7 +36,8 @@ fn pair() -> (PrimarySide, SecondarySide) {
     let mirror = MirrorHandle(Arc::new(Mutex::new(Mirror::new(Box::new(MemoryDisk::new(DISK_BYTES)), 8 << 20))));
     let domain = Embedded::boot(&machine(), Box::new(mirror.clone()), clock.clone(), Box::new(|_| {})).unwrap();
     let config = primary::Config::new(Mode::Remus, claim("a"));
-    let a = PrimarySide::new(at(0), config, Box::new(domain), mirror, Arc::default(), clock.clone(), true);
+    let target = Target { session: 0, holds: Holds::Zeroes };
+    let a = PrimarySide::new(at(0), config, Box::new(domain), mirror, Arc::default(), clock.clone(), target);
     let mut a = a.unwrap_or_else(|(_, error)| panic!("{error}"));
 
     let replica = Replica::new(Box::new(MemoryDisk::new(DISK_BYTES)), ReplicaConfig::default());
@@ -57,8 +58,9 @@ fn pair() -> (PrimarySide, SecondarySide) {
                     b.handle_item(at(1), Item::PagesEnd);
                     b.handle_item(at(1), Item::DeviceState(blob));
                 }
-                PrimaryEffect::DiskWrite { seq, offset, data } => {
-                    let written = lock(b.replica()).primary_write(1, offset, &data);
+                PrimaryEffect::DiskWrite { seq, offset, payload } => {
+                    let mut disk = PrimaryView { replica: b.replica().clone(), generation: 1 };
+                    let written = payload.content().write_to(&mut disk, offset);
                     a.handle_disk_acked(at(1), seq, written);
                 }
                 _ => {}

@@ -104,6 +104,16 @@ impl Bitmap {
         self.clear_all();
     }
 
+    /// The first page of the set that is not before `from`.
+    #[must_use]
+    pub fn next(&self, from: Pfn) -> Option<Pfn> {
+        let first = usize::try_from(from.0 / 64).ok()?;
+        let words = self.words.get(first..)?.iter().enumerate();
+        let mut words = words.map(|(at, word)| (at, if at == 0 { word & (u64::MAX << (from.0 % 64)) } else { *word }));
+        let (at, word) = words.find(|(_, word)| *word != 0)?;
+        Some(Pfn((first + at) as u64 * 64 + u64::from(word.trailing_zeros())))
+    }
+
     /// The pages of the set, in order.
     pub fn iter(&self) -> impl Iterator<Item = Pfn> + '_ {
         self.words.iter().enumerate().filter(|(_, word)| **word != 0).flat_map(|(at, word)| {
@@ -136,6 +146,9 @@ mod tests {
                 prop_assert_eq!(bitmap.get(pfn), add);
             }
             prop_assert_eq!(bitmap.count(), model.len() as u64);
+            for from in 0..bits + 70 {
+                prop_assert_eq!(bitmap.next(Pfn(from)), model.range(Pfn(from)..).next().copied());
+            }
             prop_assert_eq!(bitmap.iter().collect::<Vec<_>>(), model.into_iter().collect::<Vec<_>>());
         }
 

@@ -42,6 +42,8 @@ pub enum Mutant {
     SealFirstOnly,
     /// A checkpoint waits for the writes to the guest's first disk only.
     DrainFirstOnly,
+    /// A mirror's bitmap forgets the writes of an epoch when it ends, not when it is owned.
+    ForgetUnowned,
 }
 
 impl Mutant {

@@ -19,6 +19,7 @@ mod nbd_tls;
 mod partition;
 mod qemu_replication;
 mod restart;
+mod resync;
 mod several_disks;
 mod sim;
 mod tidy;

@@ -279,6 +279,7 @@ async fn the_peers_refusal_is_what_the_operator_reads() {
             from: "b".into(),
             refused: Some("host b is being repaired".into()),
             features: vec![],
+            checkpoints: vec![],
         };
         let mut out = BytesMut::new();
         hello::encode(&welcome, &mut out);

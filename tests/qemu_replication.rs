@@ -25,7 +25,7 @@ use xen_colo::disk::{Disk, FileDisk};
 use xen_colo::mutant::{self, Mutant};
 use xen_colo::nbd::client::Completion;
 use xen_colo::replica::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig, Stage};
-use xen_colo::replica::mirror::Mirror;
+use xen_colo::replica::mirror::{Holds, Mirror, Payload, Target};
 
 const SIZE: usize = 8 << 20;
 const EXPORT: &str = "disk0";
@@ -225,7 +225,13 @@ impl Primary {
         let mut sent = std::collections::BTreeMap::new();
         loop {
             while let Some(write) = self.mirror.poll_forward() {
-                sent.insert(self.wire.client.write(write.offset, write.data).unwrap(), write.seq);
+                let cookie = match write.payload {
+                    Payload::Data(data) => self.wire.client.write(write.offset, data),
+                    Payload::Zeroes { len_bytes, keep_allocated } => {
+                        self.wire.client.write_zeroes(write.offset, len_bytes, keep_allocated)
+                    }
+                };
+                sent.insert(cookie.unwrap(), write.seq);
             }
             if sent.is_empty() {
                 return;
@@ -281,7 +287,7 @@ async fn our_primary_replicates_into_a_stock_secondary() {
     let wire = Conversation::open(Address::Unix(path("nbd")), "local").await;
     let local = FileDisk::open(&path("primary")).unwrap();
     let mut primary = Primary { mirror: Mirror::new(Box::new(local), 64 << 20), wire };
-    primary.mirror.attach(false);
+    primary.mirror.attach(Target { session: 0, holds: Holds::Anything });
     while primary.mirror.next_sync_chunk().unwrap() != xen_colo::replica::mirror::SyncStep::Finished {
         primary.forward().await;
     }

@@ -7,8 +7,8 @@
 //!
 //! A protected guest has four connections, tied together by a session number the connector draws: the COLO
 //! stream, the packet link, the heartbeat, and NBD (which goes on in plain NBD after the welcome), one for each of its
-//! disks. The trap: anybody can connect, so the length is bounded before a byte is buffered, and a refusal is a
-//! sentence.
+//! disks, which come last; and before them a hash link for each disk that needs one. The trap: anybody can connect, so
+//! the length is bounded before a byte is buffered, and a refusal is a sentence.
 
 use crate::page::PAGE_SIZE;
 use bytes::{Buf, BufMut, BytesMut};
@@ -42,6 +42,9 @@ pub enum Channel {
     Heartbeat,
     /// Writes of one disk, in the NBD protocol.
     Nbd,
+    /// The hashes of the secondary's disk, for a primary that does not know what it holds. Only opened when the welcome
+    /// offers them.
+    Hashes,
     /// Nothing: the connector only looks whether somebody is there. The rest of its hello means nothing.
     Greeting,
 }
@@ -161,6 +164,20 @@ pub struct Welcome {
     /// What the acceptor can do or has; unknown names are ignored.
     #[serde(default)]
     pub features: Vec<String>,
+    /// Which of its disks are checkpoints of an earlier session.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub checkpoints: Vec<DiskCheckpoint>,
+}
+
+/// What an acceptor's disk holds.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiskCheckpoint {
+    /// The export's name.
+    pub disk: String,
+    /// The [`Hello::session`] it is a checkpoint of.
+    pub session: u64,
+    /// Its number there, the initial copy being 1.
+    pub number: u64,
 }
 
 /// Why a hello or welcome cannot be read.

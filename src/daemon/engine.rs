@@ -29,6 +29,8 @@ use crate::colo::arbiter::{Answer, Register, Verdict};
 use crate::colo::heartbeat::Word;
 use crate::colo::hello::Mode;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
+use crate::replica::mirror::Target;
+use crate::replica::mirror::resync::ChunkHash;
 use bytes::Bytes;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -63,8 +65,8 @@ pub enum HostInput {
         config: primary_machine::Config,
         /// The peer's name.
         peer: String,
-        /// Whether the peer's disks are new and all zero.
-        target_is_blank: bool,
+        /// The peer's disks as they are.
+        targets: Vec<Target>,
         /// Told when the first copy has begun, or why it has not.
         begun: tokio::sync::oneshot::Sender<Reply>,
     },
@@ -132,6 +134,7 @@ enum Input {
     Lost(Loss),
     Stream(StreamIn),
     Disk(DiskAnswer),
+    Hash(usize, ChunkHash),
     Recycled(crate::page::PageBatch),
     SecondaryOrMirrored(u64, Bytes),
     GuestFrames,
@@ -209,6 +212,7 @@ impl Engine {
         let deadline = self.deadline();
         let frames = self.guest_frames();
         let busy = self.has_work();
+        let hashes_wanted = matches!(&self.role, Role::Primary(role) if role.side.wants_hash());
         let sleep = async {
             match deadline {
                 Some(at) => tokio::time::sleep(at - engine_clock()).await,
@@ -237,6 +241,7 @@ impl Engine {
             Some(answer) = self.answers.recv() => Input::Answer(answer),
             Some(item) = links.stream_in.recv() => Input::Stream(item),
             Some(answer) = links.disk_in.recv() => Input::Disk(answer),
+            Some((disk, hash)) = links.hashes_in.recv(), if hashes_wanted => Input::Hash(disk, hash),
             Some(batch) = links.recycled.recv() => Input::Recycled(batch),
             Some((epoch, frame)) = links.packets_in.recv() => Input::SecondaryOrMirrored(epoch, frame),
             () = frames => Input::GuestFrames,
@@ -350,8 +355,8 @@ impl Engine {
         match input {
             Input::Control((request, reply)) => self.control(request, reply),
             Input::Host(input) => match *input {
-                HostInput::Protect { links, config, peer, target_is_blank, begun } => {
-                    let _ = begun.send(self.begin_primary(now, links, config, peer, target_is_blank));
+                HostInput::Protect { links, config, peer, targets, begun } => {
+                    let _ = begun.send(self.begin_primary(now, links, config, peer, &targets));
                 }
                 HostInput::Join { links, config, peer, guest } => self.begin_secondary(now, links, config, peer, guest),
             },
@@ -377,6 +382,11 @@ impl Engine {
             Input::Disk((disk, seq, result)) => {
                 if let Role::Primary(role) = &mut self.role {
                     role.side.handle_disk_acked(now, disk, seq, result);
+                }
+            }
+            Input::Hash(disk, hash) => {
+                if let Role::Primary(role) = &mut self.role {
+                    role.side.handle_hash(now, disk, hash);
                 }
             }
             Input::Recycled(batch) => {
@@ -492,7 +502,7 @@ impl Engine {
         links: Links,
         config: primary_machine::Config,
         peer: String,
-        blank: bool,
+        targets: &[Target],
     ) -> Reply {
         let role = std::mem::replace(&mut self.role, Role::Empty);
         let mut guest = match role {
@@ -510,7 +520,7 @@ impl Engine {
         let Some(domain) = guest.domain.take() else { return Reply::error("this host has no guest") };
         let mode = config.mode;
         let clock = Arc::new(engine_clock);
-        match PrimarySide::new(now, config, domain, guest.mirrors.clone(), guest.epoch.clone(), clock, blank) {
+        match PrimarySide::new(now, config, domain, guest.mirrors.clone(), guest.epoch.clone(), clock, targets) {
             Ok(side) => {
                 self.role = Role::Primary(Box::new(PrimaryRole { side, guest }));
                 self.adopt(links, peer, mode);

@@ -21,15 +21,18 @@ use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, Vacancy};
 use super::engine_clock;
 use super::frames::{FrameReader, FrameWriter};
 use super::guest::{Guest, GuestError};
-use super::links::{self, Outgoing, Side, outbox};
+use super::hashes;
+use super::links::{self, Outgoing, Side, lock, outbox};
 use super::xen::{self, Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
 use crate::colo::delta::SentPages;
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
-use crate::colo::hello::{self, Channel, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome};
+use crate::colo::hello::{self, Channel, DiskCheckpoint, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome, disk_name};
 use crate::colo::primary;
 use crate::hypervisor::embedded::MachineConfig;
 use crate::page::PAGE_SIZE;
+use crate::replica::mirror::{Holds, MirrorHandle, Target};
+use crate::replica::set::Mirrors;
 use bytes::{Bytes, BytesMut};
 use std::io;
 use std::path::PathBuf;
@@ -50,6 +53,8 @@ const BLANK_DISK: &str = "blank-disk";
 pub(super) const VACANT: &str = "vacant";
 /// The feature of a host that can take page deltas.
 const PAGE_DELTAS: &str = "page-deltas";
+/// The feature of a host that can tell the hashes of its disk.
+const CHUNK_HASHES: &str = "chunk-hashes";
 /// Memory in MiB for what was sent of a guest's pages, by default.
 const DELTA_MIB_DEFAULT: u64 = 64;
 /// Pages in a MiB.
@@ -175,7 +180,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let (host_sender, host_receiver) = mpsc::channel(1);
     let (network_out, network_outgoing) = outbox();
     let (vacancy_sender, vacancy) = watch::channel(if guest.is_none() { Vacancy::Vacant } else { Vacancy::Taken });
-    let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone()));
+    let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone(), guest.mirrors.clone()));
     let engine = Engine::new(EngineParts {
         name: config.name.clone(),
         guest,
@@ -217,7 +222,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         while let Some((protect, reply)) = protects.recv().await {
             let answer = match &shape {
                 None => Reply::error("this host has no guest"),
-                Some((name, geometry)) => match knock(&shared, &protect, name, geometry).await {
+                Some((name, geometry, mirrors)) => match knock(&shared, &protect, name, geometry, mirrors).await {
                     Ok(()) => Reply::done(),
                     Err(why) => Reply::error(why),
                 },
@@ -310,7 +315,13 @@ async fn switch_port(net: Address, frames_in: mpsc::Sender<Bytes>, mut frames_ou
 }
 
 /// The primary's way in: claims the next generation, opens the links, hands them to the engine.
-async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geometry) -> Result<(), String> {
+async fn knock(
+    shared: &Shared,
+    protect: &Protect,
+    guest: &str,
+    geometry: &Geometry,
+    mirrors: &Mirrors,
+) -> Result<(), String> {
     let config = &shared.config;
     let peer: Address = protect.peer.parse().map_err(|error| format!("{error}"))?;
     // A peer that is not there must be found out before a generation is spent.
@@ -337,21 +348,29 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
     };
     word(Channel::Colo, 0).check().map_err(|error| error.to_string())?;
     let (stream, welcome) = introduce(stream, word(Channel::Colo, 0)).await?;
+    let can = |feature| welcome.features.iter().any(|welcomed| welcomed == feature);
     let join = async |channel, disk| {
         let link = peer.connect().await.map_err(|error| format!("peer {peer}: {error}"))?;
         introduce(link, word(channel, disk)).await.map(|(link, _)| link)
     };
     let packets = join(Channel::Packets, 0).await?;
     let heartbeat_link = join(Channel::Heartbeat, 0).await?;
-    let mut nbd = Vec::with_capacity(geometry.disks.len());
+    let session = u64::from_le_bytes(session);
+    let target = |(disk, mirror)| Target { session, holds: holds(&welcome, disk, mirror) };
+    let targets: Vec<Target> = mirrors.disks().iter().enumerate().map(target).collect();
+    let (mut hashes, mut nbd) = (Vec::new(), Vec::with_capacity(geometry.disks.len()));
+    for (disk, shape) in geometry.disks.iter().enumerate() {
+        if targets.get(disk).is_some_and(|target| target.holds == Holds::Hashed) {
+            hashes.push((disk, join(Channel::Hashes, disk).await?, hashes::count(shape.size_bytes)));
+        }
+    }
     for disk in 0..geometry.disks.len() {
         nbd.push(join(Channel::Nbd, disk).await?);
     }
     let heartbeat = Heartbeat::new(engine_clock(), Duration::from_millis(interval_ms), misses, generation);
-    let can = |feature| welcome.features.iter().any(|welcomed| welcomed == feature);
     let delta_pages = protect.delta_mib.unwrap_or(DELTA_MIB_DEFAULT).saturating_mul(PAGES_PER_MIB);
     let sent_pages = can(PAGE_DELTAS).then(|| SentPages::new(usize::try_from(delta_pages).unwrap_or(usize::MAX)));
-    let side = Side::Primary { nbd, sent_pages };
+    let side = Side::Primary { nbd, sent_pages, hashes };
     let links = links::start(stream, packets, heartbeat_link, heartbeat, side);
     let claim = Claim { guest: guest.to_owned(), expected: generation, holder: config.name.clone() };
     let mut machine = primary::Config::new(protect.mode, claim);
@@ -360,14 +379,27 @@ async fn knock(shared: &Shared, protect: &Protect, guest: &str, geometry: &Geome
     if let Some(delay_ms) = protect.checkpoint_delay_ms {
         machine.checkpoint_delay = Duration::from_millis(delay_ms);
     }
-    let target_is_blank = can(BLANK_DISK);
     let (begun, answer) = oneshot::channel();
-    let input = HostInput::Protect { links, config: machine, peer: welcome.from, target_is_blank, begun };
+    let input = HostInput::Protect { links, config: machine, peer: welcome.from, targets, begun };
     let gone = || "the host is shutting down".to_owned();
     shared.host.send(input).await.map_err(|_| gone())?;
     match answer.await.map_err(|_| gone())? {
         Reply::Return(_) => Ok(()),
         Reply::Error { desc } => Err(desc),
+    }
+}
+
+/// What one of the peer's disks is, as far as the two of us know.
+fn holds(welcome: &Welcome, disk: usize, mirror: &MirrorHandle) -> Holds {
+    let can = |feature| welcome.features.iter().any(|welcomed| welcomed == feature);
+    let known = welcome.checkpoints.iter().find(|known| known.disk == disk_name(disk));
+    match known {
+        _ if can(BLANK_DISK) => Holds::Zeroes,
+        Some(&DiskCheckpoint { session, number, .. }) if lock(&mirror.0).counts_from(session, number) => {
+            Holds::Checkpoint { session, number }
+        }
+        _ if can(CHUNK_HASHES) => Holds::Hashed,
+        _ => Holds::Anything,
     }
 }
 

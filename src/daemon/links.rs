@@ -5,6 +5,7 @@
 //!  packets     P → S  client frames (epoch)         S → P  guest frames (epoch)
 //!  heartbeat   both ways, on a thread of its own    and the words that end a protection
 //!  nbd         P → S  writes                        S → P  replies, and again for each further disk
+//!  hashes      (for each disk that is not known)    S → P  a hash a chunk
 //! ```
 //!
 //! Tasks only move bytes. Whatever ends one of them says why on `lost`, and that is all it decides. Input queues
@@ -14,6 +15,7 @@
 use super::address::Link;
 use super::engine_clock;
 use super::frames::FRAME_BYTES_MAX;
+use super::hashes;
 pub use super::pair::lock;
 use crate::colo::Loss;
 use crate::colo::delta::SentPages;
@@ -25,6 +27,8 @@ use crate::compare::wire;
 use crate::disk::DiskError;
 use crate::nbd::client::{Client, Limits, SubmitError};
 use crate::page::PageBatch;
+use crate::replica::mirror::Payload;
+use crate::replica::mirror::resync::ChunkHash;
 use bytes::{Bytes, BytesMut};
 use std::collections::HashMap;
 use std::io;
@@ -39,6 +43,8 @@ use tokio::task::JoinHandle;
 const STREAM_IN_ITEMS: usize = 8;
 /// Packets waiting for the engine.
 const PACKETS_IN: usize = 1024;
+/// Hashes waiting for the engine.
+const HASHES_IN: usize = 64;
 /// Bytes asked of a socket at once.
 const READ_BYTES: usize = 1 << 20;
 /// Pages encoded into one write.
@@ -125,7 +131,7 @@ pub struct DiskWrite {
     /// Where.
     pub offset: u64,
     /// What.
-    pub data: Bytes,
+    pub payload: Payload,
 }
 
 /// The answer to a disk write: which disk, which write, what came of it.
@@ -161,6 +167,8 @@ pub struct Links {
     pub disk_in: mpsc::Receiver<DiskAnswer>,
     /// Disk writes, by disk; none on the secondary.
     pub disk_out: Vec<Outbox<DiskWrite>>,
+    /// The secondary's hashes, by disk, if it was asked for them.
+    pub hashes_in: mpsc::Receiver<(usize, ChunkHash)>,
     /// Page buffers to be used again.
     pub recycled: mpsc::Receiver<PageBatch>,
     /// Why a connection ended.
@@ -208,6 +216,8 @@ pub enum Side {
         nbd: Vec<Link>,
         /// What is remembered of the pages sent, if the peer can take deltas.
         sent_pages: Option<SentPages>,
+        /// The connections on which the secondary tells the hashes of a disk: which, and how many.
+        hashes: Vec<(usize, Link, u64)>,
     },
     /// The secondary reads a stream for a guest of this size, and serves its disks.
     Secondary {
@@ -215,6 +225,8 @@ pub enum Side {
         nr_pages: u64,
         /// The NBD servers; the end of one is the end of the pair, since no later checkpoint has that disk.
         nbd: Vec<LinkTask>,
+        /// What tells the hashes of its disks.
+        hashes: Vec<LinkTask>,
     },
 }
 
@@ -250,6 +262,7 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
     let (packets_out, packets_outgoing) = outbox();
     let (disk_sender, disk_in) = mpsc::channel(PACKETS_IN);
     let mut disk_out = Vec::new();
+    let (hash_sender, hashes_in) = mpsc::channel(HASHES_IN);
     let (recycle, recycled) = mpsc::channel(4);
     let sent_bytes = Arc::new(AtomicU64::new(0));
     let received_bytes = Arc::new(AtomicU64::new(0));
@@ -265,7 +278,10 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
     spawn("packet link", Box::pin(read_packets(packets_read, packets_sender)));
     spawn("packet link", Box::pin(write_packets(packets_write, packets_outgoing)));
     match side {
-        Side::Primary { nbd, sent_pages } => {
+        Side::Primary { nbd, sent_pages, hashes } => {
+            for (disk, link, count) in hashes {
+                spawn("hash link", Box::pin(hashes::read(link, disk, count, hash_sender.clone())));
+            }
             let writing = write_stream(stream_write, stream_outgoing, sent_pages, recycle, sent_bytes.clone());
             spawn("checkpoint stream", Box::pin(writing));
             spawn("checkpoint stream", Box::pin(read_messages(stream_read, stream_sender)));
@@ -277,7 +293,8 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
                 spawn("disk link", Box::pin(forwarding));
             }
         }
-        Side::Secondary { nr_pages, nbd } => {
+        Side::Secondary { nr_pages, nbd, hashes } => {
+            hashes.into_iter().for_each(|hashes| spawn("hash link", hashes));
             let writing = write_stream(stream_write, stream_outgoing, None, recycle, sent_bytes.clone());
             spawn("checkpoint stream", Box::pin(writing));
             let received = received_bytes.clone();
@@ -296,6 +313,7 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
         packets_out,
         disk_in,
         disk_out,
+        hashes_in,
         recycled,
         lost,
         heartbeat,
@@ -424,6 +442,19 @@ fn refused(why: &dyn std::fmt::Debug) -> DiskError {
     DiskError::Io { what: "the secondary's disk".into(), source: io::Error::other(format!("{why:?}")) }
 }
 
+/// Zeroes go as such, and as any bytes to a server that knows no better.
+fn submit(client: &mut Client, write: &DiskWrite) -> Result<u64, SubmitError> {
+    match &write.payload {
+        Payload::Data(data) => client.write(write.offset, data.clone()),
+        &Payload::Zeroes { len_bytes, keep_allocated } => {
+            match client.write_zeroes(write.offset, len_bytes, keep_allocated) {
+                Err(SubmitError::Unsupported) => client.write(write.offset, vec![0; len_bytes as usize].into()),
+                submitted => submitted,
+            }
+        }
+    }
+}
+
 async fn forward_disk(
     mut link: Link,
     export: String,
@@ -438,7 +469,7 @@ async fn forward_disk(
     loop {
         if client.export().is_some() {
             while let Some((bytes, write)) = waiting.take().or_else(|| outgoing.try_recv()) {
-                match client.write(write.offset, write.data.clone()) {
+                match submit(&mut client, &write) {
                     Ok(cookie) => _ = under_way.insert(cookie, (write.seq, bytes)),
                     Err(SubmitError::Full) => {
                         waiting = Some((bytes, write));

@@ -19,6 +19,7 @@ pub mod engine;
 pub mod fence;
 pub mod frames;
 pub mod guest;
+pub mod hashes;
 pub mod host;
 pub mod links;
 pub mod nbd;

@@ -83,6 +83,22 @@ pub struct Disk {
     pub copied_bytes: u64,
     /// Bytes the first copy has in all.
     pub total_bytes: u64,
+    /// What the first copy copies: `all`, `nonzero` (the secondary's image is new), `changed` (since the checkpoint that
+    /// it has), or `differing` (by its hashes).
+    #[serde(default)]
+    pub resync: Option<String>,
+    /// Of the copied bytes, those that the secondary had already.
+    #[serde(default)]
+    pub skipped_bytes: u64,
+    /// Of the copied bytes, those that were sent.
+    #[serde(default)]
+    pub sent_bytes: u64,
+    /// How fast the first copy got on with the disk, in bytes per second.
+    #[serde(default)]
+    pub copy_bytes_per_s: Option<u64>,
+    /// Bytes that were overwritten before they could be sent, and were not.
+    #[serde(default)]
+    pub spared_bytes: u64,
     /// Bytes that wait for the wire (primary), or for the base image (secondary).
     pub waiting_bytes: u64,
     /// Writes of an old generation that were refused.
@@ -110,6 +126,11 @@ impl Disk {
             name: None,
             copied_bytes: add(|disk| disk.copied_bytes),
             total_bytes: add(|disk| disk.total_bytes),
+            resync: disks.iter().find_map(|disk| disk.resync.clone()),
+            skipped_bytes: add(|disk| disk.skipped_bytes),
+            sent_bytes: add(|disk| disk.sent_bytes),
+            copy_bytes_per_s: disks.iter().filter_map(|disk| disk.copy_bytes_per_s).reduce(u64::saturating_add),
+            spared_bytes: add(|disk| disk.spared_bytes),
             waiting_bytes: add(|disk| disk.waiting_bytes),
             fenced_writes: add(|disk| disk.fenced_writes),
             errors: errors.collect(),
@@ -235,6 +256,12 @@ impl fmt::Display for Status {
                 self.disk.copied_bytes >> 20,
                 self.disk.total_bytes >> 20
             )?;
+            let Disk { sent_bytes, skipped_bytes, copy_bytes_per_s, ref resync, .. } = self.disk;
+            if let Some(what) = resync {
+                let rate = copy_bytes_per_s.map(|rate| format!(", at {} MiB/s", rate >> 20)).unwrap_or_default();
+                let (sent_kib, skipped_mib) = (sent_bytes >> 10, skipped_bytes >> 20);
+                writeln!(f, "resync      {what}: {sent_kib} KiB sent, {skipped_mib} MiB were there already{rate}")?;
+            }
         }
         if let Some(age_ms) = self.recovery_point_ms {
             writeln!(f, "recovery    the peer could go on from {age_ms} ms ago")?;
@@ -255,11 +282,37 @@ impl fmt::Display for Status {
                 packets.compared, packets.released, packets.held, packets.waiting
             )?;
         }
+        if self.protection == Protection::TakenOver && self.disk.waiting_bytes > 0 {
+            writeln!(f, "merging     {} KiB still to be written to the disk image", self.disk.waiting_bytes >> 10)?;
+        }
         write!(f, "sent        {} KiB", self.bytes_sent / 1024)?;
         self.images(f)?;
         for error in &self.disk.errors {
             write!(f, "\ndisk error  {error}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resync_and_a_merge_say_how_far_they_are() {
+        let mut status = Status { guest: Some("web".into()), protection: Protection::Syncing, ..Status::default() };
+        status.disk = Disk { copied_bytes: 48 << 20, total_bytes: 64 << 20, ..Disk::default() };
+        assert!(!status.to_string().contains("resync"));
+        status.disk.resync = Some("changed".into());
+        (status.disk.sent_bytes, status.disk.skipped_bytes) = (192 << 10, 47 << 20);
+        status.disk.copy_bytes_per_s = Some(100 << 20);
+        let text = status.to_string();
+        let lines = ["disk 48 of 64 MiB\n", "\nresync      changed: 192 KiB sent, 47 MiB were there already, at 100 MiB/s\n"];
+        assert!(lines.iter().all(|line| text.contains(line)), "{text}");
+
+        (status.protection, status.disk.waiting_bytes) = (Protection::TakenOver, 3 << 20);
+        let text = status.to_string();
+        assert!(text.contains("\nmerging     3072 KiB still to be written to the disk image\n"), "{text}");
+        assert!(!text.contains("resync"), "{text}");
     }
 }

@@ -14,7 +14,7 @@
 
 use super::records::Member;
 use super::state::{Standing, Why};
-use crate::disk::{Disk, DiskError};
+use crate::disk::{Disk, DiskError, Extent, Zeroing};
 use crate::mutant::{self, Mutant};
 use std::io;
 
@@ -40,6 +40,12 @@ impl Base {
     #[must_use]
     pub fn standing(&self) -> Standing {
         self.state.standing()
+    }
+
+    /// What this image alone is worth after a crash now.
+    #[must_use]
+    pub fn own_standing(&self) -> Standing {
+        self.state.own()
     }
 
     /// All of it will be written anew; from now on it is not whole.
@@ -75,6 +81,20 @@ impl Base {
         }
         self.state.record(whole)
     }
+
+    /// Says that the image is not whole, and then changes it.
+    fn change(&mut self, change: impl FnOnce(&mut dyn Disk) -> Result<(), DiskError>) -> Result<(), DiskError> {
+        self.unflushed = true;
+        if self.state.is(Standing::Guest) {
+            return change(&mut *self.disk);
+        }
+        if mutant::active(Mutant::ResyncAfterWrite) {
+            change(&mut *self.disk)?;
+            return self.state.record(Standing::Resync(self.why));
+        }
+        self.state.record(Standing::Resync(self.why))?;
+        change(&mut *self.disk)
+    }
 }
 
 impl Disk for Base {
@@ -87,16 +107,15 @@ impl Disk for Base {
     }
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        self.unflushed = true;
-        if self.state.is(Standing::Guest) {
-            return self.disk.write(offset, bytes);
-        }
-        if mutant::active(Mutant::ResyncAfterWrite) {
-            self.disk.write(offset, bytes)?;
-            return self.state.record(Standing::Resync(self.why));
-        }
-        self.state.record(Standing::Resync(self.why))?;
-        self.disk.write(offset, bytes)
+        self.change(|disk| disk.write(offset, bytes))
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len_bytes: u64, how: Zeroing) -> Result<(), DiskError> {
+        self.change(|disk| disk.write_zeroes(offset, len_bytes, how))
+    }
+
+    fn extents(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<Vec<Extent>, DiskError> {
+        self.disk.extents(offset, len_bytes, max)
     }
 
     fn flush(&mut self) -> Result<(), DiskError> {
@@ -145,7 +164,7 @@ mod tests {
     #[test]
     fn what_a_failed_flush_lost_no_later_one_brings_back() {
         let mut base = Base::new(Box::new(Failing(MemoryDisk::new(8), 1)), forgetful());
-        let whole = Standing::Checkpoint { generation: 1, number: 2 };
+        let whole = Standing::Checkpoint { generation: 1, number: 2, session: 3 };
         base.expect(Why::Applying);
         base.write(0, b"lost").unwrap();
         assert!(matches!(base.settle(whole), Err(DiskError::Busy)));

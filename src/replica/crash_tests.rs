@@ -14,7 +14,7 @@
 use super::epochs::{Replica, ReplicaConfig, Stage};
 use super::state::{Standing, State, StateFile};
 use super::take_up::{Taken, take_up_states};
-use crate::disk::{Disk, DiskError};
+use crate::disk::{Disk, DiskError, Zeroing};
 use crate::mutant::{self, Mutant};
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -183,6 +183,8 @@ enum Op {
     Sync,
     /// A write of the primary, here.
     Primary(usize),
+    /// The primary zeroes one byte.
+    PrimaryZero,
     PrimaryFlush,
     Guest,
     GuestFlush,
@@ -198,10 +200,11 @@ enum Op {
     },
 }
 
-const OPS: [Op; 15] = [
+const OPS: [Op; 16] = [
     Op::Sync,
     Op::Primary(0),
     Op::Primary(1),
+    Op::PrimaryZero,
     Op::PrimaryFlush,
     Op::Guest,
     Op::GuestFlush,
@@ -265,7 +268,7 @@ impl Model {
         };
         let right = match standing {
             Standing::Resync(_) => matches!(self.must, Must::Anything | Must::Resync),
-            Standing::Checkpoint { generation, number } => {
+            Standing::Checkpoint { generation, number, .. } => {
                 let is_checkpoint = self.checkpoints.get(&(generation, number)) == Some(&image);
                 is_checkpoint && (self.must == Must::Anything || self.must == Must::Checkpoint(image))
             }
@@ -420,6 +423,11 @@ impl Run {
             Op::Primary(at) => {
                 if replica.primary_write(generation, at as u64, &[byte; 2]).is_ok() {
                     model.primary[at..at + 2].fill(byte);
+                }
+            }
+            Op::PrimaryZero => {
+                if replica.primary_zero(generation, 1, 1, Zeroing::default()).is_ok() {
+                    model.primary[1] = 0;
                 }
             }
             Op::PrimaryFlush => _ = replica.primary_flush(generation),

@@ -40,20 +40,23 @@
 //! Source: QEMU `docs/block-replication.txt` and `block/replication.c` (stages, their words), of which this matches
 //! what a guest can see.
 
+mod views;
+
+pub use self::views::{GuestView, PrimaryView};
 pub use super::stage::{ReplicaError, Stage};
 
+use self::views::{describe_layers, read_layers, write_layers};
 use super::base::Base;
-use super::extents::{Budget, Overlay};
-use super::lock;
+use super::extents::{Budget, Content, Overlay};
 use super::records::Member;
 use super::state::{Standing, State, StateFile, Why};
-use crate::disk::{Disk, DiskError, check_range};
+use crate::disk::{Disk, DiskError, Extent, Zeroing, check_range};
 use crate::mutant::{self, Mutant};
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// Sealed epochs waiting at most. A secondary whose base is slower than its primary pays for one at a seal then:
 /// checkpoints slow down to what it can bear, and reads never look through more layers than this.
@@ -128,6 +131,7 @@ pub struct Replica {
     budget: Arc<Budget>,
     stage: Stage,
     generation: u64,
+    session: u64,
     taken_over: bool,
     sealed: VecDeque<Overlay>,
     pending: Overlay,
@@ -158,6 +162,7 @@ impl Replica {
             base: Base::new(base, state),
             stage: Stage::None,
             generation: 0,
+            session: 0,
             taken_over: false,
             sealed: VecDeque::new(),
             pending: Overlay::new(&budget),
@@ -177,6 +182,12 @@ impl Replica {
         self.base.size_bytes()
     }
 
+    /// What this image is, whatever the guest's other images are.
+    #[must_use]
+    pub fn image(&self) -> Standing {
+        self.base.own_standing()
+    }
+
     /// Where it stands.
     #[must_use]
     pub fn stage(&self) -> Stage {
@@ -187,12 +198,17 @@ impl Replica {
     /// the base is neither the old disk nor the new one, and durably says so when this returns. Refused for an older
     /// generation, and once a guest was taken over.
     pub fn start_sync(&mut self, generation: u64) -> Result<(), ReplicaError> {
+        self.start_session(generation, 0)
+    }
+
+    /// [`Self::start_sync`] for a primary that will know its checkpoints again by `session`.
+    pub fn start_session(&mut self, generation: u64, session: u64) -> Result<(), ReplicaError> {
         self.check_start(generation)?;
         self.base.begin_copy()?;
         self.drop_pending();
         self.drop_active();
         self.dropped.extend(self.sealed.drain(..));
-        self.generation = generation;
+        (self.generation, self.session) = (generation, session);
         self.stage = Stage::Syncing;
         self.seals = 0;
         self.broken = None;
@@ -213,14 +229,33 @@ impl Replica {
 
     /// A write of the primary: into the base during the initial copy, into pending after it.
     pub fn primary_write(&mut self, generation: u64, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        check_range(self.size_bytes(), offset, bytes.len() as u64)?;
+        self.primary_put(generation, offset, Content::Data(bytes))
+    }
+
+    /// Zeroes of the primary, like [`Self::primary_write`].
+    pub fn primary_zero(
+        &mut self,
+        generation: u64,
+        offset: u64,
+        len_bytes: u64,
+        how: Zeroing,
+    ) -> Result<(), DiskError> {
+        if how.fast_only && self.stage != Stage::Running {
+            return Err(DiskError::NotSupported);
+        }
+        let keep_allocated = how.keep_allocated;
+        self.primary_put(generation, offset, Content::Zeroes { len_bytes, keep_allocated })
+    }
+
+    fn primary_put(&mut self, generation: u64, offset: u64, content: Content<'_>) -> Result<(), DiskError> {
+        check_range(self.size_bytes(), offset, content.len_bytes())?;
         if self.taken_over && mutant::active(Mutant::AcceptOldGeneration) {
-            return self.write_below(offset, bytes);
+            return self.write_below(offset, content);
         }
         self.check_primary(generation)?;
         let result = match self.stage {
-            Stage::Running => self.pending.write(offset, bytes),
-            _ => self.base.write(offset, bytes),
+            Stage::Running => self.pending.write(offset, content),
+            _ => content.write_to(&mut self.base, offset),
         };
         self.latch("a write of the primary", result)
     }
@@ -249,18 +284,39 @@ impl Replica {
         active.read(offset, into, &mut |offset, into| read_layers(sealed, base, offset, into))
     }
 
+    /// What a range of guest B's disk is, like [`Disk::extents`].
+    pub fn guest_extents(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<Vec<Extent>, DiskError> {
+        self.check_guest()?;
+        check_range(self.size_bytes(), offset, len_bytes)?;
+        let Self { active, sealed, base, .. } = self;
+        let layers: Vec<_> = sealed.iter().chain([&*active]).collect();
+        describe_layers(&layers, base, offset, len_bytes, max)
+    }
+
     /// A write of guest B. Its failure is the guest's news; the next checkpoint drops the layer it failed in. Refused
     /// after a stop: the base stays the last checkpoint.
     pub fn guest_write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        self.check_guest()?;
-        if self.stage == Stage::Done && !self.taken_over {
-            return Err(DiskError::io("the secondary's guest disk", io::Error::other("replication was ended")));
+        self.guest_put(offset, Content::Data(bytes))
+    }
+
+    /// Zeroes of guest B, like [`Self::guest_write`]. While layers are being merged they are never fast.
+    pub fn guest_zero(&mut self, offset: u64, len_bytes: u64, how: Zeroing) -> Result<(), DiskError> {
+        if how.fast_only && self.stage != Stage::Running {
+            self.check_guest_writes()?;
+            let merged = self.sealed.is_empty();
+            return if merged { self.base.write_zeroes(offset, len_bytes, how) } else { Err(DiskError::NotSupported) };
         }
-        check_range(self.size_bytes(), offset, bytes.len() as u64)?;
+        let keep_allocated = how.keep_allocated;
+        self.guest_put(offset, Content::Zeroes { len_bytes, keep_allocated })
+    }
+
+    fn guest_put(&mut self, offset: u64, content: Content<'_>) -> Result<(), DiskError> {
+        self.check_guest_writes()?;
+        check_range(self.size_bytes(), offset, content.len_bytes())?;
         let result = if self.stage == Stage::Running {
-            self.active.write(offset, bytes)
+            self.active.write(offset, content)
         } else {
-            self.write_below(offset, bytes)
+            self.write_below(offset, content)
         };
         result.inspect_err(|error| self.note("a write of the secondary's guest", error))
     }
@@ -452,9 +508,17 @@ impl Replica {
         }
     }
 
+    fn check_guest_writes(&self) -> Result<(), DiskError> {
+        self.check_guest()?;
+        if self.stage == Stage::Done && !self.taken_over {
+            return Err(DiskError::io("the secondary's guest disk", io::Error::other("replication was ended")));
+        }
+        Ok(())
+    }
+
     /// Writes where the guest will see it and the merge will not undo it.
-    fn write_below(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        write_layers(self.sealed.make_contiguous(), &mut self.base, offset, bytes)
+    fn write_below(&mut self, offset: u64, content: Content<'_>) -> Result<(), DiskError> {
+        write_layers(self.sealed.make_contiguous(), &mut self.base, offset, content)
     }
 
     fn merge(&mut self, budget_bytes: u64) -> Result<(), DiskError> {
@@ -478,7 +542,10 @@ impl Replica {
             (true, _) => self.base.settle(Standing::Guest),
             // Half an initial copy.
             (false, 0) => self.base.flush(),
-            (false, number) => self.base.settle(Standing::Checkpoint { generation: self.generation, number }),
+            (false, number) => {
+                let Self { generation, session, .. } = *self;
+                self.base.settle(Standing::Checkpoint { generation, number, session })
+            }
         }
     }
 
@@ -514,76 +581,5 @@ impl Replica {
         if self.errors.len() < MAX_ERRORS {
             self.errors.push(format!("{doing}: {error}"));
         }
-    }
-}
-
-fn read_layers(sealed: &VecDeque<Overlay>, base: &mut dyn Disk, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
-    fn below(
-        upper: &VecDeque<Overlay>,
-        count: usize,
-        base: &mut dyn Disk,
-        offset: u64,
-        into: &mut [u8],
-    ) -> Result<(), DiskError> {
-        match count.checked_sub(1) {
-            None => base.read(offset, into),
-            Some(top) => upper[top].read(offset, into, &mut |offset, into| below(upper, top, base, offset, into)),
-        }
-    }
-    below(sealed, sealed.len(), base, offset, into)
-}
-
-fn write_layers(sealed: &mut [Overlay], base: &mut dyn Disk, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-    match sealed.split_last_mut() {
-        None => base.write(offset, bytes),
-        Some((newest, older)) => {
-            newest.write_covered(offset, bytes, &mut |offset, bytes| write_layers(older, base, offset, bytes))
-        }
-    }
-}
-
-/// Guest B's disk.
-#[derive(Clone)]
-pub struct GuestView(pub Arc<Mutex<Replica>>);
-
-impl Disk for GuestView {
-    fn size_bytes(&self) -> u64 {
-        lock(&self.0).size_bytes()
-    }
-    fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
-        lock(&self.0).guest_read(offset, into)
-    }
-    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        lock(&self.0).guest_write(offset, bytes)
-    }
-    fn flush(&mut self) -> Result<(), DiskError> {
-        lock(&self.0).guest_flush()
-    }
-    fn changed(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<ChangedRuns, DiskError> {
-        lock(&self.0).guest_changed(offset, len_bytes, max)
-    }
-}
-
-/// The disk a primary's connection writes to, for as long as its generation lasts.
-#[derive(Clone)]
-pub struct PrimaryView {
-    /// The replica.
-    pub replica: Arc<Mutex<Replica>>,
-    /// The generation the primary proved when it connected.
-    pub generation: u64,
-}
-
-impl Disk for PrimaryView {
-    fn size_bytes(&self) -> u64 {
-        lock(&self.replica).size_bytes()
-    }
-    fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
-        lock(&self.replica).primary_read(self.generation, offset, into)
-    }
-    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        lock(&self.replica).primary_write(self.generation, offset, bytes)
-    }
-    fn flush(&mut self) -> Result<(), DiskError> {
-        lock(&self.replica).primary_flush(self.generation)
     }
 }

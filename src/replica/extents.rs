@@ -7,9 +7,12 @@
 //!                    in place │gap│ in place                        the gap becomes extent 4
 //! ```
 //!
-//! A write goes in place where an extent is, and becomes a new extent in the gaps. So nothing is ever split, the
+//! A write goes in place where an extent is, and becomes a new extent in the gaps. So no data is ever split, the
 //! spill file holds no garbage, and a layer is never larger than the disk. New extents live in memory while the
 //! [`Budget`] lasts and are appended to an unlinked spill file after that.
+//!
+//! Zeroes are extents without bytes: a guest that discards its whole disk fills no memory here, and what is copied down
+//! is a hole. Only they are split, by data that is written into them.
 //!
 //! The trap: the index costs memory even when the bytes are spilled, so each extent is charged
 //! [`EXTENT_COST_BYTES`] whatever its length, and a quarter of the memory is kept for the index of what is spilled;
@@ -17,7 +20,10 @@
 //!
 //! Source: the redo-log half of QEMU `docs/block-replication.txt` ("active disk", "hidden disk").
 
-use crate::disk::{Disk, DiskError};
+#[cfg(test)]
+mod tests;
+
+use crate::disk::{Disk, DiskError, Extent as Described, Zeroing};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::ops::Range;
@@ -28,13 +34,58 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Longest extent; a longer write becomes several. It bounds one step of copying a layer down.
 pub const MAX_EXTENT_BYTES: usize = 1 << 20;
+/// Longest extent of zeroes: where the disk below writes them by hand, one step of copying a layer down writes so many.
+pub const MAX_ZEROES_BYTES: u64 = 32 << 20;
 /// What an extent's place in the index is charged, beside its bytes.
 pub const EXTENT_COST_BYTES: u64 = 128;
 
 /// Whoever reads what a layer does not cover: an offset and the bytes to fill.
 pub type ReadBelow<'a> = dyn FnMut(u64, &mut [u8]) -> Result<(), DiskError> + 'a;
-/// Whoever writes what a layer does not cover: an offset and the bytes.
-pub type WriteBelow<'a> = dyn FnMut(u64, &[u8]) -> Result<(), DiskError> + 'a;
+/// Whoever writes what a layer does not cover: an offset and what belongs there.
+pub type WriteBelow<'a> = dyn FnMut(u64, Content<'_>) -> Result<(), DiskError> + 'a;
+
+/// What a write leaves on a disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Content<'a> {
+    /// These bytes.
+    Data(&'a [u8]),
+    /// Zeroes.
+    Zeroes {
+        /// How many.
+        len_bytes: u64,
+        /// Their space stays allocated.
+        keep_allocated: bool,
+    },
+}
+
+impl Content<'_> {
+    /// Its length.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        match self {
+            Self::Data(bytes) => bytes.len() as u64,
+            Self::Zeroes { len_bytes, .. } => *len_bytes,
+        }
+    }
+
+    /// Puts it on a disk.
+    pub fn write_to(&self, disk: &mut dyn Disk, offset: u64) -> Result<(), DiskError> {
+        match *self {
+            Self::Data(bytes) => disk.write(offset, bytes),
+            Self::Zeroes { len_bytes, keep_allocated } => {
+                disk.write_zeroes(offset, len_bytes, Zeroing { keep_allocated, fast_only: false })
+            }
+        }
+    }
+
+    /// The part of it, which lies at `offset`, that falls in `range`.
+    fn part(&self, offset: u64, range: &Range<u64>) -> Self {
+        match *self {
+            Self::Data(bytes) => Self::Data(&bytes[(range.start - offset) as usize..(range.end - offset) as usize]),
+            Self::Zeroes { keep_allocated, .. } => Self::Zeroes { len_bytes: range.end - range.start, keep_allocated },
+        }
+    }
+}
 
 /// What all layers of a guest's replicas may use together.
 #[derive(Debug)]
@@ -78,6 +129,7 @@ impl Budget {
 enum Place {
     Memory(Box<[u8]>),
     Spill { at: u64 },
+    Zeroes { keep_allocated: bool },
 }
 
 #[derive(Debug)]
@@ -154,24 +206,62 @@ impl Overlay {
         runs
     }
 
-    /// Writes `bytes` at `offset`. The caller has checked the range. On an error the range holds old and new
-    /// bytes mixed, in whole pieces, and everything outside it is untouched.
-    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        for piece in self.pieces(offset, bytes.len()) {
+    /// What a range is: pieces of (length, what this layer has there), `None` where it has nothing.
+    pub(super) fn describe(&self, offset: u64, len_bytes: u64) -> Vec<(u64, Option<Described>)> {
+        let of = |piece| match piece {
+            Piece::Gap(range) => (range.end - range.start, None),
+            Piece::Extent { start, range } => {
+                let len_bytes = range.end - range.start;
+                let described = match self.extents[&start].place {
+                    Place::Zeroes { keep_allocated } => Described { len_bytes, hole: !keep_allocated, zero: true },
+                    Place::Memory(_) | Place::Spill { .. } => Described::data(len_bytes),
+                };
+                (len_bytes, Some(described))
+            }
+        };
+        self.pieces(offset, len_bytes).into_iter().map(of).collect()
+    }
+
+    /// Writes at `offset`. The caller has checked the range. On an error the range holds old and new bytes mixed, in
+    /// whole pieces, and everything outside it is untouched.
+    pub fn write(&mut self, offset: u64, content: Content<'_>) -> Result<(), DiskError> {
+        for piece in self.pieces(offset, content.len_bytes()) {
             match piece {
-                Piece::Extent { start, range } => self.overwrite(start, range.start, part(bytes, offset, &range))?,
-                Piece::Gap(range) => self.append(range.start, part(bytes, offset, &range))?,
+                Piece::Extent { start, range } => {
+                    let content = content.part(offset, &range);
+                    match (self.has_zeroes(start), content) {
+                        (true, Content::Data(bytes)) => self.split(start, range.start, bytes)?,
+                        _ => self.overwrite(start, range.start, content)?,
+                    }
+                }
+                Piece::Gap(range) => self.append(range.start, content.part(offset, &range))?,
             }
         }
         Ok(())
     }
 
-    /// Writes only where the layer covers the range; each gap is handed to `below`.
-    pub fn write_covered(&mut self, offset: u64, bytes: &[u8], below: &mut WriteBelow<'_>) -> Result<(), DiskError> {
-        for piece in self.pieces(offset, bytes.len()) {
+    /// Writes only where the layer covers the range; each gap is handed to `below`. Needs no room: zeroes that are in
+    /// the way of data are handed down first, and are a gap then.
+    pub fn write_covered(
+        &mut self,
+        offset: u64,
+        content: Content<'_>,
+        below: &mut WriteBelow<'_>,
+    ) -> Result<(), DiskError> {
+        for piece in self.pieces(offset, content.len_bytes()) {
             match piece {
-                Piece::Extent { start, range } => self.overwrite(start, range.start, part(bytes, offset, &range))?,
-                Piece::Gap(range) => below(range.start, part(bytes, offset, &range))?,
+                Piece::Extent { start, range } => {
+                    let content = content.part(offset, &range);
+                    match (&self.extents[&start], content) {
+                        (&Extent { len, place: Place::Zeroes { keep_allocated } }, Content::Data(_)) => {
+                            below(start, Content::Zeroes { len_bytes: len as u64, keep_allocated })?;
+                            self.forget(start);
+                            below(range.start, content)?;
+                        }
+                        _ => self.overwrite(start, range.start, content)?,
+                    }
+                }
+                Piece::Gap(range) => below(range.start, content.part(offset, &range))?,
             }
         }
         Ok(())
@@ -179,7 +269,7 @@ impl Overlay {
 
     /// Fills `into` where the layer covers the range; each gap is handed to `below`.
     pub fn read(&self, offset: u64, into: &mut [u8], below: &mut ReadBelow<'_>) -> Result<(), DiskError> {
-        for piece in self.pieces(offset, into.len()) {
+        for piece in self.pieces(offset, into.len() as u64) {
             match piece {
                 Piece::Extent { start, range } => {
                     let into = &mut into[(range.start - offset) as usize..(range.end - offset) as usize];
@@ -193,44 +283,76 @@ impl Overlay {
         Ok(())
     }
 
-    /// Copies the first covered bytes, at most `max_bytes` and at least one extent, to `disk` and then forgets
-    /// them; whoever reads through this layer to `disk` sees no difference. Returns how many, 0 when the layer is
-    /// empty. On an error nothing is forgotten.
+    /// Copies the first covered bytes to `disk` and then forgets them; whoever reads through this layer to `disk` sees
+    /// no difference. Of data at most `max_bytes` and at least one extent, of zeroes at most [`MAX_ZEROES_BYTES`].
+    /// Returns how many, 0 when the layer is empty. On an error nothing is forgotten.
     pub fn move_first(&mut self, disk: &mut dyn Disk, max_bytes: usize) -> Result<usize, DiskError> {
-        let Some((&start, _)) = self.extents.first_key_value() else { return Ok(0) };
-        let mut run = Vec::new();
-        let mut count = 0;
+        let Some((&start, first)) = self.extents.first_key_value() else { return Ok(0) };
+        let zeroes = match first.place {
+            Place::Zeroes { keep_allocated } => Some(keep_allocated),
+            Place::Memory(_) | Place::Spill { .. } => None,
+        };
+        let max_bytes = if zeroes.is_some() { MAX_ZEROES_BYTES as usize } else { max_bytes.min(MAX_EXTENT_BYTES) };
+        let (mut run, mut len, mut count) = (Vec::new(), 0, 0);
         for (at, extent) in &self.extents {
-            let fits = run.is_empty() || run.len() + extent.len <= max_bytes.min(MAX_EXTENT_BYTES);
-            if *at != start + run.len() as u64 || !fits {
+            let same = match extent.place {
+                Place::Zeroes { keep_allocated } => zeroes == Some(keep_allocated),
+                Place::Memory(_) | Place::Spill { .. } => zeroes.is_none(),
+            };
+            let fits = len == 0 || len + extent.len <= max_bytes;
+            if *at != start + len as u64 || !same || !fits {
                 break;
             }
-            let filled = run.len();
-            run.resize(filled + extent.len, 0);
-            self.read_extent(extent, 0, &mut run[filled..])?;
+            if zeroes.is_none() {
+                run.resize(len + extent.len, 0);
+                self.read_extent(extent, 0, &mut run[len..])?;
+            }
+            len += extent.len;
             count += 1;
         }
-        disk.write(start, &run)?;
+        let content = match zeroes {
+            Some(keep_allocated) => Content::Zeroes { len_bytes: len as u64, keep_allocated },
+            None => Content::Data(&run),
+        };
+        content.write_to(disk, start)?;
         for _ in 0..count {
             self.forget_first();
         }
-        Ok(run.len())
+        Ok(len)
     }
 
     /// Forgets the first extent and returns how many bytes that were, 0 when the layer is empty: a large layer is
     /// dropped in steps.
     pub fn forget_first(&mut self) -> usize {
-        let Some((_, extent)) = self.extents.pop_first() else { return 0 };
+        self.extents.first_key_value().map(|(start, _)| *start).map_or(0, |start| self.forget(start))
+    }
+
+    fn forget(&mut self, start: u64) -> usize {
+        let Some(extent) = self.extents.remove(&start) else { return 0 };
         self.bytes -= extent.len as u64;
-        let cost = EXTENT_COST_BYTES + if matches!(extent.place, Place::Memory(_)) { extent.len as u64 } else { 0 };
-        self.memory_taken -= cost;
-        self.budget.memory_bytes.fetch_sub(cost, Relaxed);
+        let in_memory = matches!(extent.place, Place::Memory(_));
+        self.give_back(EXTENT_COST_BYTES + if in_memory { extent.len as u64 } else { 0 });
         extent.len
     }
 
+    fn has_zeroes(&self, start: u64) -> bool {
+        matches!(self.extents[&start].place, Place::Zeroes { .. })
+    }
+
+    fn take(&mut self, limit_bytes: u64, bytes: u64) -> bool {
+        let taken = Budget::take(&self.budget.memory_bytes, limit_bytes, bytes);
+        self.memory_taken += if taken { bytes } else { 0 };
+        taken
+    }
+
+    fn give_back(&mut self, bytes: u64) {
+        self.memory_taken -= bytes;
+        self.budget.memory_bytes.fetch_sub(bytes, Relaxed);
+    }
+
     /// The pieces of a range, in order and without a hole.
-    fn pieces(&self, offset: u64, len: usize) -> Vec<Piece> {
-        let end = offset + len as u64;
+    fn pieces(&self, offset: u64, len_bytes: u64) -> Vec<Piece> {
+        let end = offset + len_bytes;
         let mut pieces = Vec::new();
         let mut at = offset;
         let before = self.extents.range(..offset).next_back();
@@ -258,47 +380,108 @@ impl Overlay {
                 let file = self.spill.as_ref().expect("a spilled extent has a file");
                 file.read_exact_at(into, at + skip as u64).map_err(|e| DiskError::io("read a spill file", e))?;
             }
+            Place::Zeroes { .. } => into.fill(0),
         }
         Ok(())
     }
 
-    fn overwrite(&mut self, start: u64, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+    /// Writes into an extent, which is not one of zeroes if the content is data.
+    fn overwrite(&mut self, start: u64, offset: u64, content: Content<'_>) -> Result<(), DiskError> {
         let skip = (offset - start) as usize;
         let extent = self.extents.get_mut(&start).expect("a piece names an extent that exists");
-        match &mut extent.place {
-            Place::Memory(old) => old[skip..skip + bytes.len()].copy_from_slice(bytes),
-            Place::Spill { at } => {
+        let len = content.len_bytes() as usize;
+        let mut freed_bytes = 0;
+        match (&mut extent.place, content) {
+            (Place::Memory(old), Content::Data(bytes)) => old[skip..skip + len].copy_from_slice(bytes),
+            (place @ Place::Memory(_), Content::Zeroes { keep_allocated, .. }) if len == extent.len => {
+                (*place, freed_bytes) = (Place::Zeroes { keep_allocated }, len as u64);
+            }
+            (Place::Memory(old), Content::Zeroes { .. }) => old[skip..skip + len].fill(0),
+            (Place::Spill { at }, content) => {
+                let zeroes = vec![0; if let Content::Zeroes { .. } = content { len } else { 0 }];
+                let bytes = if let Content::Data(bytes) = content { bytes } else { &zeroes };
                 let file = self.spill.as_ref().expect("a spilled extent has a file");
                 file.write_all_at(bytes, *at + skip as u64).map_err(|e| DiskError::io("write a spill file", e))?;
+            }
+            (Place::Zeroes { keep_allocated: kept }, Content::Zeroes { keep_allocated, .. }) => {
+                *kept = keep_allocated || *kept && len != extent.len;
+            }
+            (Place::Zeroes { .. }, Content::Data(_)) => unreachable!("data splits zeroes"),
+        }
+        self.give_back(freed_bytes);
+        Ok(())
+    }
+
+    /// Data where zeroes are: what is left of them on either side stays.
+    fn split(&mut self, mut start: u64, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        for (index, bytes) in bytes.chunks(MAX_EXTENT_BYTES).enumerate() {
+            let at = offset + (index * MAX_EXTENT_BYTES) as u64;
+            let Extent { len, place: Place::Zeroes { keep_allocated } } = self.extents[&start] else { return Ok(()) };
+            let (after, end) = (at + bytes.len() as u64, start + len as u64);
+            let between = start < at && after < end;
+            if between && !self.take(self.budget.memory_limit_bytes, EXTENT_COST_BYTES) {
+                return Err(no_space());
+            }
+            let placed = self.place(bytes);
+            if placed.is_err() && between || placed.is_ok() && start == at && after == end {
+                self.give_back(EXTENT_COST_BYTES);
+            }
+            let placed = placed?;
+            self.extents.remove(&start);
+            for (from, to) in [(start, at), (after, end)] {
+                if from < to {
+                    let rest = Extent { len: (to - from) as usize, place: Place::Zeroes { keep_allocated } };
+                    self.extents.insert(from, rest);
+                }
+            }
+            self.extents.insert(at, placed);
+            start = after;
+        }
+        Ok(())
+    }
+
+    /// Makes new extents. The content falls in a gap.
+    fn append(&mut self, offset: u64, content: Content<'_>) -> Result<(), DiskError> {
+        match content {
+            Content::Data(bytes) => {
+                for (index, bytes) in bytes.chunks(MAX_EXTENT_BYTES).enumerate() {
+                    let extent = self.place(bytes)?;
+                    self.bytes += bytes.len() as u64;
+                    self.extents.insert(offset + (index * MAX_EXTENT_BYTES) as u64, extent);
+                }
+            }
+            Content::Zeroes { len_bytes, keep_allocated } => {
+                let end = offset + len_bytes;
+                for at in (offset..end).step_by(MAX_ZEROES_BYTES as usize) {
+                    if !self.take(self.budget.memory_limit_bytes, EXTENT_COST_BYTES) {
+                        return Err(no_space());
+                    }
+                    let len = (end - at).min(MAX_ZEROES_BYTES);
+                    self.bytes += len;
+                    self.extents.insert(at, Extent { len: len as usize, place: Place::Zeroes { keep_allocated } });
+                }
             }
         }
         Ok(())
     }
 
-    /// Makes new extents. `bytes` falls in a gap.
-    fn append(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        for (index, bytes) in bytes.chunks(MAX_EXTENT_BYTES).enumerate() {
-            let (len, budget) = (bytes.len() as u64, Arc::clone(&self.budget));
-            let limit_bytes = budget.memory_limit_bytes;
-            let whole_cost = EXTENT_COST_BYTES + len;
-            let (cost, place) = if Budget::take(&budget.memory_bytes, limit_bytes - limit_bytes / 4, whole_cost) {
-                (whole_cost, Place::Memory(bytes.into()))
-            } else if Budget::take(&budget.memory_bytes, limit_bytes, EXTENT_COST_BYTES) {
-                match self.spill(bytes) {
-                    Ok(at) => (EXTENT_COST_BYTES, Place::Spill { at }),
-                    Err(error) => {
-                        budget.memory_bytes.fetch_sub(EXTENT_COST_BYTES, Relaxed);
-                        return Err(error);
-                    }
-                }
-            } else {
-                return Err(no_space());
-            };
-            self.memory_taken += cost;
-            self.bytes += len;
-            self.extents.insert(offset + (index * MAX_EXTENT_BYTES) as u64, Extent { len: bytes.len(), place });
+    /// Finds room for an extent of data.
+    fn place(&mut self, bytes: &[u8]) -> Result<Extent, DiskError> {
+        let limit_bytes = self.budget.memory_limit_bytes;
+        let len = bytes.len();
+        if self.take(limit_bytes - limit_bytes / 4, EXTENT_COST_BYTES + len as u64) {
+            return Ok(Extent { len, place: Place::Memory(bytes.into()) });
         }
-        Ok(())
+        if !self.take(limit_bytes, EXTENT_COST_BYTES) {
+            return Err(no_space());
+        }
+        match self.spill(bytes) {
+            Ok(at) => Ok(Extent { len, place: Place::Spill { at } }),
+            Err(error) => {
+                self.give_back(EXTENT_COST_BYTES);
+                Err(error)
+            }
+        }
     }
 
     /// Appends to the spill file; its end moves only when every byte is there.
@@ -332,11 +515,6 @@ fn no_space() -> DiskError {
     DiskError::NoSpace { what: "the replica's layers".into() }
 }
 
-/// The part of `bytes`, which lie at `offset`, that falls in `range`.
-fn part<'a>(bytes: &'a [u8], offset: u64, range: &Range<u64>) -> &'a [u8] {
-    &bytes[(range.start - offset) as usize..(range.end - offset) as usize]
-}
-
 /// A file that goes away with its last handle: a replica that crashes leaves nothing behind, and what it spilled
 /// would mean nothing to the next one.
 fn unlinked_file(dir: &Path) -> Result<File, DiskError> {
@@ -347,103 +525,4 @@ fn unlinked_file(dir: &Path) -> Result<File, DiskError> {
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).map_err(fail)?;
     fs::remove_file(&path).map_err(fail)?;
     Ok(file)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::disk::MemoryDisk;
-    use proptest::prelude::*;
-
-    const SIZE: usize = 512;
-
-    fn zeroes(_: u64, into: &mut [u8]) -> Result<(), DiskError> {
-        into.fill(0);
-        Ok(())
-    }
-
-    fn whole(overlay: &Overlay) -> Vec<u8> {
-        let mut image = vec![0xff; SIZE];
-        overlay.read(0, &mut image, &mut zeroes).unwrap();
-        image
-    }
-
-    proptest! {
-        #[test]
-        fn behaves_as_a_sparse_image(
-            writes in prop::collection::vec((0..SIZE as u64, 0_usize..200, any::<u8>()), 0..40),
-            memory_bytes in prop_oneof![Just(0_u64), Just(20_000), 8_000_u64..12_000],
-        ) {
-            let dir = tempfile::tempdir().unwrap();
-            let budget = Budget::new(memory_bytes, Some(dir.path().into()), 400);
-            let mut overlay = Overlay::new(&budget);
-            let (mut model, mut covered) = (vec![0; SIZE], vec![false; SIZE]);
-            for (offset, len, byte) in writes {
-                let range = offset as usize..(offset as usize + len).min(SIZE);
-                let result = overlay.write(offset, &vec![byte; range.len()]);
-                for (at, (model, covered)) in model.iter_mut().zip(&mut covered).enumerate() {
-                    // A refused write may have landed in part, but never outside its range.
-                    let now = whole(&overlay)[at];
-                    if range.contains(&at) && (result.is_ok() || now == byte) {
-                        (*model, *covered) = (byte, overlay.ranges().any(|range| range.contains(&(at as u64))));
-                        prop_assert!(*covered || result.is_err());
-                    }
-                    prop_assert_eq!(now, if *covered { *model } else { 0 });
-                    if !*covered { *model = 0; }
-                }
-                prop_assert!(budget.memory_bytes() <= memory_bytes && budget.spill_bytes() <= 400);
-            }
-            let runs = overlay.runs(7, SIZE as u64 - 9, usize::MAX);
-            let told: Vec<_> = runs.iter().flat_map(|(len, covered)| vec![*covered; *len as usize]).collect();
-            prop_assert_eq!(&told[..], &covered[7..SIZE - 2]);
-            prop_assert!(runs.windows(2).all(|two| two[0].1 != two[1].1));
-            prop_assert_eq!(&overlay.runs(7, SIZE as u64 - 9, 2)[..], &runs[..runs.len().min(2)]);
-            prop_assert_eq!(overlay.bytes(), covered.iter().filter(|covered| **covered).count() as u64);
-            prop_assert_eq!(overlay.bytes(), overlay.ranges().map(|range| range.end - range.start).sum::<u64>());
-
-            let mut below = MemoryDisk::new(SIZE);
-            while overlay.move_first(&mut below, 64).unwrap() > 0 {}
-            prop_assert_eq!(below.bytes(), &model[..]);
-            prop_assert!(overlay.is_empty() && overlay.bytes() == 0);
-            drop(overlay);
-            prop_assert_eq!((budget.memory_bytes(), budget.spill_bytes()), (0, 0));
-        }
-    }
-
-    #[test]
-    fn a_long_write_becomes_several_extents_and_a_rewrite_makes_none() {
-        let budget = Budget::new(1 << 30, None, 0);
-        let mut overlay = Overlay::new(&budget);
-        overlay.write(5, &vec![1; 2 * MAX_EXTENT_BYTES + 1]).unwrap();
-        assert_eq!(overlay.ranges().count(), 3);
-        let used = budget.memory_bytes();
-        overlay.write(6, &vec![2; 2 * MAX_EXTENT_BYTES]).unwrap();
-        assert_eq!((overlay.ranges().count(), budget.memory_bytes()), (3, used));
-    }
-
-    #[test]
-    fn writing_covered_ranges_hands_the_gaps_down() {
-        let mut overlay = Overlay::new(&Budget::new(1 << 20, None, 0));
-        overlay.write(10, &[1; 10]).unwrap();
-        let mut handed = Vec::new();
-        let mut below = |offset: u64, bytes: &[u8]| {
-            handed.push((offset, bytes.to_vec()));
-            Ok(())
-        };
-        overlay.write_covered(8, &[9, 8, 7, 6], &mut below).unwrap();
-        assert_eq!(handed, [(8, vec![9, 8])]);
-        assert_eq!((whole(&overlay)[10..13].to_vec(), overlay.bytes()), (vec![7, 6, 1], 10));
-    }
-
-    #[test]
-    fn the_spill_file_has_no_name_and_a_missing_directory_is_an_error() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut overlay = Overlay::new(&Budget::new(EXTENT_COST_BYTES, Some(dir.path().into()), 1 << 20));
-        overlay.write(0, b"spilled").unwrap();
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-        assert_eq!(&whole(&overlay)[..7], b"spilled");
-        assert!(matches!(overlay.write(100, b"x"), Err(DiskError::NoSpace { .. })), "no memory for its index");
-        let mut lost = Overlay::new(&Budget::new(1000, Some(dir.path().join("gone")), 1 << 20));
-        assert!(matches!(lost.write(0, &[1; 2000]), Err(DiskError::Io { .. })));
-    }
 }

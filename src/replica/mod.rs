@@ -32,6 +32,8 @@ pub mod epochs;
 pub mod extents;
 pub mod mirror;
 pub mod records;
+#[cfg(test)]
+mod resync_tests;
 pub mod set;
 pub mod stage;
 pub mod state;
@@ -39,7 +41,19 @@ pub mod take_up;
 #[cfg(test)]
 mod tests;
 
+use crate::disk::{DiskError, Zeroing};
 use std::sync::{Mutex, MutexGuard};
+
+/// What a trim becomes: a hole, if that is no more work than a trim may be.
+const FAST_HOLE: Zeroing = Zeroing { keep_allocated: false, fast_only: true };
+
+/// A trim that could not become a hole leaves everything as it was.
+fn zero_or_leave(zeroed: Result<(), DiskError>) -> Result<(), DiskError> {
+    match zeroed {
+        Err(DiskError::NotSupported) => Ok(()),
+        zeroed => zeroed,
+    }
+}
 
 /// Locks an end. A thread that panicked while holding it left it in an unknown state: that is our own fault, and
 /// going on would write unknown bytes to a disk.

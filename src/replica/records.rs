@@ -86,6 +86,12 @@ impl Member {
         lock(&self.records).standing()
     }
 
+    /// What this image is worth, whatever the others are.
+    #[must_use]
+    pub fn own(&self) -> Standing {
+        lock(&self.records).states[self.index].standing()
+    }
+
     /// Whether all images are durably known as this.
     #[must_use]
     pub fn is(&self, standing: Standing) -> bool {

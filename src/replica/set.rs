@@ -16,7 +16,8 @@
 
 use super::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig, ReplicaError, ReplicaStatus};
 use super::lock;
-use super::mirror::{Forward, Mirror, MirrorHandle, MirrorStatus, SyncStep};
+use super::mirror::resync::ChunkHash;
+use super::mirror::{Forward, Holds, Mirror, MirrorHandle, MirrorStatus, SyncStep, Target};
 use super::records::Member;
 use super::state::{State, StateFile};
 use crate::disk::{Disk, DiskError};
@@ -61,9 +62,24 @@ impl Mirrors {
         self.0.iter().map(|mirror| lock(&mirror.0))
     }
 
-    /// Starts copying all disks; see [`Mirror::attach`].
-    pub fn attach(&self, target_blank: bool) {
-        self.each().for_each(|mut mirror| mirror.attach(target_blank));
+    /// Starts copying all disks, to `targets` in the same order; see [`Mirror::attach`]. Of a disk that has none
+    /// nothing is known.
+    pub fn attach(&self, targets: &[Target]) {
+        let session = targets.first().map_or(0, |target| target.session);
+        let unknown = Target { session, holds: Holds::Anything };
+        self.each().enumerate().for_each(|(disk, mut mirror)| mirror.attach(*targets.get(disk).unwrap_or(&unknown)));
+    }
+
+    /// Whether [`Self::handle_hash`] may be called, for whichever disk the next hash is of.
+    #[must_use]
+    pub fn wants_hash(&self) -> bool {
+        let mut rooms = self.each().filter_map(|mirror| mirror.room_for_hash()).peekable();
+        rooms.peek().is_some() && rooms.all(|room| room)
+    }
+
+    /// The hash of a disk's next chunk on the other host. False when nobody waits for one.
+    pub fn handle_hash(&self, disk: usize, hash: ChunkHash) -> bool {
+        self.0.get(disk).is_some_and(|mirror| lock(&mirror.0).handle_hash(hash))
     }
 
     /// Stops copying, and drops what was queued.
@@ -71,13 +87,14 @@ impl Mirrors {
         self.each().for_each(|mut mirror| mirror.detach());
     }
 
-    /// One step of the initial copy: of the first disk that has one to do. `Full` when none has room for it.
+    /// One step of the initial copy: of the first disk that has one to do. `Full` or
+    /// `Waiting` when none has room or a hash for it.
     pub fn next_sync_chunk(&self) -> Result<SyncStep, OfDisk<DiskError>> {
         let mut all = SyncStep::Finished;
         for (disk, mut mirror) in self.each().enumerate() {
             match of_disk(disk, mirror.next_sync_chunk())? {
                 SyncStep::Finished => {}
-                SyncStep::Full => all = SyncStep::Full,
+                step @ (SyncStep::Full | SyncStep::Waiting) => all = step,
                 step @ (SyncStep::Queued { .. } | SyncStep::Skipped { .. }) => return Ok(step),
             }
         }
@@ -200,10 +217,15 @@ impl Replicas {
         all.iter_mut().enumerate().try_for_each(|(disk, replica)| of_disk(disk, does(replica)))
     }
 
-    /// Begins the initial copy of all disks; see [`Replica::start_sync`]. After an error none has begun: the first disk
-    /// makes it durable for all that they are not whole, and nothing else of it can fail.
+    /// [`Self::start_session`] for a primary that will not ask for them again.
     pub fn start_sync(&self, generation: u64) -> Result<(), OfDisk<ReplicaError>> {
-        self.step(|replica| replica.check_start(generation), |replica| replica.start_sync(generation))
+        self.start_session(generation, 0)
+    }
+
+    /// Begins the initial copy of all disks; see [`Replica::start_session`]. After an error none has begun: the first disk
+    /// makes it durable for all that they are not whole, and nothing else of it can fail.
+    pub fn start_session(&self, generation: u64, session: u64) -> Result<(), OfDisk<ReplicaError>> {
+        self.step(|replica| replica.check_start(generation), |replica| replica.start_session(generation, session))
     }
 
     /// The checkpoint, of all disks or, after an error, of none; see [`Replica::seal`].

@@ -11,12 +11,14 @@
 //! | record | the image |
 //! |---|---|
 //! | none | never held a replica; whatever it was, it still is |
-//! | `checkpoint G N` | byte for byte checkpoint N of generation G, or a later one that changed nothing |
+//! | `checkpoint G N [S]` | byte for byte checkpoint N of generation G, or a later one that changed nothing |
 //! | `guest` | a guest's own disk: what the guest flushed is there, as after a power cut of any disk |
 //! | `resync WHY`, or nothing that can be read | neither one thing nor the other |
 //!
+//! S is the session in which its primary numbers them: a primary that comes back knows by both what the image lacks.
+//!
 //! The images of a guest with several disks have a record each, and a checkpoint's says in which set of images it was
-//! made and which of them this is (`checkpoint G N SET 0/2`): [`super::records`] changes them together, and
+//! made and which of them this is (`checkpoint G N S SET 0/2`): [`super::records`] changes them together, and
 //! [`super::take_up`] boots a guest on all of them or on none.
 //!
 //! The record is overwritten in place and is shorter than a sector. Whatever tears it leaves a line whose checksum is
@@ -36,7 +38,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// The length of a record. A file that has more is not ours.
-pub const RECORD_BYTES: usize = 96;
+pub const RECORD_BYTES: usize = 128;
 /// Where the records of block devices are: `/dev` forgets what is in it when the host restarts.
 pub const DEVICES_DIR: &str = "/var/lib/xen-colo";
 const MAGIC: &str = "xen-colo-state 1";
@@ -104,6 +106,8 @@ pub enum Standing {
         generation: u64,
         /// Its number in that generation, the initial copy being 1.
         number: u64,
+        /// What its primary called the session in which it numbers them; 0 when it will not ask.
+        session: u64,
     },
     /// It is a guest's own disk.
     Guest,
@@ -121,7 +125,10 @@ impl Standing {
     fn encode(self, place: Option<Place>) -> [u8; RECORD_BYTES] {
         let what = match self {
             Self::NoRecord => "none".to_owned(),
-            Self::Checkpoint { generation, number } => format!("checkpoint {generation} {number}"),
+            Self::Checkpoint { generation, number, session: 0 } => format!("checkpoint {generation} {number}"),
+            Self::Checkpoint { generation, number, session } => {
+                format!("checkpoint {generation} {number} {session:016x}")
+            }
             Self::Guest => "guest".to_owned(),
             Self::Resync(why) => {
                 format!("resync {}", Why::ALL.iter().find(|(each, _)| *each == why).map_or("", |w| w.1))
@@ -154,8 +161,13 @@ impl Standing {
             words => (words, None),
         };
         let standing = match *words {
-            ["checkpoint", generation, number] => {
-                Self::Checkpoint { generation: generation.parse().ok()?, number: number.parse().ok()? }
+            ["checkpoint", generation, number, ref session @ ..] => {
+                let session = match *session {
+                    [] => 0,
+                    [session] => u64::from_str_radix(session, 16).ok()?,
+                    _ => return None,
+                };
+                Self::Checkpoint { generation: generation.parse().ok()?, number: number.parse().ok()?, session }
             }
             ["guest"] => Self::Guest,
             ["resync", why] => Self::Resync(Why::ALL.iter().find(|(_, word)| *word == why)?.0),
@@ -169,7 +181,7 @@ impl fmt::Display for Standing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoRecord => f.write_str("not a replica's"),
-            Self::Checkpoint { generation, number } => {
+            Self::Checkpoint { generation, number, .. } => {
                 write!(f, "whole: checkpoint {number} of generation {generation}")
             }
             Self::Guest => f.write_str("whole: a guest's own disk"),
@@ -370,14 +382,18 @@ mod tests {
 
     fn standings() -> Vec<Standing> {
         let numbers = [(0, 1), (1, 12), (1, 345), (23, 67), (u64::MAX, u64::MAX)];
-        let checkpoints = numbers.map(|(generation, number)| Standing::Checkpoint { generation, number });
+        let checkpoints = numbers.map(|(generation, number)| Standing::Checkpoint {
+            generation,
+            number,
+            session: if number == 12 { 0 } else { number.rotate_left(17) },
+        });
         let resyncs = Why::ALL.map(|(why, _)| Standing::Resync(why));
         [&checkpoints[..], &resyncs, &[Standing::Guest]].concat()
     }
 
     #[test]
     fn a_record_is_a_line_of_text() {
-        let checkpoint = Standing::Checkpoint { generation: 3, number: 17 };
+        let checkpoint = Standing::Checkpoint { generation: 3, number: 17, session: 0 };
         let text = String::from_utf8(checkpoint.encode(None).to_vec()).unwrap();
         assert_eq!(text.trim_end(), "xen-colo-state 1 checkpoint 3 17 83001e3f");
         let place = Some(Place { set: 0x9f31, index: 1, count: 2 });

@@ -2,7 +2,7 @@
 //! `<=`), against a naive model, and against disks that fail.
 
 use super::epochs::*;
-use crate::disk::{Disk, DiskError, MemoryDisk};
+use crate::disk::{Disk, DiskError, MemoryDisk, Zeroing};
 use crate::mutant::{self, Mutant};
 use proptest::prelude::*;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -333,8 +333,10 @@ fn the_planted_bugs_are_seen() {
 
 #[derive(Debug, Clone)]
 enum Op {
-    Primary(usize, usize, u8),
-    Guest(usize, usize, u8),
+    /// A byte to write, or `None` to zero.
+    Primary(usize, usize, Option<u8>),
+    Guest(usize, usize, Option<u8>),
+    GuestTrim(usize, usize),
     Seal,
     Apply(u64),
     Takeover,
@@ -343,9 +345,11 @@ enum Op {
 
 fn op(size: usize) -> impl Strategy<Value = Op> {
     let write = move || (0..size, 0..size / 2, any::<u8>());
+    let content = move || (0..size, 0..size / 2, prop_oneof![2 => any::<u8>().prop_map(Some), 1 => Just(None)]);
     prop_oneof![
-        6 => write().prop_map(|(at, len, byte)| Op::Primary(at, len, byte)),
-        6 => write().prop_map(|(at, len, byte)| Op::Guest(at, len, byte)),
+        6 => content().prop_map(|(at, len, byte)| Op::Primary(at, len, byte)),
+        6 => content().prop_map(|(at, len, byte)| Op::Guest(at, len, byte)),
+        1 => write().prop_map(|(at, len, _)| Op::GuestTrim(at, len)),
         3 => Just(Op::Seal),
         4 => (0_u64..200).prop_map(Op::Apply),
         1 => Just(Op::Takeover),
@@ -373,22 +377,37 @@ proptest! {
             match op {
                 Op::Primary(at, len, byte) if !taken => {
                     let range = at..(at + len).min(SIZE);
-                    match replica.primary_write(1, at as u64, &vec![byte; range.len()]) {
-                        Ok(()) => primary[range].fill(byte),
+                    let (at, len) = (at as u64, range.len());
+                    let written = match byte {
+                        Some(byte) => replica.primary_write(1, at, &vec![byte; len]),
+                        None => replica.primary_zero(1, at, len as u64, Zeroing::default()),
+                    };
+                    match written {
+                        Ok(()) => primary[range].fill(byte.unwrap_or(0)),
                         Err(error) => {
                             prop_assert!(matches!(error, DiskError::NoSpace { .. }), "{}", error);
                             broken = true;
                         }
                     }
                 }
-                Op::Primary(at, len, byte) | Op::OldPrimary(at, len, byte) => {
+                Op::Primary(at, len, None) => {
+                    let refused = replica.primary_zero(1, at as u64, len.min(SIZE - at) as u64, Zeroing::default());
+                    prop_assert!(matches!(refused, Err(DiskError::Fenced { .. })), "{refused:?}");
+                }
+                Op::Primary(at, len, Some(byte)) | Op::OldPrimary(at, len, byte) => {
                     let bytes = vec![byte; len.min(SIZE - at)];
                     let refused = replica.primary_write(0, at as u64, &bytes);
                     prop_assert!(matches!(refused, Err(DiskError::Fenced { .. })), "{refused:?}");
                 }
                 Op::Guest(at, len, byte) => {
                     let range = at..(at + len).min(SIZE);
-                    match replica.guest_write(at as u64, &vec![byte; range.len()]) {
+                    let (at, len) = (at as u64, range.len());
+                    let written = match byte {
+                        Some(byte) => replica.guest_write(at, &vec![byte; len]),
+                        None => replica.guest_zero(at, len as u64, Zeroing { keep_allocated: true, fast_only: false }),
+                    };
+                    let byte = byte.unwrap_or(0);
+                    match written {
                         Ok(()) => seen[range].fill(byte),
                         // A failed write may have landed in part; inside its range only.
                         Err(_) => {
@@ -397,6 +416,20 @@ proptest! {
                             prop_assert!(range.clone().all(|at| now[at] == byte || now[at] == seen[at]));
                             seen[range.clone()].copy_from_slice(&now[range]);
                         }
+                    }
+                }
+                Op::GuestTrim(at, len) => {
+                    let range = at..(at + len).min(SIZE);
+                    let fast = Zeroing { keep_allocated: false, fast_only: true };
+                    match replica.guest_zero(at as u64, range.len() as u64, fast) {
+                        Ok(()) => seen[range].fill(0),
+                        Err(DiskError::NoSpace { .. }) if !taken => {
+                            let now = guest(&mut replica, 0, SIZE);
+                            prop_assert!(range.clone().all(|at| now[at] == 0 || now[at] == seen[at]));
+                            seen[range.clone()].copy_from_slice(&now[range]);
+                        }
+                        // A trim that is no hole leaves every byte as it was.
+                        Err(error) => prop_assert!(taken && matches!(error, DiskError::NotSupported), "{}", error),
                     }
                 }
                 Op::Seal => {
@@ -413,6 +446,13 @@ proptest! {
                 }
             }
             prop_assert_eq!(&guest(&mut replica, 0, SIZE), &seen);
+            let (mut at, mut told) = (0, replica.guest_extents(0, SIZE as u64, 64).unwrap());
+            prop_assert!(told.len() < 64 && told.iter().map(|extent| extent.len_bytes).sum::<u64>() == SIZE as u64);
+            for extent in told.drain(..) {
+                let end = at + extent.len_bytes as usize;
+                prop_assert!(!extent.zero || seen[at..end].iter().all(|byte| *byte == 0), "{:?} at {}", extent, at);
+                at = end;
+            }
             let status = replica.status();
             prop_assert!(status.memory_bytes <= memory_budget_bytes && status.spill_bytes <= 2000, "{:?}", status);
         }

@@ -31,6 +31,7 @@ use xen_colo::hypervisor::embedded::MachineConfig;
 use xen_colo::hypervisor::{Domain, DomainError};
 use xen_colo::page::{PAGE_SIZE, Pfn};
 use xen_colo::replica::epochs::ReplicaConfig;
+use xen_colo::replica::mirror::{Holds, Target};
 
 type Failed = Box<dyn Error + Send + Sync>;
 
@@ -175,6 +176,8 @@ impl Pair {
         let replicas = copy.replicas.clone().ok_or("a guest that stands by has replicas")?;
         replicas.start_sync(GENERATION)?;
 
+        let holds = if is_blank { Holds::Zeroes } else { Holds::Anything };
+        let target = Target { session: 0, holds };
         let domain = Arc::new(Mutex::new(guest.domain.take().ok_or("a booted guest has a domain")?));
         let (sender, pauses) = channel::channel();
         guest.domain = Some(Box::new(Watched { guest: domain.clone(), suspended_at: None, pauses: sender }));
@@ -191,8 +194,8 @@ impl Pair {
             Box::pin(
                 async move { nbd::serve_connection(nbd_b, disk_name(0), view).await.map_err(std::io::Error::other) },
             );
-        let side_a = Side::Primary { nbd: vec![nbd_a], sent_pages: None };
-        let side_b = Side::Secondary { nr_pages: guest.geometry.nr_pages, nbd: vec![server] };
+        let side_a = Side::Primary { nbd: vec![nbd_a], sent_pages: None, hashes: vec![] };
+        let side_b = Side::Secondary { nr_pages: guest.geometry.nr_pages, nbd: vec![server], hashes: vec![] };
         let links_a = links::start(stream_a, packets_a, beats_a, beats(), side_a);
         let links_b = links::start(stream_b, packets_b, beats_b, beats(), side_b);
 
@@ -205,8 +208,7 @@ impl Pair {
         let (a, b) = (Host::start("a", Some(guest))?, Host::start("b", None)?);
         let (begun, answer) = oneshot::channel();
         let join = HostInput::Join { links: links_b, config: config_b, peer: "a".into(), guest: Box::new(copy) };
-        let protect =
-            HostInput::Protect { links: links_a, config: config_a, peer: "b".into(), target_is_blank: is_blank, begun };
+        let protect = HostInput::Protect { links: links_a, config: config_a, peer: "b".into(), target, begun };
         b.inputs.send(join).await.map_err(|_| "host b is gone")?;
         a.inputs.send(protect).await.map_err(|_| "host a is gone")?;
         if let Answer::Error { desc } = answer.await? {

@@ -204,6 +204,7 @@ impl ScriptedSecondary {
             from: "b".into(),
             refused: None,
             features: vec!["blank-disk".into()],
+            checkpoints: vec![],
         };
         let mut out = BytesMut::new();
         hello::encode(&welcome, &mut out);

@@ -173,8 +173,9 @@ impl World {
                 self.say(A, Word::Dismissal);
                 self.step(Step::DismissSaid);
             }
-            Effect::DiskWrite { disk, seq, offset, data } => {
-                self.send(disk_link(disk), A, data.len(), Input::DiskWrite { disk, seq, offset, data });
+            Effect::DiskWrite { disk, seq, offset, payload } => {
+                let bytes = payload.wire_bytes() as usize;
+                self.send(disk_link(disk), A, bytes, Input::DiskWrite { disk, seq, offset, payload });
                 self.step(Step::DiskSent);
             }
         }

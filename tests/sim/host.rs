@@ -30,6 +30,7 @@ use xen_colo::hypervisor::Domain;
 use xen_colo::hypervisor::embedded::copies::Copies;
 use xen_colo::hypervisor::embedded::{Machine, MachineConfig, kv};
 use xen_colo::replica::epochs::ReplicaConfig;
+use xen_colo::replica::mirror::{Holds, Payload, Target};
 use xen_colo::replica::set::{Mirrors, Replicas};
 
 /// The guest's hardware address.
@@ -53,7 +54,7 @@ pub(super) enum Input {
     Answer(Answer),
     Stream(Bytes),
     Message(Message),
-    DiskWrite { disk: usize, seq: u64, offset: u64, data: Bytes },
+    DiskWrite { disk: usize, seq: u64, offset: u64, payload: Payload },
     DiskAck(usize, u64, Result<(), DiskError>),
     Packet(u64, Bytes),
     Beat(Beat),
@@ -288,7 +289,8 @@ impl World {
         config.arbiter_deadline = us(300_000);
         let Role::Running(domain) = std::mem::replace(&mut self.hosts[A].role, Role::Nothing) else { return };
         let (mirrors, epoch) = (self.hosts[A].mirrors.clone().expect("it has some"), lock(&domain.core).epoch.clone());
-        match PrimarySide::new(now, config, Box::new(domain), mirrors, epoch, clock, true) {
+        let targets = vec![Target { session: 1, holds: Holds::Zeroes }; mirrors.disks().len()];
+        match PrimarySide::new(now, config, Box::new(domain), mirrors, epoch, clock, &targets) {
             Ok(side) => self.hosts[A].role = Role::Primary(Box::new(side)),
             Err((_, error)) => return self.violate(format!("no primary: {error}")),
         }
@@ -312,7 +314,7 @@ impl World {
         }
         match input {
             Input::Beat(beat) => return self.beat(host, beat),
-            Input::DiskWrite { disk, seq, offset, data } => return self.disk_write(disk, seq, offset, &data),
+            Input::DiskWrite { disk, seq, offset, payload } => return self.disk_write(disk, seq, offset, &payload),
             _ => {}
         }
         self.check_lease(host);
@@ -387,11 +389,11 @@ impl World {
         }
     }
 
-    fn disk_write(&mut self, disk: usize, seq: u64, offset: u64, data: &Bytes) {
+    fn disk_write(&mut self, disk: usize, seq: u64, offset: u64, payload: &Payload) {
         let view = self.hosts[B].replicas.as_ref().and_then(|replicas| replicas.primary_views(GENERATION).nth(disk));
         let Some(mut view) = view else { return };
         let taken_over = matches!(&self.hosts[B].role, Role::Secondary(side) if side.took_over());
-        let result = view.write(offset, data);
+        let result = payload.content().write_to(&mut view, offset);
         if taken_over {
             self.saw("old write after takeover");
             if result.is_ok() {

@@ -55,9 +55,9 @@ impl Engine {
                     Effect::Message(message) => links.stream_out.send(12, StreamOut::Message(message)),
                     Effect::Pages(batch) => links.stream_out.send(batch.len() * PAGE_SIZE, StreamOut::Pages(batch)),
                     Effect::Devices(blob) => links.stream_out.send(blob.len(), StreamOut::Devices(blob)),
-                    Effect::DiskWrite { disk, seq, offset, data } => {
+                    Effect::DiskWrite { disk, seq, offset, payload } => {
                         if let Some(link) = links.disk_out.get(disk) {
-                            link.send(data.len(), DiskWrite { seq, offset, data });
+                            link.send(payload.wire_bytes() as usize, DiskWrite { seq, offset, payload });
                         }
                     }
                     Effect::ToSecondary { epoch, frame } => {

@@ -50,10 +50,20 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         dropped_stale: packets.dropped_stale,
         dropped_network: status.packets.dropped_network,
     };
+    let copying = stats.copy_begun.map(|begun| stats.disk_read_at.unwrap_or(now) - begun);
+    let rate = |bytes: u64| {
+        let copying_ms = copying.map_or(0, |copying| copying.as_millis() as u64);
+        bytes.saturating_mul(1000).checked_div(copying_ms)
+    };
     let disk = |(index, mirror): (usize, MirrorStatus)| Disk {
         name: Some(disk_name(index)),
         copied_bytes: mirror.sync_done_bytes,
         total_bytes: mirror.sync_total_bytes,
+        resync: mirror.attached.then(|| mirror.sync_what.into()),
+        skipped_bytes: mirror.sync_skipped_bytes,
+        sent_bytes: mirror.sync_sent_bytes,
+        copy_bytes_per_s: mirror.attached.then(|| rate(mirror.sync_done_bytes)).flatten(),
+        spared_bytes: mirror.spared_bytes,
         waiting_bytes: mirror.queued_bytes,
         fenced_writes: 0,
         errors: mirror.error.into_iter().collect(),

@@ -1,20 +1,22 @@
 //! The acceptor's part: who knocks, what is made for them, and when their links are one session.
 
-use super::{BLANK_DISK, HELLO_DEADLINE, PAGE_DELTAS, Shared, VACANT, read_word};
+use super::{BLANK_DISK, CHUNK_HASHES, HELLO_DEADLINE, PAGE_DELTAS, Shared, VACANT, read_word};
 use crate::colo::arbiter::Claim;
 use crate::colo::heartbeat::Heartbeat;
-use crate::colo::hello::{self, Channel, Hello, PROTOCOL_VERSION, Welcome, disk_name};
+use crate::colo::hello::{self, Channel, DiskCheckpoint, Hello, PROTOCOL_VERSION, Welcome, disk_name};
 use crate::colo::secondary;
 use crate::daemon::address::{Link, Listener};
 use crate::daemon::engine::{HostInput, Vacancy};
 use crate::daemon::guest::Guest;
+use crate::daemon::hashes;
 use crate::daemon::links::{self, LinkTask, Side};
 use crate::daemon::nbd::{self, ServeError};
 use crate::daemon::{engine_clock, xen};
-use crate::replica::epochs::{PrimaryView, ReplicaConfig};
+use crate::replica::epochs::{PrimaryView, Replica, ReplicaConfig};
+use crate::replica::state::Standing;
 use bytes::BytesMut;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
@@ -33,6 +35,8 @@ struct Session {
     guest: Box<Guest>,
     packets: Option<Link>,
     heartbeat: Option<Link>,
+    /// By disk, those that were asked for.
+    hashes: Vec<(usize, Link)>,
     /// In the order of the disks; the session is whole with the last of them.
     nbd: Vec<Link>,
 }
@@ -76,13 +80,15 @@ pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
                     Ok(made) => {
                         let blank = made.as_ref().is_some_and(|(_, is_blank)| *is_blank);
                         let vacant = *shared.vacancy.borrow() == Vacancy::Vacant;
-                        let features = [(true, PAGE_DELTAS), (blank, BLANK_DISK), (vacant, VACANT)];
+                        let features =
+                            [(true, PAGE_DELTAS), (true, CHUNK_HASHES), (blank, BLANK_DISK), (vacant, VACANT)];
                         let features = features.into_iter().filter(|(has, _)| *has);
                         let welcome = Welcome {
                             protocol: PROTOCOL_VERSION,
                             from: shared.config.name.clone(),
                             refused: None,
                             features: features.map(|(_, name)| name.to_owned()).collect(),
+                            checkpoints: made.iter().flat_map(|(guest, _)| checkpoints(guest)).collect(),
                         };
                         let mut out = BytesMut::new();
                         hello::encode(&welcome, &mut out);
@@ -97,9 +103,22 @@ pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
     }
 }
 
+/// What the images are checkpoints of, by names that their primary may know.
+fn checkpoints(guest: &Guest) -> Vec<DiskCheckpoint> {
+    let replicas = guest.replicas.iter().flat_map(|replicas| replicas.disks());
+    let held = |(disk, replica): (usize, &Arc<Mutex<Replica>>)| match links::lock(replica).image() {
+        Standing::Checkpoint { number, session: session @ 1.., .. } => {
+            Some(DiskCheckpoint { disk: disk_name(disk), session, number })
+        }
+        _ => None,
+    };
+    replicas.enumerate().filter_map(held).collect()
+}
+
 async fn answer(link: &mut Link, why: &str, from: &str) {
     let refused = Some(why.to_owned());
-    let welcome = Welcome { protocol: PROTOCOL_VERSION, from: from.to_owned(), refused, features: vec![] };
+    let welcome =
+        Welcome { protocol: PROTOCOL_VERSION, from: from.to_owned(), refused, features: vec![], checkpoints: vec![] };
     let mut out = BytesMut::new();
     hello::encode(&welcome, &mut out);
     let _ = link.write_all(&out).await;
@@ -149,11 +168,20 @@ async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<
 async fn take(shared: &Shared, session: &mut Option<Session>, link: Link, word: Hello, guest: Option<Box<Guest>>) {
     match (word.channel, guest) {
         (Channel::Colo, Some(guest)) => {
-            *session =
-                Some(Session { hello: word, stream: link, guest, packets: None, heartbeat: None, nbd: Vec::new() });
+            let (packets, heartbeat, hashes, nbd) = (None, None, Vec::new(), Vec::new());
+            *session = Some(Session { hello: word, stream: link, guest, packets, heartbeat, hashes, nbd });
         }
         (Channel::Packets, _) => _ = session.as_mut().map(|session| session.packets = Some(link)),
         (Channel::Heartbeat, _) => _ = session.as_mut().map(|session| session.heartbeat = Some(link)),
+        (Channel::Hashes, _) => {
+            // One for each disk at most.
+            if let Some(begun) = session.as_mut()
+                && begun.hello.geometry.disks.len() > word.disk
+                && begun.hashes.iter().all(|(disk, _)| *disk != word.disk)
+            {
+                begun.hashes.push((word.disk, link));
+            }
+        }
         (Channel::Nbd, _) => {
             let Some(begun) = session.as_mut() else { return };
             if word.disk != begun.nbd.len() {
@@ -173,22 +201,27 @@ async fn take(shared: &Shared, session: &mut Option<Session>, link: Link, word: 
 }
 
 fn join(shared: &Shared, session: Session) -> Option<HostInput> {
-    let Session { hello: word, stream, guest, packets: Some(packets), heartbeat: Some(beats), nbd } = session else {
+    let Session { hello: word, stream, guest, packets: Some(packets), heartbeat: Some(beats), hashes, nbd } = session
+    else {
         tracing::warn!(peer = %session.hello.from, "the disk links came before the others");
         return None;
     };
     let generation = word.generation;
     let replicas = guest.replicas.clone()?;
     // Before the first write can arrive: the primary begins as soon as its last link is welcomed.
-    if let Err(error) = replicas.start_sync(generation) {
+    if let Err(error) = replicas.start_session(generation, word.session) {
         tracing::error!(%error, "the replica cannot begin");
         return None;
     }
-    let views = replicas.primary_views(generation);
+    let views: Vec<_> = replicas.primary_views(generation).collect();
+    let tell = |(disk, link): (usize, Link)| -> Option<LinkTask> {
+        Some(Box::pin(hashes::tell(link, views.get(disk)?.clone())))
+    };
+    let hashes = hashes.into_iter().filter_map(tell).collect();
     let servers = nbd.into_iter().zip(views).enumerate().map(|(disk, (link, view))| serve(link, disk, view)).collect();
     let interval = Duration::from_millis(word.heartbeat_interval_ms);
     let heartbeat = Heartbeat::new(engine_clock(), interval, word.heartbeat_misses, generation);
-    let side = Side::Secondary { nr_pages: word.geometry.nr_pages, nbd: servers };
+    let side = Side::Secondary { nr_pages: word.geometry.nr_pages, nbd: servers, hashes };
     let links = links::start(stream, packets, beats, heartbeat, side);
     let claim = Claim { guest: word.guest.clone(), expected: generation, holder: shared.config.name.clone() };
     let mut config = secondary::Config::new(word.mode, claim);

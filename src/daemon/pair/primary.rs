@@ -11,10 +11,14 @@
 //! where they are emitted, the mirror's writes where they are made. All three change inside the capture, while
 //! the guest stands still; that is the only moment at which they can change together.
 
-use super::{Clock, Samples, cause_of};
+mod out;
+
+pub use self::out::{Effect, Stats};
+
+use super::{Clock, cause_of};
 use crate::bitmap::Bitmap;
 use crate::clock::Instant;
-use crate::colo::arbiter::{Answer, Ask};
+use crate::colo::arbiter::Answer;
 use crate::colo::hello::Mode;
 use crate::colo::message::Message;
 use crate::colo::primary::{Action, Config, Primary, State};
@@ -23,10 +27,11 @@ use crate::compare::{self, Output, Proxy};
 use crate::disk::DiskError;
 use crate::hypervisor::{Domain, DomainError};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn};
-use crate::replica::mirror::SyncStep;
+use crate::replica::mirror::resync::ChunkHash;
+use crate::replica::mirror::{SyncStep, Target};
 use crate::replica::set::Mirrors;
 use bytes::Bytes;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -40,70 +45,13 @@ const ROOM_MARGIN_PAGES: usize = 256;
 /// How long Remus lets output wait before it asks for a checkpoint, at least.
 const OUTPUT_DELAY: Duration = Duration::from_millis(5);
 
-/// What the driver has to send or do.
-#[derive(Debug)]
-pub enum Effect {
-    /// A message on the stream.
-    Message(Message),
-    /// Pages on the stream. Give the buffer back with [`PrimarySide::recycle`].
-    Pages(PageBatch),
-    /// The end of the pages, and the device state, on the stream.
-    Devices(Vec<u8>),
-    /// A frame to the network.
-    ToNetwork(Bytes),
-    /// A client's frame to the secondary.
-    ToSecondary {
-        /// The epoch in which the guest got it.
-        epoch: u64,
-        /// The frame.
-        frame: Bytes,
-    },
-    /// A disk write to the secondary; answer with [`PrimarySide::handle_disk_acked`].
-    DiskWrite {
-        /// Which disk, from 0.
-        disk: usize,
-        /// Names the write in the answer.
-        seq: u64,
-        /// Where.
-        offset: u64,
-        /// What.
-        data: Bytes,
-    },
-    /// The word that the secondary is to give the guest up; answer with [`PrimarySide::handle_given_up`].
-    Dismiss,
-    /// An arbitration; answer with [`PrimarySide::handle_answer`].
-    Ask(Ask),
-    /// Replication ended: close every link.
-    Ended {
-        /// How.
-        exit: Exit,
-        /// The generation in which the guest runs on, if it does.
-        generation: u64,
-    },
-}
-
-/// Counters of the primary's side.
-#[derive(Clone, Debug, Default)]
-pub struct Stats {
-    /// Checkpoints the secondary owns, by cause.
-    pub checkpoints: BTreeMap<Cause, u64>,
-    /// How long the guest stood still for each.
-    pub pause: Samples,
-    /// Pages captured.
-    pub pages: u64,
-    /// Pages of the first copy that are sent, and how many there are.
-    pub copied_pages: (u64, u64),
-    /// Client frames that could not be copied to the secondary.
-    pub mirror_overflows: u64,
-    /// When the secondary last came to own a state, by the side's clock.
-    pub last_owned_at: Option<Instant>,
-}
-
 struct FirstCopy {
     todo: Bitmap,
     next: u64,
     rounds: u32,
     disk_done: bool,
+    /// All that is left waits for a hash.
+    stalled: bool,
 }
 
 /// The primary's side of a protected guest.
@@ -134,7 +82,7 @@ pub struct PrimarySide {
 
 impl PrimarySide {
     /// Begins to protect a running guest. `epoch` is what the guest's frames are tagged with at emission; it must
-    /// be 0. Blank targets get no zero pages of disk.
+    /// be 0. `targets` are the secondary's disks as they are.
     pub fn new(
         now: Instant,
         config: Config,
@@ -142,7 +90,7 @@ impl PrimarySide {
         mirrors: Mirrors,
         epoch: Arc<AtomicU64>,
         clock: Clock,
-        target_is_blank: bool,
+        targets: &[Target],
     ) -> Result<Self, (Box<dyn Domain>, DomainError)> {
         let fits = if config.mode == Mode::Colo { domain.lockstep() } else { Ok(()) };
         if let Err(error) = fits.and_then(|()| domain.logdirty(true)) {
@@ -156,7 +104,7 @@ impl PrimarySide {
             return Err((domain, error));
         }
         let to_copy = todo.count();
-        mirrors.attach(target_is_blank);
+        mirrors.attach(targets);
         Ok(Self {
             mode: config.mode,
             generation: config.claim.expected,
@@ -167,7 +115,7 @@ impl PrimarySide {
             proxy: Proxy::open(),
             epoch,
             clock,
-            copy: Some(FirstCopy { todo, next: 0, rounds: 0, disk_done: false }),
+            copy: Some(FirstCopy { todo, next: 0, rounds: 0, disk_done: false, stalled: false }),
             dirty: Bitmap::new(nr_pages),
             capture: PageBatch::default(),
             devices: Vec::new(),
@@ -176,7 +124,7 @@ impl PrimarySide {
             output_due: None,
             error: None,
             effects: VecDeque::new(),
-            stats: Stats { copied_pages: (0, to_copy), ..Stats::default() },
+            stats: Stats { copied_pages: (0, to_copy), copy_begun: Some(now), ..Stats::default() },
             last_packets: None,
         })
     }
@@ -373,7 +321,23 @@ impl PrimarySide {
     /// Whether [`Self::copy_some`] has work: the first copy is not finished.
     #[must_use]
     pub fn wants_copy(&self) -> bool {
-        self.copy.is_some() && self.machine.state() == State::Copying
+        self.copy.as_ref().is_some_and(|copy| !copy.stalled) && self.machine.state() == State::Copying
+    }
+
+    /// Whether [`Self::handle_hash`] may be called.
+    #[must_use]
+    pub fn wants_hash(&self) -> bool {
+        self.copy.is_some() && self.mirrors.wants_hash()
+    }
+
+    /// The hash of the next chunk of the secondary's disk.
+    pub fn handle_hash(&mut self, now: Instant, disk: usize, hash: ChunkHash) {
+        if !self.mirrors.handle_hash(disk, hash) {
+            self.machine.handle_loss(now, Loss::Violation("a hash that nobody waits for".into()));
+        }
+        self.copy.iter_mut().for_each(|copy| copy.stalled = false);
+        self.machine.handle_progress(now);
+        self.pump(now);
     }
 
     /// Does one slice of the first copy: a chunk of disk, then a batch of pages. Call it as long as the links take
@@ -390,9 +354,11 @@ impl PrimarySide {
 
     fn copy_slice(&mut self, now: Instant) -> Result<(), String> {
         let Some(copy) = self.copy.as_mut() else { return Ok(()) };
+        let mut waiting = false;
         if !copy.disk_done {
             let step = self.mirrors.next_sync_chunk().map_err(|e| e.to_string())?;
-            copy.disk_done = matches!(step, SyncStep::Finished);
+            (copy.disk_done, waiting) = (step == SyncStep::Finished, step == SyncStep::Waiting);
+            self.stats.disk_read_at = copy.disk_done.then_some(now);
         }
         let nr_pages = self.domain.nr_pages();
         let pfns: Vec<Pfn> =
@@ -406,6 +372,7 @@ impl PrimarySide {
             return Ok(());
         }
         if !copy.disk_done {
+            copy.stalled = waiting;
             return Ok(());
         }
         // A round is over: what became dirty meanwhile is the next one, until it is little.
@@ -451,8 +418,8 @@ impl PrimarySide {
             }
             while let Some((disk, forward)) = self.mirrors.poll_forward() {
                 idle = false;
-                let (seq, offset, data) = (forward.seq, forward.offset, forward.data);
-                self.effects.push_back(Effect::DiskWrite { disk, seq, offset, data });
+                let (seq, offset, payload) = (forward.seq, forward.offset, forward.payload);
+                self.effects.push_back(Effect::DiskWrite { disk, seq, offset, payload });
             }
             if self.mirrors.pressure() {
                 self.machine.request_checkpoint(now, Cause::DiskBound);

@@ -12,6 +12,7 @@ use crate::disk::{Disk, DiskError, MemoryDisk};
 use crate::hypervisor::embedded::copies::Copies;
 use crate::hypervisor::embedded::{Embedded, MachineConfig};
 use crate::replica::epochs::{GuestView, ReplicaConfig};
+use crate::replica::mirror::{Holds, Target};
 use crate::replica::set::{Mirrors, Replicas};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -53,7 +54,9 @@ impl Pair {
         let disk = Box::new(Copies::of(disks.collect()));
         let domain = Embedded::boot(&machine(), disk, clock.clone(), Box::new(|_| {})).unwrap();
         let config = primary::Config::new(Mode::Remus, claim("a"));
-        let a = PrimarySide::new(at(0), config, Box::new(domain), mirrors.clone(), Arc::default(), clock.clone(), true);
+        let targets = vec![Target { session: 0, holds: Holds::Zeroes }; bases.len()];
+        let (here, clock_a) = (mirrors.clone(), clock.clone());
+        let a = PrimarySide::new(at(0), config, Box::new(domain), here, Arc::default(), clock_a, &targets);
         let a = a.unwrap_or_else(|(_, error)| panic!("{error}"));
 
         let replicas = Replicas::new(bases, ReplicaConfig::default());
@@ -100,11 +103,11 @@ impl Pair {
                 b.handle_item(at(ms), Item::PagesEnd);
                 b.handle_item(at(ms), Item::DeviceState(blob));
             }
-            PrimaryEffect::DiskWrite { disk, seq, offset, data } => match late {
-                Some(late) if disk == 1 => late.push(PrimaryEffect::DiskWrite { disk, seq, offset, data }),
+            PrimaryEffect::DiskWrite { disk, seq, offset, payload } => match late {
+                Some(late) if disk == 1 => late.push(PrimaryEffect::DiskWrite { disk, seq, offset, payload }),
                 _ => {
                     let mut view = b.replicas().primary_views(1).nth(disk).unwrap();
-                    a.handle_disk_acked(at(ms), disk, seq, view.write(offset, &data));
+                    a.handle_disk_acked(at(ms), disk, seq, payload.content().write_to(&mut view, offset));
                 }
             },
             _ => {}

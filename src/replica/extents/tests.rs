@@ -1,0 +1,147 @@
+//! A layer against a sparse image, and its costs.
+
+use super::*;
+use crate::disk::MemoryDisk;
+use proptest::prelude::*;
+
+const SIZE: usize = 512;
+
+fn zeroes(_: u64, into: &mut [u8]) -> Result<(), DiskError> {
+    into.fill(0);
+    Ok(())
+}
+
+fn whole(overlay: &Overlay) -> Vec<u8> {
+    let mut image = vec![0xff; SIZE];
+    overlay.read(0, &mut image, &mut zeroes).unwrap();
+    image
+}
+
+fn data(bytes: &[u8]) -> Content<'_> {
+    Content::Data(bytes)
+}
+
+fn zeroed(len_bytes: u64) -> Content<'static> {
+    Content::Zeroes { len_bytes, keep_allocated: false }
+}
+
+/// A byte to fill a range with, or `None` to zero it.
+fn content() -> impl Strategy<Value = Option<u8>> {
+    prop_oneof![3 => any::<u8>().prop_map(Some), 2 => Just(None)]
+}
+
+proptest! {
+    #[test]
+    fn behaves_as_a_sparse_image(
+        writes in prop::collection::vec((0..SIZE as u64, 0_usize..200, content()), 0..40),
+        memory_bytes in prop_oneof![Just(0_u64), Just(20_000), 8_000_u64..12_000],
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let budget = Budget::new(memory_bytes, Some(dir.path().into()), 400);
+        let mut overlay = Overlay::new(&budget);
+        let (mut model, mut covered) = (vec![0; SIZE], vec![false; SIZE]);
+        for (offset, len, byte) in writes {
+            let range = offset as usize..(offset as usize + len).min(SIZE);
+            let bytes = vec![byte.unwrap_or(0); range.len()];
+            let zeroes = Content::Zeroes { len_bytes: range.len() as u64, keep_allocated: len % 2 == 0 };
+            let result = overlay.write(offset, if byte.is_some() { Content::Data(&bytes) } else { zeroes });
+            let byte = byte.unwrap_or(0);
+            for (at, (model, covered)) in model.iter_mut().zip(&mut covered).enumerate() {
+                // A refused write may have landed in part, but never outside its range.
+                let now = whole(&overlay)[at];
+                if range.contains(&at) && (result.is_ok() || now == byte) {
+                    (*model, *covered) = (byte, overlay.ranges().any(|range| range.contains(&(at as u64))));
+                    prop_assert!(*covered || result.is_err());
+                }
+                prop_assert_eq!(now, if *covered { *model } else { 0 });
+                if !*covered { *model = 0; }
+            }
+            prop_assert!(budget.memory_bytes() <= memory_bytes && budget.spill_bytes() <= 400);
+        }
+        let runs = overlay.runs(7, SIZE as u64 - 9, usize::MAX);
+        let told: Vec<_> = runs.iter().flat_map(|(len, covered)| vec![*covered; *len as usize]).collect();
+        prop_assert_eq!(&told[..], &covered[7..SIZE - 2]);
+        prop_assert!(runs.windows(2).all(|two| two[0].1 != two[1].1));
+        prop_assert_eq!(&overlay.runs(7, SIZE as u64 - 9, 2)[..], &runs[..runs.len().min(2)]);
+        prop_assert_eq!(overlay.bytes(), covered.iter().filter(|covered| **covered).count() as u64);
+        prop_assert_eq!(overlay.bytes(), overlay.ranges().map(|range| range.end - range.start).sum::<u64>());
+
+        let mut below = MemoryDisk::new(SIZE);
+        while overlay.move_first(&mut below, 64).unwrap() > 0 {}
+        prop_assert_eq!(below.bytes(), &model[..]);
+        prop_assert!(overlay.is_empty() && overlay.bytes() == 0);
+        drop(overlay);
+        prop_assert_eq!((budget.memory_bytes(), budget.spill_bytes()), (0, 0));
+    }
+}
+
+#[test]
+fn a_long_write_becomes_several_extents_and_a_rewrite_makes_none() {
+    let budget = Budget::new(1 << 30, None, 0);
+    let mut overlay = Overlay::new(&budget);
+    overlay.write(5, data(&vec![1; 2 * MAX_EXTENT_BYTES + 1])).unwrap();
+    assert_eq!(overlay.ranges().count(), 3);
+    let used = budget.memory_bytes();
+    overlay.write(6, data(&vec![2; 2 * MAX_EXTENT_BYTES])).unwrap();
+    assert_eq!((overlay.ranges().count(), budget.memory_bytes()), (3, used));
+}
+
+#[test]
+fn writing_covered_ranges_hands_the_gaps_down() {
+    let mut overlay = Overlay::new(&Budget::new(1 << 20, None, 0));
+    overlay.write(10, data(&[1; 10])).unwrap();
+    let mut handed = Vec::new();
+    let mut below = |offset: u64, content: Content<'_>| {
+        let Content::Data(bytes) = content else { panic!("{content:?}") };
+        handed.push((offset, bytes.to_vec()));
+        Ok(())
+    };
+    overlay.write_covered(8, data(&[9, 8, 7, 6]), &mut below).unwrap();
+    assert_eq!(handed, [(8, vec![9, 8])]);
+    assert_eq!((whole(&overlay)[10..13].to_vec(), overlay.bytes()), (vec![7, 6, 1], 10));
+}
+
+#[test]
+fn the_spill_file_has_no_name_and_a_missing_directory_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut overlay = Overlay::new(&Budget::new(EXTENT_COST_BYTES, Some(dir.path().into()), 1 << 20));
+    overlay.write(0, data(b"spilled")).unwrap();
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    assert_eq!(&whole(&overlay)[..7], b"spilled");
+    assert!(matches!(overlay.write(100, data(b"x")), Err(DiskError::NoSpace { .. })), "no memory for its index");
+    let mut lost = Overlay::new(&Budget::new(1000, Some(dir.path().join("gone")), 1 << 20));
+    assert!(matches!(lost.write(0, data(&[1; 2000])), Err(DiskError::Io { .. })));
+}
+
+#[test]
+fn zeroes_cost_an_entry_and_free_what_they_cover() {
+    let budget = Budget::new(1 << 20, None, 0);
+    let mut overlay = Overlay::new(&budget);
+    overlay.write(0, zeroed(1 << 40)).unwrap_err();
+    assert_eq!(budget.memory_bytes(), 1 << 20, "the index is bounded too");
+    drop(overlay);
+    let mut overlay = Overlay::new(&budget);
+    overlay.write(100, data(&[1; 1000])).unwrap();
+    overlay.write(0, zeroed(1 << 30)).unwrap();
+    let entries = (1 << 30) / MAX_ZEROES_BYTES + 2;
+    assert_eq!((overlay.bytes(), budget.memory_bytes()), (1 << 30, entries * EXTENT_COST_BYTES));
+    overlay.write(5 << 20, data(&[7; 10])).unwrap();
+    assert_eq!(budget.memory_bytes(), (entries + 2) * EXTENT_COST_BYTES + 10);
+    assert_eq!(overlay.runs(0, 2 << 30, 9), [(1 << 30, true), (1 << 30, false)]);
+    let described = overlay.describe((5 << 20) - 1, 12);
+    let zero = |len_bytes| (len_bytes, Some(Described { len_bytes, hole: true, zero: true }));
+    assert_eq!(described, [zero(1), (10, Some(Described::data(10))), zero(1)]);
+}
+
+#[test]
+fn data_over_zeroes_needs_no_room_where_the_zeroes_can_be_handed_down() {
+    let mut overlay = Overlay::new(&Budget::new(EXTENT_COST_BYTES, None, 0));
+    overlay.write(10, zeroed(100)).unwrap();
+    assert!(matches!(overlay.write(20, data(&[1; 5])), Err(DiskError::NoSpace { .. })));
+    assert_eq!(overlay.runs(0, 200, 9), [(10, false), (100, true), (90, false)], "refused whole");
+    let mut below = MemoryDisk::new(200);
+    below.write(0, &[9; 200]).unwrap();
+    overlay.write_covered(20, data(&[1; 5]), &mut |offset, content| content.write_to(&mut below, offset)).unwrap();
+    let expected = [&[9; 10][..], &[0; 10], &[1; 5], &[0; 85], &[9; 90]].concat();
+    assert_eq!((below.bytes(), overlay.is_empty()), (&expected[..], true));
+}

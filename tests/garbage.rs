@@ -114,6 +114,10 @@ async fn a_peer_of_another_version_is_told_so_in_a_sentence() {
     is_hung_up(&mut link).await;
 }
 
+fn second_disk() -> hello::DiskGeometry {
+    hello::DiskGeometry { name: "disk1".into(), size_bytes: 512 }
+}
+
 /// Hellos that are well formed and make no sense: each refused with the reason, none leaves anything behind.
 #[tokio::test(flavor = "multi_thread")]
 async fn impossible_hellos_are_refused_with_their_reason() {
@@ -121,12 +125,14 @@ async fn impossible_hellos_are_refused_with_their_reason() {
     let dir = tempfile::tempdir().unwrap();
     let b = standby(&dir);
     type Break = fn(&mut hello::Hello);
-    let cases: [(Break, &str); 8] = [
+    let cases: [(Break, &str); 10] = [
         (|word| word.geometry.nr_pages = 0, "0 pages"),
         (|word| word.geometry.nr_pages = u64::MAX, "pages"),
         (|word| word.geometry.nr_pages = hello::GUEST_MAX_PAGES, "MiB free"),
         (|word| word.geometry.disks.clear(), "0 disks"),
         (|word| word.geometry.disks[0].size_bytes = u64::MAX, "bytes"),
+        (|word| word.disk = 1, "a link for disk 1 of 1 disks"),
+        (|word| word.geometry.disks.push(second_disk()), "has 2 disk(s), and this host was given 1 image(s)"),
         (|word| word.heartbeat_interval_ms = 0, "heartbeat"),
         (|word| word.from = "b".into(), "both hosts are called b"),
         (|word| (word.channel, word.session) = (Channel::Nbd, 77), "no session"),

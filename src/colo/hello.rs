@@ -240,8 +240,11 @@ impl Hello {
             return refuse(format!("a guest of {} pages of {PAGE_SIZE} bytes", geometry.nr_pages));
         }
         let count = geometry.disks.len();
-        if !(1..=DISKS_MAX).contains(&count) || self.disk >= count {
-            return refuse(format!("disk {} of {count}; a guest has one to {DISKS_MAX}", self.disk));
+        if !(1..=DISKS_MAX).contains(&count) {
+            return refuse(format!("{count} disks; a guest has 1 to {DISKS_MAX}"));
+        }
+        if self.disk >= count {
+            return refuse(format!("a link for disk {} of {count} disks", self.disk));
         }
         let mut total_bytes = 0_u64;
         for (index, disk) in geometry.disks.iter().enumerate() {

@@ -40,7 +40,7 @@ const DISK_BYTES: usize = 1 << 20;
 /// Small, so that a busy guest reaches it.
 const MIRROR_QUEUE_BYTES: u64 = 3 << 20;
 const MISSES: u32 = 3;
-const BEAT_SOCKET: usize = 3;
+const BEAT_SOCKET: usize = 4;
 
 /// The link of a disk.
 pub(super) fn disk_link(disk: usize) -> usize {
@@ -67,10 +67,11 @@ impl Input {
             // The end of a connection is read after what was sent before it.
             Self::Stream(_) | Self::Message(_) | Self::Lost(_) => 0,
             Self::Answer(_) => 1,
-            Self::DiskWrite { disk, .. } | Self::DiskAck(disk, ..) => disk_link(*disk) + 2,
-            Self::Packet(..) => 2,
+            Self::DiskWrite { disk: 0, .. } | Self::DiskAck(0, ..) => 2,
+            Self::Packet(..) => 3,
             Self::Beat(_) => BEAT_SOCKET,
             Self::Network(_) => 5,
+            Self::DiskWrite { .. } | Self::DiskAck(..) => 6,
         }
     }
 

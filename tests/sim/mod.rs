@@ -40,7 +40,7 @@ const SEEDS: u64 = 2_000;
 /// The same where `CI` is set.
 const SEEDS_CI: u64 = 20_000;
 /// Seeds within which each planted bug must be found.
-const SEEDS_A_MUTANT: u64 = 2_000;
+const SEEDS_A_MUTANT: u64 = 4_000;
 
 /// Runs a seed; a panic of the product is a violation as well.
 fn run(seed: u64, trace: bool) -> (Report, Result<(), String>) {

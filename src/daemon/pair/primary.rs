@@ -261,7 +261,7 @@ impl PrimarySide {
         let failed = result.as_ref().err().map(ToString::to_string);
         self.mirrors.handle_acked(disk, seq, result);
         if let Some(why) = failed {
-            self.machine.handle_loss(now, Loss::Local(format!("write of disk{disk} to the secondary: {why}")));
+            self.machine.handle_loss(now, Loss::Local(format!("disk write to the secondary: disk{disk}: {why}")));
         }
         self.machine.handle_progress(now);
         self.pump(now);

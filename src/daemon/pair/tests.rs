@@ -48,8 +48,8 @@ impl Pair {
     /// A pair of a guest with these disks on the secondary, whose first state is loaded.
     fn new(bases: Vec<Box<dyn Disk>>) -> Self {
         let clock: Clock = Arc::new(|| at(0));
-        let blank = |_: &Box<dyn Disk>| Box::new(MemoryDisk::new(DISK_BYTES)) as Box<dyn Disk>;
-        let mirrors = Mirrors::new(bases.iter().map(blank).collect(), 8 << 20);
+        let blank = |_| Box::new(MemoryDisk::new(DISK_BYTES)) as Box<dyn Disk>;
+        let mirrors = Mirrors::new((0..bases.len()).map(blank).collect(), 8 << 20);
         let disks = mirrors.disks().iter().map(|disk| Box::new(disk.clone()) as Box<dyn Disk>);
         let disk = Box::new(Copies::of(disks.collect()));
         let domain = Embedded::boot(&machine(), disk, clock.clone(), Box::new(|_| {})).unwrap();

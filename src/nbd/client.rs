@@ -11,7 +11,8 @@
 //! The trap: NBD promises no order. Two overlapping writes in flight may land either way round ("Ordering of
 //! messages and writes"), and a flush covers only writes whose replies were sent before it. So a request waits
 //! here until every earlier one it depends on is complete: an overlapping one where either is a write, and for
-//! a flush every earlier write. What a caller submits therefore takes effect as if in order.
+//! a flush every earlier write. Zeroes and trims are writes. What a caller submits therefore takes effect as if in
+//! order.
 //!
 //! The server is not trusted either: its strings and lists are bounded (CVE-2017-2630), a size beyond `i64::MAX`
 //! is refused (CVE-2023-5215), and a reply to a request that is not under way ends the connection.
@@ -45,7 +46,8 @@ pub struct ExportInfo {
 pub struct Limits {
     /// Requests.
     pub requests: usize,
-    /// Bytes written plus bytes read. A single request may exceed it when nothing else is under way.
+    /// Bytes written plus bytes read, those that travel: zeroes and trims have none. A single request may exceed it
+    /// when nothing else is under way.
     pub bytes: u64,
 }
 
@@ -104,6 +106,7 @@ enum State {
 #[derive(Debug)]
 struct UnderWay {
     kind: u16,
+    flags: u16,
     offset: u64,
     len_bytes: u32,
     /// A request that waits for earlier ones, with a write's payload.
@@ -113,15 +116,29 @@ struct UnderWay {
 impl UnderWay {
     /// Whether this earlier request must be complete before a later one may be sent.
     fn blocks(&self, later: &Self) -> bool {
-        let writes = self.kind == CMD_WRITE || later.kind == CMD_WRITE;
         let overlap = self.offset < later.offset + u64::from(later.len_bytes)
             && later.offset < self.offset + u64::from(self.len_bytes);
         match (self.kind, later.kind) {
-            (CMD_WRITE, CMD_FLUSH) => true,
-            (CMD_FLUSH, _) | (_, CMD_FLUSH) => false,
-            _ => writes && overlap,
+            (earlier, CMD_FLUSH) => writes(earlier),
+            (CMD_FLUSH, _) => false,
+            (earlier, later) => (writes(earlier) || writes(later)) && overlap,
         }
     }
+
+    /// Bytes it carries, one way or the other.
+    fn payload_bytes(&self) -> u64 {
+        if carries(self.kind) { self.len_bytes.into() } else { 0 }
+    }
+}
+
+/// Whether a request changes what the disk holds.
+fn writes(kind: u16) -> bool {
+    matches!(kind, CMD_WRITE | CMD_WRITE_ZEROES | CMD_TRIM)
+}
+
+/// Whether a request, or its reply, carries the bytes it is about.
+fn carries(kind: u16) -> bool {
+    matches!(kind, CMD_READ | CMD_WRITE)
 }
 
 /// One connection to one export.
@@ -186,25 +203,46 @@ impl Client {
 
     /// Reads `len_bytes` from `offset`. Returns the cookie its completion will carry.
     pub fn read(&mut self, offset: u64, len_bytes: u32) -> Result<u64, SubmitError> {
-        self.submit(CMD_READ, offset, len_bytes, Bytes::new())
+        self.submit(CMD_READ, 0, offset, len_bytes, Bytes::new())
     }
 
     /// Writes `data` at `offset`.
     pub fn write(&mut self, offset: u64, data: Bytes) -> Result<u64, SubmitError> {
         let len_bytes = u32::try_from(data.len()).map_err(|_| SubmitError::TooLong)?;
-        self.submit(CMD_WRITE, offset, len_bytes, data)
+        self.submit(CMD_WRITE, 0, offset, len_bytes, data)
+    }
+
+    /// Writes `data` at `offset`, durable when it completes (NBD_CMD_FLAG_FUA).
+    pub fn write_fua(&mut self, offset: u64, data: Bytes) -> Result<u64, SubmitError> {
+        let len_bytes = u32::try_from(data.len()).map_err(|_| SubmitError::TooLong)?;
+        self.submit(CMD_WRITE, CMD_FLAG_FUA, offset, len_bytes, data)
+    }
+
+    /// Makes `len_bytes` from `offset` zeroes, and keeps their space allocated if `keep_space`. The server's maximum
+    /// block size is no limit, since no bytes travel. A server that cannot is [`SubmitError::Unsupported`]: then write
+    /// the zeroes.
+    pub fn write_zeroes(&mut self, offset: u64, len_bytes: u32, keep_space: bool) -> Result<u64, SubmitError> {
+        let flags = if keep_space { CMD_FLAG_NO_HOLE } else { 0 };
+        self.submit(CMD_WRITE_ZEROES, flags, offset, len_bytes, Bytes::new())
+    }
+
+    /// Says that `len_bytes` from `offset` are not needed any more; what they then read as is the server's choice.
+    /// The server's maximum block size is no limit. A server that cannot is [`SubmitError::Unsupported`]: then forget
+    /// it.
+    pub fn trim(&mut self, offset: u64, len_bytes: u32) -> Result<u64, SubmitError> {
+        self.submit(CMD_TRIM, 0, offset, len_bytes, Bytes::new())
     }
 
     /// Makes every write submitted before durable.
     pub fn flush(&mut self) -> Result<u64, SubmitError> {
-        self.submit(CMD_FLUSH, 0, 0, Bytes::new())
+        self.submit(CMD_FLUSH, 0, 0, 0, Bytes::new())
     }
 
     /// Says good-bye, during the negotiation or after it; nothing can be submitted any more. Requests under way
     /// get no completion.
     pub fn disconnect(&mut self) {
         match self.state {
-            State::Ready { .. } => self.put_request(CMD_DISC, 0, 0, 0),
+            State::Ready { .. } => self.put_request(CMD_DISC, 0, 0, 0, 0),
             State::Going { .. } => self.put_option(OPT_ABORT, &[]),
             State::Greeting | State::Naming { .. } | State::Over => {}
         }
@@ -372,27 +410,32 @@ impl Client {
 
     fn complete(&mut self, cookie: u64, result: Result<(), Errno>, data: Bytes) {
         if let Some(request) = self.under_way.remove(&cookie) {
-            self.under_way_bytes -= u64::from(request.len_bytes);
+            self.under_way_bytes -= request.payload_bytes();
         }
         self.completions.push_back(Completion { cookie, result, data });
         self.send_held();
     }
 
-    fn submit(&mut self, kind: u16, offset: u64, len_bytes: u32, data: Bytes) -> Result<u64, SubmitError> {
+    fn submit(&mut self, kind: u16, flags: u16, offset: u64, len_bytes: u32, data: Bytes) -> Result<u64, SubmitError> {
         let info = self.export().ok_or(SubmitError::NotReady)?;
+        let lacks = |flag: u16| info.flags & flag == 0;
         let sizes = info.block_sizes;
         let aligned = |number: u64| number.is_multiple_of(sizes.min_bytes.into());
         match kind {
-            CMD_WRITE if info.flags & EXPORT_READ_ONLY != 0 => return Err(SubmitError::ReadOnly),
-            CMD_FLUSH if info.flags & EXPORT_SEND_FLUSH == 0 => return Err(SubmitError::Unsupported),
-            _ if len_bytes > sizes.max_bytes => return Err(SubmitError::TooLong),
+            _ if writes(kind) && !lacks(EXPORT_READ_ONLY) => return Err(SubmitError::ReadOnly),
+            CMD_FLUSH if lacks(EXPORT_SEND_FLUSH) => return Err(SubmitError::Unsupported),
+            CMD_TRIM if lacks(EXPORT_SEND_TRIM) => return Err(SubmitError::Unsupported),
+            CMD_WRITE_ZEROES if lacks(EXPORT_SEND_WRITE_ZEROES) => return Err(SubmitError::Unsupported),
+            _ if flags & CMD_FLAG_FUA != 0 && lacks(EXPORT_SEND_FUA) => return Err(SubmitError::Unsupported),
+            _ if carries(kind) && len_bytes > sizes.max_bytes => return Err(SubmitError::TooLong),
             _ if !aligned(offset) || !aligned(len_bytes.into()) => return Err(SubmitError::Misaligned),
             _ if crate::disk::check_range(info.size_bytes, offset, len_bytes.into()).is_err() => {
                 return Err(SubmitError::OutOfRange);
             }
             _ => {}
         }
-        let bytes = self.under_way_bytes + u64::from(len_bytes);
+        let request = UnderWay { kind, flags, offset, len_bytes, held: Some(data) };
+        let bytes = self.under_way_bytes + request.payload_bytes();
         let full = self.under_way.len() >= self.limits.requests || bytes > self.limits.bytes;
         if full && !self.under_way.is_empty() {
             return Err(SubmitError::Full);
@@ -400,7 +443,7 @@ impl Client {
         let cookie = self.next_cookie;
         self.next_cookie += 1;
         self.under_way_bytes = bytes;
-        self.under_way.insert(cookie, UnderWay { kind, offset, len_bytes, held: Some(data) });
+        self.under_way.insert(cookie, request);
         self.held += 1;
         self.send_if_free(cookie);
         Ok(cookie)
@@ -421,20 +464,20 @@ impl Client {
         if self.under_way.range(..cookie).any(|(_, earlier)| earlier.blocks(request)) {
             return;
         }
-        let (kind, offset, len_bytes) = (request.kind, request.offset, request.len_bytes);
+        let UnderWay { kind, flags, offset, len_bytes, .. } = *request;
         if let Some(data) = self.under_way.get_mut(&cookie).and_then(|request| request.held.take()) {
             self.held -= 1;
-            self.put_request(kind, cookie, offset, len_bytes);
+            self.put_request(kind, flags, cookie, offset, len_bytes);
             if !data.is_empty() {
                 self.output.push_back(data);
             }
         }
     }
 
-    fn put_request(&mut self, kind: u16, cookie: u64, offset: u64, len_bytes: u32) {
+    fn put_request(&mut self, kind: u16, flags: u16, cookie: u64, offset: u64, len_bytes: u32) {
         let mut header = BytesMut::with_capacity(28);
         header.put_u32(REQUEST_MAGIC);
-        header.put_u16(0);
+        header.put_u16(flags);
         header.put_u16(kind);
         header.put_u64(cookie);
         header.put_u64(offset);

@@ -223,9 +223,71 @@ fn each_limit_of_a_request_holds_at_its_edge() {
     assert_eq!(client.write(0, Bytes::from_static(b"x")), Err(SubmitError::ReadOnly));
 }
 
+/// Each flag alone, and what it allows.
+#[test]
+fn what_the_export_does_not_offer_is_refused_here() {
+    let offered = |flags: u16| {
+        let mut client = ready(SIZE_BYTES, EXPORT_HAS_FLAGS | flags, Limits::default());
+        let all = [
+            client.write_zeroes(0, 1, false),
+            client.trim(1, 1),
+            client.write_fua(2, Bytes::from_static(b"x")),
+            client.flush(),
+        ];
+        all.map(|one| match one {
+            Ok(_) => true,
+            Err(SubmitError::Unsupported) => false,
+            Err(other) => panic!("{other}"),
+        })
+    };
+    assert_eq!(offered(0), [false; 4]);
+    assert_eq!(offered(EXPORT_SEND_WRITE_ZEROES), [true, false, false, false]);
+    assert_eq!(offered(EXPORT_SEND_TRIM), [false, true, false, false]);
+    assert_eq!(offered(EXPORT_SEND_FUA), [false, false, true, false]);
+    assert_eq!(offered(EXPORT_SEND_FLUSH), [false, false, false, true]);
+    let flags = EXPORT_READ_ONLY | EXPORT_SEND_TRIM | EXPORT_SEND_WRITE_ZEROES;
+    let mut client = ready(SIZE_BYTES, flags, Limits::default());
+    assert_eq!(client.trim(0, 1), Err(SubmitError::ReadOnly));
+    assert_eq!(client.write_zeroes(0, 1, true), Err(SubmitError::ReadOnly));
+}
+
+#[test]
+fn zeroes_and_trims_are_writes_without_a_payload() {
+    let flags = EXPORT_SEND_FLUSH | EXPORT_SEND_TRIM | EXPORT_SEND_WRITE_ZEROES | EXPORT_SEND_FUA;
+    let size_bytes = 1 << 40;
+    let mut client = ready(size_bytes, flags, Limits { requests: 8, bytes: 1 });
+    // Longer than any payload, and none of it counts as under way.
+    let zeroes = client.write_zeroes(0, u32::MAX, true).unwrap();
+    let trim = client.trim(u64::from(u32::MAX), u32::MAX).unwrap();
+    let read = client.read(1, 1).unwrap();
+    let over = client.write_zeroes(u64::from(u32::MAX) - 1, 1, false).unwrap();
+    let flush = client.flush().unwrap();
+    assert_eq!(client.trim(size_bytes - 1, 2), Err(SubmitError::OutOfRange));
+    let header = |flags: u8, kind: u8, cookie: u64, offset: u64, len_bytes: u32| {
+        let mut bytes = vec![0x25, 0x60, 0x95, 0x13, 0, flags, 0, kind];
+        bytes.put_u64(cookie);
+        bytes.put_u64(offset);
+        bytes.put_u32(len_bytes);
+        bytes
+    };
+    let both = [header(2, 6, zeroes, 0, u32::MAX), header(0, 4, trim, u32::MAX.into(), u32::MAX)].concat();
+    assert_eq!(sent(&mut client), both, "what overlaps them waits, and so does the flush");
+    client.handle_input(&mut reply(0, zeroes, b"")).unwrap();
+    let free = [header(0, 0, read, 1, 1), header(0, 6, over, u64::from(u32::MAX) - 1, 1)].concat();
+    assert_eq!(sent(&mut client), free);
+    client.handle_input(&mut reply(0, over, b"")).unwrap();
+    assert_eq!(sent(&mut client), [0; 0], "a flush covers a trim, too");
+    client.handle_input(&mut reply(0, trim, b"")).unwrap();
+    assert_eq!(sent(&mut client), header(0, 3, flush, 0, 0));
+    client.handle_input(&mut reply(0, read, b"R")).unwrap();
+    let durable = client.write_fua(7, Bytes::from_static(b"x")).unwrap();
+    assert_eq!(sent(&mut client), [header(1, 1, durable, 7, 1), b"x".to_vec()].concat());
+}
+
 #[derive(Debug, Clone)]
 enum Op {
     Write(u64, u8, usize),
+    Zero(u64, u32),
     Read(u64, u32),
     Flush,
 }
@@ -235,6 +297,7 @@ fn op() -> impl Strategy<Value = Op> {
         (0..SIZE_BYTES, any::<u8>(), 0_usize..600)
             .prop_map(|(at, byte, len)| { Op::Write(at, byte, len.min((SIZE_BYTES - at) as usize)) }),
         (0..SIZE_BYTES, 0_u32..600).prop_map(|(at, len)| Op::Read(at, len.min((SIZE_BYTES - at) as u32))),
+        (0..SIZE_BYTES, 0_u32..600).prop_map(|(at, len)| Op::Zero(at, len.min((SIZE_BYTES - at) as u32))),
         Just(Op::Flush),
     ]
 }
@@ -263,6 +326,7 @@ proptest! {
                 let submitted = match op {
                     Op::Write(at, byte, len) => client.write(*at, vec![*byte; *len].into()),
                     Op::Read(at, len) => client.read(*at, *len),
+                    Op::Zero(at, len) => client.write_zeroes(*at, *len, false),
                     Op::Flush => client.flush(),
                 };
                 let Ok(cookie) = submitted else { break };
@@ -270,6 +334,7 @@ proptest! {
                 match todo.next().unwrap() {
                     Op::Write(at, byte, len) => model[*at as usize..*at as usize + len].fill(*byte),
                     Op::Read(at, len) => data = model[*at as usize..(*at + u64::from(*len)) as usize].to_vec(),
+                    Op::Zero(at, len) => model[*at as usize..(*at + u64::from(*len)) as usize].fill(0),
                     Op::Flush => {}
                 }
                 expected.insert(cookie, data);

@@ -34,6 +34,14 @@ pub enum Mutant {
     TrustStateRead,
     /// What an earlier process wrote to an image counts as flushed.
     TrustPageCache,
+    /// An NBD request waits for an earlier one it overlaps only on the same connection.
+    NoHoldAcrossConnections,
+    /// An NBD request that is to be sent again holds nobody back.
+    ReplayOvertaken,
+    /// NBD writes that are complete and not flushed are not done again after a loss.
+    ForgetRetained,
+    /// An NBD flush counts for writes that were submitted after it.
+    FlushCoversLater,
 }
 
 impl Mutant {
@@ -57,6 +65,9 @@ impl Mutant {
         Self::TrustStateRead,
         Self::TrustPageCache,
     ];
+    /// Those of the NBD client, which its own tests catch.
+    pub const OF_SESSIONS: [Self; 4] =
+        [Self::NoHoldAcrossConnections, Self::ReplayOvertaken, Self::ForgetRetained, Self::FlushCoversLater];
 }
 
 #[cfg(feature = "mutants")]

@@ -44,6 +44,14 @@ pub enum Mutant {
     DrainFirstOnly,
     /// A mirror's bitmap forgets the writes of an epoch when it ends, not when it is owned.
     ForgetUnowned,
+    /// An NBD request waits for an earlier one it overlaps only on the same connection.
+    NoHoldAcrossConnections,
+    /// An NBD request that is to be sent again holds nobody back.
+    ReplayOvertaken,
+    /// NBD writes that are complete and not flushed are not done again after a loss.
+    ForgetRetained,
+    /// An NBD flush counts for writes that were submitted after it.
+    FlushCoversLater,
 }
 
 impl Mutant {
@@ -71,6 +79,9 @@ impl Mutant {
     ];
     /// Those that only the crash tests of several disks can.
     pub const OF_SETS: [Self; 2] = [Self::WholeAlone, Self::MarkFirstOnly];
+    /// Those of the NBD client, which its own tests catch.
+    pub const OF_SESSIONS: [Self; 4] =
+        [Self::NoHoldAcrossConnections, Self::ReplayOvertaken, Self::ForgetRetained, Self::FlushCoversLater];
 }
 
 #[cfg(feature = "mutants")]

@@ -15,6 +15,7 @@ mod hang;
 mod image;
 mod nbd_command;
 mod nbd_interop;
+mod nbd_session;
 mod nbd_tls;
 mod partition;
 mod qemu_replication;

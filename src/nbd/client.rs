@@ -21,6 +21,7 @@
 //! and writes", "Block size constraints".
 
 use super::handshake::BlockSizes;
+use super::request::Request;
 use super::*;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use std::collections::{BTreeMap, VecDeque};
@@ -105,40 +106,9 @@ enum State {
 
 #[derive(Debug)]
 struct UnderWay {
-    kind: u16,
-    flags: u16,
-    offset: u64,
-    len_bytes: u32,
-    /// A request that waits for earlier ones, with a write's payload.
-    held: Option<Bytes>,
-}
-
-impl UnderWay {
-    /// Whether this earlier request must be complete before a later one may be sent.
-    fn blocks(&self, later: &Self) -> bool {
-        let overlap = self.offset < later.offset + u64::from(later.len_bytes)
-            && later.offset < self.offset + u64::from(self.len_bytes);
-        match (self.kind, later.kind) {
-            (earlier, CMD_FLUSH) => writes(earlier),
-            (CMD_FLUSH, _) => false,
-            (earlier, later) => (writes(earlier) || writes(later)) && overlap,
-        }
-    }
-
-    /// Bytes it carries, one way or the other.
-    fn payload_bytes(&self) -> u64 {
-        if carries(self.kind) { self.len_bytes.into() } else { 0 }
-    }
-}
-
-/// Whether a request changes what the disk holds.
-fn writes(kind: u16) -> bool {
-    matches!(kind, CMD_WRITE | CMD_WRITE_ZEROES | CMD_TRIM)
-}
-
-/// Whether a request, or its reply, carries the bytes it is about.
-fn carries(kind: u16) -> bool {
-    matches!(kind, CMD_READ | CMD_WRITE)
+    request: Request,
+    /// Whether it waits for earlier ones.
+    held: bool,
 }
 
 /// One connection to one export.
@@ -201,48 +171,59 @@ impl Client {
         self.completions.pop_front()
     }
 
-    /// Reads `len_bytes` from `offset`. Returns the cookie its completion will carry.
+    /// Takes a request. Returns the cookie its completion will carry.
+    pub fn submit(&mut self, request: Request) -> Result<u64, SubmitError> {
+        let info = self.export().ok_or(SubmitError::NotReady)?;
+        request.check(&info)?;
+        let bytes = self.under_way_bytes + request.payload_bytes();
+        let full = self.under_way.len() >= self.limits.requests || bytes > self.limits.bytes;
+        if full && !self.under_way.is_empty() {
+            return Err(SubmitError::Full);
+        }
+        let cookie = self.next_cookie;
+        self.next_cookie += 1;
+        self.under_way_bytes = bytes;
+        self.under_way.insert(cookie, UnderWay { request, held: true });
+        self.held += 1;
+        self.send_if_free(cookie);
+        Ok(cookie)
+    }
+
+    /// [`Request::read`].
     pub fn read(&mut self, offset: u64, len_bytes: u32) -> Result<u64, SubmitError> {
-        self.submit(CMD_READ, 0, offset, len_bytes, Bytes::new())
+        self.submit(Request::read(offset, len_bytes))
     }
 
-    /// Writes `data` at `offset`.
+    /// [`Request::write`].
     pub fn write(&mut self, offset: u64, data: Bytes) -> Result<u64, SubmitError> {
-        let len_bytes = u32::try_from(data.len()).map_err(|_| SubmitError::TooLong)?;
-        self.submit(CMD_WRITE, 0, offset, len_bytes, data)
+        self.submit(Request::write(offset, data))
     }
 
-    /// Writes `data` at `offset`, durable when it completes (NBD_CMD_FLAG_FUA).
+    /// [`Request::write`] with [`Request::fua`].
     pub fn write_fua(&mut self, offset: u64, data: Bytes) -> Result<u64, SubmitError> {
-        let len_bytes = u32::try_from(data.len()).map_err(|_| SubmitError::TooLong)?;
-        self.submit(CMD_WRITE, CMD_FLAG_FUA, offset, len_bytes, data)
+        self.submit(Request::write(offset, data).fua())
     }
 
-    /// Makes `len_bytes` from `offset` zeroes, and keeps their space allocated if `keep_space`. The server's maximum
-    /// block size is no limit, since no bytes travel. A server that cannot is [`SubmitError::Unsupported`]: then write
-    /// the zeroes.
+    /// [`Request::write_zeroes`]. A server that cannot is [`SubmitError::Unsupported`]: then write the zeroes.
     pub fn write_zeroes(&mut self, offset: u64, len_bytes: u32, keep_space: bool) -> Result<u64, SubmitError> {
-        let flags = if keep_space { CMD_FLAG_NO_HOLE } else { 0 };
-        self.submit(CMD_WRITE_ZEROES, flags, offset, len_bytes, Bytes::new())
+        self.submit(Request::write_zeroes(offset, len_bytes, keep_space))
     }
 
-    /// Says that `len_bytes` from `offset` are not needed any more; what they then read as is the server's choice.
-    /// The server's maximum block size is no limit. A server that cannot is [`SubmitError::Unsupported`]: then forget
-    /// it.
+    /// [`Request::trim`]. A server that cannot is [`SubmitError::Unsupported`]: then forget it.
     pub fn trim(&mut self, offset: u64, len_bytes: u32) -> Result<u64, SubmitError> {
-        self.submit(CMD_TRIM, 0, offset, len_bytes, Bytes::new())
+        self.submit(Request::trim(offset, len_bytes))
     }
 
-    /// Makes every write submitted before durable.
+    /// [`Request::flush`].
     pub fn flush(&mut self) -> Result<u64, SubmitError> {
-        self.submit(CMD_FLUSH, 0, 0, 0, Bytes::new())
+        self.submit(Request::flush())
     }
 
     /// Says good-bye, during the negotiation or after it; nothing can be submitted any more. Requests under way
     /// get no completion.
     pub fn disconnect(&mut self) {
         match self.state {
-            State::Ready { .. } => self.put_request(CMD_DISC, 0, 0, 0, 0),
+            State::Ready { .. } => self.put_request(0, &Request::disconnect()),
             State::Going { .. } => self.put_option(OPT_ABORT, &[]),
             State::Greeting | State::Naming { .. } | State::Over => {}
         }
@@ -389,8 +370,8 @@ impl Client {
         expect_magic("reply", SIMPLE_REPLY_MAGIC.into(), input.get_u32().into())?;
         let (errno, cookie) = (Errno::from_wire(input.get_u32()), input.get_u64());
         // A request still held back was never sent, so it has no reply either.
-        let request = self.under_way.get(&cookie).filter(|request| request.held.is_none());
-        match (request.map(|request| request.kind), errno) {
+        let sent = self.under_way.get(&cookie).filter(|one| !one.held);
+        match (sent.map(|one| one.request.kind), errno) {
             (None, _) => return Err(NbdError::UnknownCookie { cookie }),
             (Some(CMD_READ), None) => self.state = State::Ready { info, reading: Some(cookie) },
             (Some(_), errno) => self.complete(cookie, errno.map_or(Ok(()), Err), Bytes::new()),
@@ -399,7 +380,7 @@ impl Client {
     }
 
     fn reply_data(&mut self, info: ExportInfo, cookie: u64, input: &mut BytesMut) -> bool {
-        let len = self.under_way.get(&cookie).map_or(0, |request| request.len_bytes as usize);
+        let len = self.under_way.get(&cookie).map_or(0, |one| one.request.len_bytes as usize);
         if input.len() < len {
             return false;
         }
@@ -409,49 +390,16 @@ impl Client {
     }
 
     fn complete(&mut self, cookie: u64, result: Result<(), Errno>, data: Bytes) {
-        if let Some(request) = self.under_way.remove(&cookie) {
-            self.under_way_bytes -= request.payload_bytes();
+        if let Some(one) = self.under_way.remove(&cookie) {
+            self.under_way_bytes -= one.request.payload_bytes();
         }
         self.completions.push_back(Completion { cookie, result, data });
         self.send_held();
     }
 
-    fn submit(&mut self, kind: u16, flags: u16, offset: u64, len_bytes: u32, data: Bytes) -> Result<u64, SubmitError> {
-        let info = self.export().ok_or(SubmitError::NotReady)?;
-        let lacks = |flag: u16| info.flags & flag == 0;
-        let sizes = info.block_sizes;
-        let aligned = |number: u64| number.is_multiple_of(sizes.min_bytes.into());
-        match kind {
-            _ if writes(kind) && !lacks(EXPORT_READ_ONLY) => return Err(SubmitError::ReadOnly),
-            CMD_FLUSH if lacks(EXPORT_SEND_FLUSH) => return Err(SubmitError::Unsupported),
-            CMD_TRIM if lacks(EXPORT_SEND_TRIM) => return Err(SubmitError::Unsupported),
-            CMD_WRITE_ZEROES if lacks(EXPORT_SEND_WRITE_ZEROES) => return Err(SubmitError::Unsupported),
-            _ if flags & CMD_FLAG_FUA != 0 && lacks(EXPORT_SEND_FUA) => return Err(SubmitError::Unsupported),
-            _ if carries(kind) && len_bytes > sizes.max_bytes => return Err(SubmitError::TooLong),
-            _ if !aligned(offset) || !aligned(len_bytes.into()) => return Err(SubmitError::Misaligned),
-            _ if crate::disk::check_range(info.size_bytes, offset, len_bytes.into()).is_err() => {
-                return Err(SubmitError::OutOfRange);
-            }
-            _ => {}
-        }
-        let request = UnderWay { kind, flags, offset, len_bytes, held: Some(data) };
-        let bytes = self.under_way_bytes + request.payload_bytes();
-        let full = self.under_way.len() >= self.limits.requests || bytes > self.limits.bytes;
-        if full && !self.under_way.is_empty() {
-            return Err(SubmitError::Full);
-        }
-        let cookie = self.next_cookie;
-        self.next_cookie += 1;
-        self.under_way_bytes = bytes;
-        self.under_way.insert(cookie, request);
-        self.held += 1;
-        self.send_if_free(cookie);
-        Ok(cookie)
-    }
-
     fn send_held(&mut self) {
         if self.held > 0 {
-            let held = self.under_way.iter().filter(|(_, request)| request.held.is_some());
+            let held = self.under_way.iter().filter(|(_, one)| one.held);
             for cookie in held.map(|(cookie, _)| *cookie).collect::<Vec<_>>() {
                 self.send_if_free(cookie);
             }
@@ -460,28 +408,31 @@ impl Client {
 
     /// Sends a held request unless an earlier one stands in its way.
     fn send_if_free(&mut self, cookie: u64) {
-        let Some(request) = self.under_way.get(&cookie) else { return };
-        if self.under_way.range(..cookie).any(|(_, earlier)| earlier.blocks(request)) {
+        let Some(UnderWay { request, .. }) = self.under_way.get(&cookie) else { return };
+        if self.under_way.range(..cookie).any(|(_, earlier)| earlier.request.blocks(request)) {
             return;
         }
-        let UnderWay { kind, flags, offset, len_bytes, .. } = *request;
-        if let Some(data) = self.under_way.get_mut(&cookie).and_then(|request| request.held.take()) {
+        let request = request.clone();
+        if let Some(one) = self.under_way.get_mut(&cookie).filter(|one| one.held) {
+            // The payload is not kept: after an error nobody sends it again from here.
+            (one.held, one.request.data) = (false, Bytes::new());
             self.held -= 1;
-            self.put_request(kind, flags, cookie, offset, len_bytes);
-            if !data.is_empty() {
-                self.output.push_back(data);
+            self.put_request(cookie, &request);
+            if !request.data.is_empty() {
+                self.output.push_back(request.data);
             }
         }
     }
 
-    fn put_request(&mut self, kind: u16, flags: u16, cookie: u64, offset: u64, len_bytes: u32) {
+    fn put_request(&mut self, cookie: u64, request: &Request) {
         let mut header = BytesMut::with_capacity(28);
         header.put_u32(REQUEST_MAGIC);
-        header.put_u16(flags);
-        header.put_u16(kind);
+        header.put_u16(request.flags);
+        header.put_u16(request.kind);
         header.put_u64(cookie);
-        header.put_u64(offset);
-        header.put_u32(len_bytes);
+        header.put_u64(request.offset);
+        // Checked against the export: a payload has a maximum, and the rest were made of 32 bits.
+        header.put_u32(request.len_bytes as u32);
         self.output.push_back(header.freeze());
     }
 

@@ -8,6 +8,8 @@
 //!  Ready   ── requests ───────────────────────────────▶ transmission.rs
 //!          ◀── simple or structured replies ──────────  reply.rs
 //!                                                       server.rs  all of it, one client, and its disk
+//!  request.rs  what is asked, and what waits for what
+//!  session.rs  several of them, that come and go
 //! ```
 //!
 //! The trap: every length in this protocol is chosen by the peer. Each is compared with a named limit before a
@@ -21,9 +23,13 @@ pub mod client;
 mod contexts;
 pub mod handshake;
 pub mod reply;
+pub mod request;
 #[cfg(test)]
 mod request_tests;
 pub mod server;
+pub mod session;
+#[cfg(test)]
+mod session_tests;
 #[cfg(test)]
 mod tests;
 pub mod transmission;

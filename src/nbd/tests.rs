@@ -64,13 +64,13 @@ fn ready(size_bytes: u64, flags: u16, limits: Limits) -> Client {
     client
 }
 
-fn greeting(flags: u16) -> BytesMut {
+pub(super) fn greeting(flags: u16) -> BytesMut {
     let mut bytes = BytesMut::from(&b"NBDMAGICIHAVEOPT"[..]);
     bytes.put_u16(flags);
     bytes
 }
 
-fn option_reply(option: u32, reply: u32, data: &[u8]) -> Vec<u8> {
+pub(super) fn option_reply(option: u32, reply: u32, data: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     bytes.put_u64(OPTION_REPLY_MAGIC);
     bytes.put_u32(option);
@@ -80,14 +80,14 @@ fn option_reply(option: u32, reply: u32, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn info_export(size_bytes: u64, flags: u16) -> Vec<u8> {
+pub(super) fn info_export(size_bytes: u64, flags: u16) -> Vec<u8> {
     let mut data = vec![0, 0];
     data.put_u64(size_bytes);
     data.put_u16(flags);
     option_reply(OPT_GO, REP_INFO, &data)
 }
 
-fn reply(errno: u32, cookie: u64, data: &[u8]) -> BytesMut {
+pub(super) fn reply(errno: u32, cookie: u64, data: &[u8]) -> BytesMut {
     let mut bytes = BytesMut::new();
     bytes.put_u32(SIMPLE_REPLY_MAGIC);
     bytes.put_u32(errno);

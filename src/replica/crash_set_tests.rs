@@ -179,7 +179,7 @@ impl Model {
         };
         match standing {
             Standing::Resync(_) => true,
-            Standing::Checkpoint { generation, number } => {
+            Standing::Checkpoint { generation, number, .. } => {
                 self.checkpoints.get(&(generation, number)).is_some_and(|images| images[disk] == image)
             }
             Standing::Guest | Standing::NoRecord => {

@@ -196,9 +196,9 @@ mod tests {
 
         fs::write(path(&image), vec![b'x'; 5000]).unwrap();
         assert_eq!(found(&image).unwrap(), Standing::Resync(Why::Unreadable));
-        let checkpoint = Standing::Checkpoint { generation: 1, number: 2 };
+        let checkpoint = Standing::Checkpoint { generation: 1, number: 2, session: 0 };
         State::open(Box::new(FileState::of(&link))).unwrap().record(checkpoint).unwrap();
-        assert_eq!((found(&image).unwrap(), fs::metadata(path(&image)).unwrap().len()), (checkpoint, 96));
+        assert_eq!((found(&image).unwrap(), fs::metadata(path(&image)).unwrap().len()), (checkpoint, 128));
 
         let behind = take_up(std::slice::from_ref(&image), true).unwrap_err();
         assert!(matches!(behind, StateError::Behind { .. }), "{behind}");
@@ -237,7 +237,7 @@ mod tests {
     #[test]
     fn several_images_are_taken_up_together_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
-        let at = |number| Standing::Checkpoint { generation: 1, number };
+        let at = |number| Standing::Checkpoint { generation: 1, number, session: 0 };
         let place = |set, index, count| Some(Place { set, index, count });
         let make = |name: &str, standing, place| record(dir.path(), name, standing, place);
         let first = make("first", at(5), place(7, 0, 2));

@@ -4,6 +4,7 @@
 #   bench.sh idle         what a protected idle guest costs each host, in percent of one core
 #   bench.sh disk         threads against io_uring, both of fio's, on a file: what our server need not use
 #   bench.sh nbd          our NBD server against qemu-nbd and nbdkit (10 minutes)
+#   bench.sh replica      a protected disk against a pair of QEMUs: writes, checkpoints, takeovers (10 minutes)
 #   bench.sh xen          our engine against Xen's own, for xl save and for Remus, on nested Xen hosts (20 minutes)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +15,7 @@ readonly IDLE_AIM_PERCENT=5
 readonly START_SECONDS=60
 
 usage() {
-	sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}" >&2
+	sed -n '2,8s/^# //p' "${BASH_SOURCE[0]}" >&2
 	exit 2
 }
 
@@ -99,6 +100,12 @@ disk) disk ;;
 checkpoint) exec cargo bench --bench checkpoint ;;
 idle) idle ;;
 nbd) exec scripts/bench-nbd.sh ;;
+replica)
+	cargo build --release --quiet
+	program=$(cargo bench --bench replica --no-run --message-format=json 2>/dev/null |
+		sed -nE 's/.*"executable":"([^"]*replica-[^"]*)".*/\1/p' | tail -n 1)
+	exec scripts/bench-replica "$program"
+	;;
 xen)
 	cargo build --release --quiet --features xen
 	exec scripts/nested/bench

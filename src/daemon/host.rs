@@ -27,7 +27,9 @@ use super::xen::{self, Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
 use crate::colo::delta::SentPages;
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
-use crate::colo::hello::{self, Channel, DiskCheckpoint, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome, disk_name};
+use crate::colo::hello::{
+    self, Channel, DiskCheckpoint, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome, disk_name,
+};
 use crate::colo::primary;
 use crate::hypervisor::embedded::MachineConfig;
 use crate::page::PAGE_SIZE;

@@ -307,7 +307,8 @@ mod tests {
         (status.disk.sent_bytes, status.disk.skipped_bytes) = (192 << 10, 47 << 20);
         status.disk.copy_bytes_per_s = Some(100 << 20);
         let text = status.to_string();
-        let lines = ["disk 48 of 64 MiB\n", "\nresync      changed: 192 KiB sent, 47 MiB were there already, at 100 MiB/s\n"];
+        let lines =
+            ["disk 48 of 64 MiB\n", "\nresync      changed: 192 KiB sent, 47 MiB were there already, at 100 MiB/s\n"];
         assert!(lines.iter().all(|line| text.contains(line)), "{text}");
 
         (status.protection, status.disk.waiting_bytes) = (Protection::TakenOver, 3 << 20);

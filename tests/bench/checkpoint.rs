@@ -208,7 +208,8 @@ impl Pair {
         let (a, b) = (Host::start("a", Some(guest))?, Host::start("b", None)?);
         let (begun, answer) = oneshot::channel();
         let join = HostInput::Join { links: links_b, config: config_b, peer: "a".into(), guest: Box::new(copy) };
-        let protect = HostInput::Protect { links: links_a, config: config_a, peer: "b".into(), targets: vec![target], begun };
+        let protect =
+            HostInput::Protect { links: links_a, config: config_a, peer: "b".into(), targets: vec![target], begun };
         b.inputs.send(join).await.map_err(|_| "host b is gone")?;
         a.inputs.send(protect).await.map_err(|_| "host a is gone")?;
         if let Answer::Error { desc } = answer.await? {

@@ -411,10 +411,8 @@ impl World {
     }
 
     pub(super) fn check_lease(&mut self, host: usize) {
-        let now = self.now();
-        let it = &self.hosts[host];
-        let silence = it.heartbeat.as_ref().filter(|_| it.linked).and_then(|heartbeat| heartbeat.lost(now));
-        if let Some(silence) = silence {
+        let (now, it) = (self.now(), &self.hosts[host]);
+        if let Some(silence) = it.heartbeat.as_ref().filter(|_| it.linked).and_then(|heartbeat| heartbeat.lost(now)) {
             self.lose(host, silence.into());
         }
     }

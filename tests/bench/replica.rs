@@ -14,7 +14,7 @@ use std::error::Error;
 use std::io::{BufRead, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use xen_colo::daemon::address::Address;
@@ -36,7 +36,7 @@ const EXPORT: &str = "disk0";
 /// As of a guest's disk.
 const QUEUE_BYTES: u64 = 64 << 20;
 /// Applied to the image at a time, in the background.
-const APPLY_BYTES: u64 = 8 << 20;
+const APPLY_BYTES: u64 = 1 << 20;
 /// How long somebody with nothing to do waits.
 const IDLE: Duration = Duration::from_micros(200);
 
@@ -66,8 +66,9 @@ fn obey(mut order: impl FnMut(&str) -> Result<(), Failed>) -> Result<(), Failed>
 }
 
 async fn secondary(socket: &Path, image: &Path) -> Result<(), Failed> {
-    let replica = Replica::new(Box::new(FileDisk::open(image)?), ReplicaConfig::default());
-    let replica = Arc::new(Mutex::new(replica));
+    // As on a host: what does not fit into memory goes beside the image.
+    let config = ReplicaConfig { spill_dir: image.parent().map(Path::to_owned), ..ReplicaConfig::default() };
+    let replica = Arc::new(Mutex::new(Replica::new(Box::new(FileDisk::open(image)?), config)));
     lock(&replica).start_sync(1)?;
     let listener = Address::Unix(socket.to_owned()).listen().await?;
     let served = replica.clone();
@@ -77,20 +78,26 @@ async fn secondary(socket: &Path, image: &Path) -> Result<(), Failed> {
             tokio::spawn(serve_connection(link, EXPORT.into(), Box::new(view)));
         }
     });
-    let applied = replica.clone();
+    let (applied, ordered) = (replica.clone(), Arc::new(AtomicBool::new(false)));
+    let first = ordered.clone();
     std::thread::spawn(move || {
         loop {
-            // An error shows at the next checkpoint.
-            if !matches!(lock(&applied).apply_some(APPLY_BYTES), Ok(true)) {
+            // A host's engine does one thing at a time, and orders first. An error shows at the next checkpoint.
+            if first.load(Ordering::Relaxed) || !matches!(lock(&applied).apply_some(APPLY_BYTES), Ok(true)) {
                 std::thread::sleep(IDLE);
             }
         }
     });
     tokio::task::block_in_place(|| {
-        obey(|word| match word {
-            "seal" => Ok(lock(&replica).seal()?),
-            "takeover" => Ok(lock(&replica).takeover(2)?),
-            _ => Err(format!("{word} is no order").into()),
+        obey(|word| {
+            ordered.store(true, Ordering::Relaxed);
+            match word {
+                "seal" => lock(&replica).seal()?,
+                "takeover" => lock(&replica).takeover(2)?,
+                _ => return Err(format!("{word} is no order").into()),
+            }
+            ordered.store(false, Ordering::Relaxed);
+            Ok(())
         })
     })
 }

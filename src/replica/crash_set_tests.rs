@@ -10,88 +10,19 @@
 //! Two things are held against each medium: what a record says is true of its image, byte for byte; and images that a
 //! guest would be booted on are one checkpoint of both, or both the guest's own with all it flushed.
 
-use super::crash_tests::{Event, Image, Medium, standing};
+use super::crash_hardware::{Event, Hardware, Image, Machine, Medium, Record, standing};
 use super::epochs::{Replica, ReplicaConfig, Stage};
 use super::set::Replicas;
 use super::state::{Standing, State, StateFile};
 use super::take_up::{Taken, take_up_states};
-use crate::disk::{Disk, DiskError};
+use crate::disk::Disk;
 use crate::mutant::{self, Mutant};
 use std::collections::HashMap;
-use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 const DISKS: usize = 2;
 
 type Images = [Image; DISKS];
-type Record = Option<Vec<u8>>;
-
-/// What a process sees of both disks, and what it did to which.
-#[derive(Default)]
-struct Hardware {
-    images: Images,
-    records: [Record; DISKS],
-    log: Vec<(usize, Event)>,
-    /// Calls until the process is killed.
-    fuse: Option<usize>,
-}
-
-/// One disk of the computer.
-#[derive(Clone)]
-struct Machine(usize, Arc<Mutex<Hardware>>);
-
-impl Machine {
-    fn get(&self) -> MutexGuard<'_, Hardware> {
-        self.1.lock().unwrap()
-    }
-
-    fn call(&self, event: Event) -> Result<(), DiskError> {
-        let mut hardware = self.get();
-        match &mut hardware.fuse {
-            Some(0) => return Err(DiskError::io("a dead process", io::Error::other("killed"))),
-            Some(left) => *left -= 1,
-            None => {}
-        }
-        match &event {
-            Event::Write(at, bytes) => hardware.images[self.0][*at..at + bytes.len()].copy_from_slice(bytes),
-            Event::Record(record) => hardware.records[self.0] = Some(record.clone()),
-            _ => {}
-        }
-        hardware.log.push((self.0, event));
-        Ok(())
-    }
-}
-
-impl Disk for Machine {
-    fn size_bytes(&self) -> u64 {
-        self.get().images[self.0].len() as u64
-    }
-    fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
-        into.copy_from_slice(&self.get().images[self.0][offset as usize..][..into.len()]);
-        Ok(())
-    }
-    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        self.call(Event::Write(offset as usize, bytes.to_vec()))
-    }
-    fn flush(&mut self) -> Result<(), DiskError> {
-        self.call(Event::Flush)
-    }
-}
-
-impl StateFile for Machine {
-    fn read(&mut self) -> Result<Record, DiskError> {
-        Ok(self.get().records[self.0].clone())
-    }
-    fn write(&mut self, record: &[u8]) -> Result<(), DiskError> {
-        self.call(Event::Record(record.to_vec()))
-    }
-    fn sync(&mut self) -> Result<(), DiskError> {
-        self.call(Event::RecordSync)
-    }
-    fn sync_dir(&mut self) -> Result<(), DiskError> {
-        self.call(Event::DirSync)
-    }
-}
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Op {
@@ -240,15 +171,15 @@ fn is_bootable(records: &[Record; DISKS]) -> bool {
     take_up(&Arc::new(Mutex::new(hardware))).is_ok()
 }
 
-fn take_up(hardware: &Arc<Mutex<Hardware>>) -> Result<(), ()> {
-    let open = |disk| State::open(Box::new(Machine(disk, hardware.clone()))).unwrap();
+fn take_up(hardware: &Arc<Mutex<Hardware<DISKS>>>) -> Result<(), ()> {
+    let open = |disk| State::open(Box::new(Machine::of(disk, hardware))).unwrap();
     let mut taken = [0, 1].map(|disk| Taken { state: open(disk), is_new: false });
     take_up_states(&mut taken, false).map_err(drop)
 }
 
 /// One history as it runs.
 struct Run {
-    hardware: Arc<Mutex<Hardware>>,
+    hardware: Arc<Mutex<Hardware<DISKS>>>,
     media: [Medium; DISKS],
     model: Model,
     replicas: Option<Replicas>,
@@ -263,7 +194,7 @@ impl Run {
         Self { hardware, media, model, replicas: None, booted: false, byte: 0 }
     }
 
-    fn get(&self) -> MutexGuard<'_, Hardware> {
+    fn get(&self) -> MutexGuard<'_, Hardware<DISKS>> {
         self.hardware.lock().unwrap()
     }
 
@@ -345,13 +276,13 @@ impl Run {
                 return;
             }
             Op::Guest(disk) if self.booted => {
-                if Disk::write(&mut Machine(disk, self.hardware.clone()), 2, &[byte; 2]).is_ok() {
+                if Disk::write(&mut Machine::of(disk, &self.hardware), 2, &[byte; 2]).is_ok() {
                     model.guest[disk][2..4].fill(byte);
                 }
                 return;
             }
             Op::GuestFlush(disk) if self.booted => {
-                if Machine(disk, self.hardware.clone()).flush().is_ok() {
+                if Machine::of(disk, &self.hardware).flush().is_ok() {
                     model.flushed(disk, model.guest[disk]);
                     model.must = Must::Guest;
                 }
@@ -361,7 +292,7 @@ impl Run {
         }
         let replicas = self.replicas.get_or_insert_with(|| {
             let image = |disk| -> (Box<dyn Disk>, Box<dyn StateFile>) {
-                let machine = Machine(disk, self.hardware.clone());
+                let machine = Machine::of(disk, &self.hardware);
                 (Box::new(machine.clone()), Box::new(machine))
             };
             Replicas::open((0..DISKS).map(image).collect(), 7, ReplicaConfig::default()).unwrap()

@@ -11,172 +11,15 @@
 //! left on the medium must be one of them, or say that it needs a resync; and where an operation promised that the
 //! image is whole when it returned, a resync is wrong too.
 
+use super::crash_hardware::{Event, Image, Machine, Medium, standing};
 use super::epochs::{Replica, ReplicaConfig, Stage};
-use super::state::{Standing, State, StateFile};
+use super::state::{Standing, State};
 use super::take_up::{Taken, take_up_states};
-use crate::disk::{Disk, DiskError, Zeroing};
+use crate::disk::{Disk, Zeroing};
 use crate::mutant::{self, Mutant};
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
-
-const SIZE: usize = 4;
-/// Unflushed bytes of which every subset is tried; of more, none, all, and all or none but one.
-const SUBSETS_MAX: usize = 5;
-
-pub(super) type Image = [u8; SIZE];
-
-/// A call that reaches the operating system.
-#[derive(Clone, Debug)]
-pub(super) enum Event {
-    Write(usize, Vec<u8>),
-    Flush,
-    Record(Vec<u8>),
-    RecordSync,
-    DirSync,
-}
-
-/// The computer: what a process sees, and what it did.
-#[derive(Default)]
-struct Hardware {
-    image: Image,
-    record: Option<Vec<u8>>,
-    log: Vec<Event>,
-    /// Calls until the process is killed.
-    fuse: Option<usize>,
-}
-
-#[derive(Clone, Default)]
-struct Machine(Arc<Mutex<Hardware>>);
-
-impl Machine {
-    fn get(&self) -> MutexGuard<'_, Hardware> {
-        self.0.lock().unwrap()
-    }
-
-    fn call(&self, event: Event) -> Result<(), DiskError> {
-        let mut hardware = self.get();
-        match &mut hardware.fuse {
-            Some(0) => return Err(DiskError::io("a dead process", io::Error::other("killed"))),
-            Some(left) => *left -= 1,
-            None => {}
-        }
-        match &event {
-            Event::Write(at, bytes) => hardware.image[*at..at + bytes.len()].copy_from_slice(bytes),
-            Event::Record(record) => hardware.record = Some(record.clone()),
-            _ => {}
-        }
-        hardware.log.push(event);
-        Ok(())
-    }
-}
-
-impl Disk for Machine {
-    fn size_bytes(&self) -> u64 {
-        SIZE as u64
-    }
-    fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
-        into.copy_from_slice(&self.get().image[offset as usize..][..into.len()]);
-        Ok(())
-    }
-    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        self.call(Event::Write(offset as usize, bytes.to_vec()))
-    }
-    fn flush(&mut self) -> Result<(), DiskError> {
-        self.call(Event::Flush)
-    }
-}
-
-impl StateFile for Machine {
-    fn read(&mut self) -> Result<Option<Vec<u8>>, DiskError> {
-        Ok(self.get().record.clone())
-    }
-    fn write(&mut self, record: &[u8]) -> Result<(), DiskError> {
-        self.call(Event::Record(record.to_vec()))
-    }
-    fn sync(&mut self) -> Result<(), DiskError> {
-        self.call(Event::RecordSync)
-    }
-    fn sync_dir(&mut self) -> Result<(), DiskError> {
-        self.call(Event::DirSync)
-    }
-}
-
-/// What survives a power cut, and what may.
-#[derive(Clone, Default)]
-pub(super) struct Medium {
-    pub(super) image: Image,
-    unflushed: Vec<(usize, u8)>,
-    record: Vec<u8>,
-    unsynced: Vec<Vec<u8>>,
-    created: bool,
-    named: bool,
-}
-
-impl Medium {
-    pub(super) fn take(&mut self, event: &Event) {
-        match event {
-            Event::Write(at, bytes) => self.unflushed.extend(bytes.iter().enumerate().map(|(i, byte)| (at + i, *byte))),
-            Event::Flush => self.unflushed.drain(..).for_each(|(at, byte)| self.image[at] = byte),
-            Event::Record(record) => {
-                self.created = true;
-                self.unsynced.push(record.clone());
-            }
-            Event::RecordSync => self.unsynced.drain(..).for_each(|record| self.record = record),
-            Event::DirSync => self.named = self.created,
-        }
-    }
-
-    /// The image when of the unflushed bytes those arrived whose bit is set.
-    fn arrived(&self, mask: usize) -> Image {
-        let mut image = self.image;
-        let arrived = self.unflushed.iter().enumerate().filter(|(i, _)| mask >> i & 1 == 1);
-        arrived.for_each(|(_, (at, byte))| image[*at] = *byte);
-        image
-    }
-
-    pub(super) fn images(&self) -> Vec<Image> {
-        let count = self.unflushed.len();
-        let all = (1_usize << count) - 1;
-        let ones = || (0..count).map(|i| 1 << i);
-        let masks: Vec<usize> = match count {
-            0..=SUBSETS_MAX => (0..=all).collect(),
-            _ => [0, all].into_iter().chain(ones()).chain(ones().map(|one| all ^ one)).collect(),
-        };
-        let mut images: Vec<_> = masks.into_iter().map(|mask| self.arrived(mask)).collect();
-        images.sort_unstable();
-        images.dedup();
-        images
-    }
-
-    pub(super) fn records(&self) -> Vec<Option<Vec<u8>>> {
-        let mut records = vec![self.record.clone()];
-        for new in &self.unsynced {
-            let torn = [1, 20, 29, 35].map(|at| [&new[..at], self.record.get(at..).unwrap_or_default()].concat());
-            records.extend(torn);
-            records.push(new.clone());
-        }
-        let mut records: Vec<_> = records.into_iter().filter(|_| self.created).map(Some).collect();
-        records.extend((!self.named).then_some(None));
-        records
-    }
-
-    /// What is there after a power cut.
-    pub(super) fn record(&self) -> Option<Vec<u8>> {
-        self.created.then(|| self.record.clone())
-    }
-
-    /// After the power cut, with nothing or everything of what was unflushed.
-    pub(super) fn cut(&self, everything: bool) -> Self {
-        let mut medium = self.clone();
-        if everything {
-            [Event::Flush, Event::RecordSync, Event::DirSync].iter().for_each(|event| medium.take(event));
-        }
-        let record = if medium.named { medium.record } else { vec![] };
-        Self { image: medium.image, record, created: medium.named, named: medium.named, ..Self::default() }
-    }
-}
+use std::sync::Arc;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Op {
@@ -284,15 +127,9 @@ impl Model {
     }
 }
 
-pub(super) fn standing(record: Option<Vec<u8>>) -> Standing {
-    let machine = Machine::default();
-    machine.get().record = record;
-    State::open(Box::new(machine)).unwrap().standing()
-}
-
 /// One history as it runs.
 struct Run {
-    machine: Machine,
+    machine: Machine<1>,
     medium: Medium,
     model: Model,
     replica: Option<Replica>,
@@ -303,7 +140,8 @@ struct Run {
 impl Run {
     fn new() -> Self {
         let model = Model { floor: Some(Image::default()), ..Model::default() };
-        Self { machine: Machine::default(), medium: Medium::default(), model, replica: None, booted: false, byte: 0 }
+        let machine = Machine::of(0, &Arc::default());
+        Self { machine, medium: Medium::default(), model, replica: None, booted: false, byte: 0 }
     }
 
     /// Does one operation. The calls it made; `None` when it makes no sense now.
@@ -328,7 +166,7 @@ impl Run {
             self.end();
         }
         self.machine.get().fuse = None;
-        let events = std::mem::take(&mut self.machine.get().log);
+        let events: Vec<_> = self.machine.get().log.drain(..).map(|(_, event)| event).collect();
         events.iter().for_each(|event| self.medium.take(event));
         if let Op::PowerCut { everything } = op {
             self.power_cut(everything);
@@ -356,8 +194,8 @@ impl Run {
         let visible = self.machine.get();
         match op {
             Op::Guest if model.taken || self.booted => model.since.extend([(2, self.byte + 1), (3, self.byte + 1)]),
-            Op::Boot if matches!(standing(visible.record.clone()), Standing::Checkpoint { .. }) => {
-                model.flushed(visible.image);
+            Op::Boot if matches!(standing(visible.records[0].clone()), Standing::Checkpoint { .. }) => {
+                model.flushed(visible.images[0]);
             }
             _ => {}
         }
@@ -374,7 +212,7 @@ impl Run {
     }
 
     fn whole(&mut self, op: Op) {
-        let (byte, visible) = (self.byte, self.machine.get().image);
+        let (byte, visible) = (self.byte, self.machine.get().images[0]);
         let model = &mut self.model;
         match op {
             Op::Kill | Op::PowerCut { .. } => return self.end(),
@@ -485,7 +323,7 @@ impl Run {
             Standing::Checkpoint { .. } | Standing::Resync(_) => self.model.floor = None,
         }
         let mut hardware = self.machine.get();
-        (hardware.image, hardware.record) = (self.medium.image, record);
+        (hardware.images[0], hardware.records[0]) = (self.medium.image, record);
     }
 }
 

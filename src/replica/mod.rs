@@ -25,6 +25,8 @@
 
 pub mod base;
 #[cfg(test)]
+mod crash_hardware;
+#[cfg(test)]
 mod crash_set_tests;
 #[cfg(test)]
 mod crash_tests;

@@ -58,16 +58,25 @@ impl<'scope, 'env> Beside<'scope, 'env> {
     pub(super) fn take(&mut self, later: Later) -> io::Result<()> {
         let under_way = self.under_way.fetch_add(1, Ordering::Relaxed);
         if self.threads < THREADS_MAX && under_way >= self.threads {
-            let worker = Worker {
-                disk: (self.open)().map_err(io::Error::other)?,
-                stream: self.stream.clone(),
-                queue: self.queue.clone(),
-                under_way: self.under_way.clone(),
-            };
-            std::thread::Builder::new().name("nbd-beside".into()).spawn_scoped(self.scope, move || worker.run())?;
-            self.threads += 1;
+            match self.begin_one() {
+                Ok(()) => self.threads += 1,
+                // Those there are do it, one after another: no descriptor is left, or no thread.
+                Err(error) if self.threads > 0 => tracing::debug!(%error, "no further thread for a client"),
+                Err(error) => return Err(error),
+            }
         }
         self.sender.send(later).map_err(io::Error::other)
+    }
+
+    fn begin_one(&self) -> io::Result<()> {
+        let worker = Worker {
+            disk: (self.open)().map_err(io::Error::other)?,
+            stream: self.stream.clone(),
+            queue: self.queue.clone(),
+            under_way: self.under_way.clone(),
+        };
+        let thread = std::thread::Builder::new().name("nbd-beside".into());
+        thread.spawn_scoped(self.scope, move || worker.run()).map(drop)
     }
 }
 

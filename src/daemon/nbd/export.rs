@@ -287,6 +287,11 @@ impl Disk for Served {
         self.disk.read(at, into)
     }
 
+    fn read_now(&mut self, offset: u64, into: &mut [u8]) -> Result<bool, DiskError> {
+        let at = self.at(offset, into.len() as u64)?;
+        self.disk.read_now(at, into)
+    }
+
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         let at = self.at(offset, bytes.len() as u64)?;
         if self.detect_zeroes && bytes.iter().all(|byte| *byte == 0) {
@@ -322,5 +327,35 @@ impl Disk for Served {
     fn extents(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<Vec<Extent>, DiskError> {
         let at = self.at(offset, len_bytes)?;
         self.disk.extents(at, len_bytes, max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{Advice, fadvise};
+
+    #[test]
+    fn an_export_says_what_would_wait_as_its_image_does() {
+        const MIB: usize = 1 << 20;
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        std::fs::write(&image, vec![7; 16 * MIB]).unwrap();
+        let file = std::fs::File::open(&image).unwrap();
+        file.sync_all().unwrap();
+        fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+        let mut disk = FileDisk::open(&image).unwrap();
+        let mut into = [0; 4096];
+        if disk.read_now(8 * MIB as u64, &mut into).unwrap() {
+            eprintln!("SKIP: this file system does not tell what would wait");
+            return;
+        }
+        let (offset_bytes, size_bytes, cache) = (MIB as u64, 15 * MIB as u64, Cache::WriteBack);
+        let (discard, detect_zeroes, unmap_zeroes) = (false, false, false);
+        let mut served = Served { disk, offset_bytes, size_bytes, cache, discard, detect_zeroes, unmap_zeroes };
+        assert!(!served.read_now(12 * MIB as u64, &mut into).unwrap());
+        served.read(12 * MIB as u64, &mut into).unwrap();
+        assert!(served.read_now(12 * MIB as u64, &mut into).unwrap() && into == [7; 4096]);
+        assert!(served.read_now(size_bytes, &mut into).is_err(), "behind the export's end");
     }
 }

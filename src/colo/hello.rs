@@ -123,7 +123,7 @@ pub struct Hello {
     pub protocol: u32,
     /// What this connection is for.
     pub channel: Channel,
-    /// Which of the guest's disks an NBD connection is for, from 0.
+    /// Which of the guest's disks an NBD connection or a hash link is for, from 0.
     #[serde(default, skip_serializing_if = "is_first")]
     pub disk: usize,
     /// The guest's name.
@@ -167,6 +167,14 @@ pub struct Welcome {
     /// Which of its disks are checkpoints of an earlier session.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub checkpoints: Vec<DiskCheckpoint>,
+}
+
+impl Welcome {
+    /// Whether the acceptor names a feature.
+    #[must_use]
+    pub fn has(&self, feature: &str) -> bool {
+        self.features.iter().any(|named| named == feature)
+    }
 }
 
 /// What an acceptor's disk holds.

@@ -17,12 +17,6 @@ use std::io;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
-/// How many chunks a disk has.
-#[must_use]
-pub fn count(size_bytes: u64) -> u64 {
-    size_bytes.div_ceil(SYNC_CHUNK_BYTES)
-}
-
 /// Tells the hashes of a replica's disk, as long as its primary may read it; then keeps the link, whose end would be the
 /// end of the pair.
 pub async fn tell(mut link: Link, mut disk: PrimaryView) -> io::Result<()> {

@@ -7,9 +7,9 @@
 //! ```
 //!
 //! A protection is a session: the primary claims the next generation, then opens the COLO stream, the packet link,
-//! the heartbeat and NBD, for each disk, one after another, each with the session's number. The traps: strangers knock too, so
-//! every hello has a deadline and a bound, and a session that never completes is forgotten; and the claim comes
-//! *before* the first link, so that whatever a former primary still sends carries an older generation.
+//! the heartbeat and, for each disk, NBD, one after another, each with the session's number. The traps: strangers
+//! knock too, so every hello has a deadline and a bound, and a session that never completes is forgotten; and the claim
+//! comes *before* the first link, so that whatever a former primary still sends carries an older generation.
 
 mod greet;
 
@@ -21,7 +21,6 @@ use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, Vacancy};
 use super::engine_clock;
 use super::frames::{FrameReader, FrameWriter};
 use super::guest::{Guest, GuestError};
-use super::hashes;
 use super::links::{self, Outgoing, Side, lock, outbox};
 use super::xen::{self, Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
@@ -33,7 +32,7 @@ use crate::colo::hello::{
 use crate::colo::primary;
 use crate::hypervisor::embedded::MachineConfig;
 use crate::page::PAGE_SIZE;
-use crate::replica::mirror::{Holds, MirrorHandle, Target};
+use crate::replica::mirror::{Holds, MirrorHandle, Target, resync};
 use crate::replica::set::Mirrors;
 use bytes::{Bytes, BytesMut};
 use std::io;
@@ -350,7 +349,6 @@ async fn knock(
     };
     word(Channel::Colo, 0).check().map_err(|error| error.to_string())?;
     let (stream, welcome) = introduce(stream, word(Channel::Colo, 0)).await?;
-    let can = |feature| welcome.features.iter().any(|welcomed| welcomed == feature);
     let join = async |channel, disk| {
         let link = peer.connect().await.map_err(|error| format!("peer {peer}: {error}"))?;
         introduce(link, word(channel, disk)).await.map(|(link, _)| link)
@@ -363,7 +361,7 @@ async fn knock(
     let (mut hashes, mut nbd) = (Vec::new(), Vec::with_capacity(geometry.disks.len()));
     for (disk, shape) in geometry.disks.iter().enumerate() {
         if targets.get(disk).is_some_and(|target| target.holds == Holds::Hashed) {
-            hashes.push((disk, join(Channel::Hashes, disk).await?, hashes::count(shape.size_bytes)));
+            hashes.push((disk, join(Channel::Hashes, disk).await?, resync::chunks(shape.size_bytes)));
         }
     }
     for disk in 0..geometry.disks.len() {
@@ -371,7 +369,8 @@ async fn knock(
     }
     let heartbeat = Heartbeat::new(engine_clock(), Duration::from_millis(interval_ms), misses, generation);
     let delta_pages = protect.delta_mib.unwrap_or(DELTA_MIB_DEFAULT).saturating_mul(PAGES_PER_MIB);
-    let sent_pages = can(PAGE_DELTAS).then(|| SentPages::new(usize::try_from(delta_pages).unwrap_or(usize::MAX)));
+    let sent_pages =
+        welcome.has(PAGE_DELTAS).then(|| SentPages::new(usize::try_from(delta_pages).unwrap_or(usize::MAX)));
     let side = Side::Primary { nbd, sent_pages, hashes };
     let links = links::start(stream, packets, heartbeat_link, heartbeat, side);
     let claim = Claim { guest: guest.to_owned(), expected: generation, holder: config.name.clone() };
@@ -393,14 +392,13 @@ async fn knock(
 
 /// What one of the peer's disks is, as far as the two of us know.
 fn holds(welcome: &Welcome, disk: usize, mirror: &MirrorHandle) -> Holds {
-    let can = |feature| welcome.features.iter().any(|welcomed| welcomed == feature);
     let known = welcome.checkpoints.iter().find(|known| known.disk == disk_name(disk));
     match known {
-        _ if can(BLANK_DISK) => Holds::Zeroes,
+        _ if welcome.has(BLANK_DISK) => Holds::Zeroes,
         Some(&DiskCheckpoint { session, number, .. }) if lock(&mirror.0).counts_from(session, number) => {
             Holds::Checkpoint { session, number }
         }
-        _ if can(CHUNK_HASHES) => Holds::Hashed,
+        _ if welcome.has(CHUNK_HASHES) => Holds::Hashed,
         _ => Holds::Anything,
     }
 }

@@ -303,7 +303,7 @@ impl Mirror {
 
     /// The hash of the target's next chunk, in the disk's order. False when nobody waits for one.
     pub fn handle_hash(&mut self, hash: ChunkHash) -> bool {
-        let chunks = self.local.size_bytes().div_ceil(SYNC_CHUNK_BYTES);
+        let chunks = resync::chunks(self.local.size_bytes());
         let wanted = self.room_for_hash() == Some(true);
         let Link::Attached(queue) = &mut self.link else { return false };
         match &mut queue.resync.what {

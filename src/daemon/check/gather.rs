@@ -100,7 +100,7 @@ async fn greet(address: &Address) -> Result<Greeting, String> {
             heartbeat_misses: 2,
         };
         let (_, welcome) = host::introduce(link, word).await?;
-        let vacant = welcome.features.iter().any(|feature| feature == host::VACANT);
+        let vacant = welcome.has(host::VACANT);
         Ok(Greeting { name: welcome.from, protocol: welcome.protocol, vacant })
     };
     let late = |_| Err(format!("no answer within {PEER_DEADLINE:?}"));

@@ -70,6 +70,12 @@ pub enum Holds {
     Hashed,
 }
 
+/// How many chunks, and so hashes, a disk has.
+#[must_use]
+pub fn chunks(size_bytes: u64) -> u64 {
+    size_bytes.div_ceil(SYNC_CHUNK_BYTES)
+}
+
 /// What was written that the replica does not own.
 #[derive(Debug)]
 pub(super) struct Changes {

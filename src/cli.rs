@@ -109,6 +109,9 @@ pub struct NbdArgs {
     /// Take no writes
     #[arg(short, long)]
     pub read_only: bool,
+    /// Serve a replica's image that is not whole, to save what is in it
+    #[arg(long, requires = "read_only")]
+    pub salvage: bool,
     /// Clients at the same time; 0 for any number
     #[arg(short = 'e', long, value_name = "NUMBER", default_value_t = 1)]
     pub shared: usize,

@@ -91,6 +91,7 @@ async fn serve_nbd(args: NbdArgs) -> ExitCode {
         description: args.description,
         offset_bytes: args.offset,
         read_only: args.read_only,
+        salvage: args.salvage,
         max_connections: args.shared,
         persistent: args.persistent,
         cache: match args.cache.as_str() {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use xen_colo::replica::state::{FileState, Standing, State, Why, found};
 
 const MIB: usize = 1 << 20;
 
@@ -26,10 +27,14 @@ impl Nbd {
     }
 
     fn serve_in(dir: TempDir, args: &[&str]) -> Self {
+        Self { child: Self::serve_at(&dir, args), dir }
+    }
+
+    fn serve_at(dir: &TempDir, args: &[&str]) -> Listening {
         let (image, socket) = (dir.path().join("image"), dir.path().join("sock"));
         let mut command = Command::new(XL_COLO);
         command.arg("nbd").args(args).arg("-k").arg(&socket).arg(image);
-        Self { child: Listening::start(&mut command, &socket), dir }
+        Listening::start(&mut command, &socket)
     }
 
     pub(crate) fn path(&self, name: &str) -> String {
@@ -63,6 +68,11 @@ impl Nbd {
         let pid = rustix::process::Pid::from_raw(self.child.0.id() as i32).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     }
+}
+
+/// Whether the server speaks first, as it does to whom it serves.
+fn greeted(stream: &mut UnixStream) -> bool {
+    stream.read_exact(&mut [0; 18]).is_ok()
 }
 
 fn wait(what: &str, mut is: impl FnMut() -> bool) {
@@ -246,7 +256,6 @@ async fn it_ends_with_its_last_client_unless_told_to_stay() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_client_too_many_is_turned_away_and_a_silent_one_harms_nobody() {
     let nbd = Nbd::serve(&[1; 4096], &["-t", "-e", "2"]);
-    let greeted = |stream: &mut UnixStream| stream.read_exact(&mut [0; 18]).is_ok();
     let mut clients: Vec<_> = (0..2).map(|_| UnixStream::connect(nbd.socket()).unwrap()).collect();
     assert!(clients.iter_mut().all(greeted), "two have a place");
     let mut third = UnixStream::connect(nbd.socket()).unwrap();
@@ -288,6 +297,35 @@ async fn letters_mean_what_qemu_nbds_mean() {
     succeeds("qemu-io", &[&["-f", "raw", "-d", "unmap"], &free[..], &[&kept.uri()]].concat()).await;
     assert!(kept.image()[2 * MIB..].iter().all(|byte| *byte == 0));
     assert_eq!(allocated_bytes(&kept.path("image")), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replicas_image_is_served_by_its_record() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(path("image"), vec![7; MIB]).unwrap();
+    let record = |standing| State::open(Box::new(FileState::of(Path::new(&path("image"))))).unwrap().record(standing);
+    let is = || found(Path::new(&path("image"))).unwrap();
+    let checkpoint = Standing::Checkpoint { generation: 3, number: 17, session: 5 };
+
+    record(Standing::Resync(Why::Applying)).unwrap();
+    for letters in [&["nbd"][..], &["nbd", "-r"]] {
+        let said = one_line(&xl_colo(&[letters, &["-k", &path("sock"), &path("image")]].concat()).await, 1);
+        assert!(said.contains("is not whole: a checkpoint was being written into it; -r --salvage"), "{said}");
+    }
+    let serve = |letters: &[&str]| {
+        let _server = Nbd::serve_at(&dir, letters);
+        assert!(greeted(&mut UnixStream::connect(path("sock")).unwrap()));
+        std::fs::remove_file(path("sock")).unwrap();
+    };
+    serve(&["-r", "--salvage"]);
+    assert_eq!(is(), Standing::Resync(Why::Applying));
+
+    record(checkpoint).unwrap();
+    serve(&["-r"]);
+    assert_eq!(is(), checkpoint, "readers leave a checkpoint as it is");
+    serve(&[]);
+    assert_eq!(is(), Standing::Guest, "somebody could write");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,6 +3,10 @@
 //! The letters and their meanings are qemu-nbd's (qemu `docs/tools/qemu-nbd.rst`), so that scripts written for it run.
 //! The traps: without `-t` it ends with its last client, `-e` counts clients, discarding is ignored unless asked for, and
 //! `--fork` returns once clients can connect.
+//!
+//! A replica's image is served by its record ([`crate::replica::state`]): one that is not whole only to save what is in
+//! it, and one that is a checkpoint is none any more once somebody can write to it. Otherwise its primary would send it
+//! the difference to something that is gone.
 
 use super::threads::{Listener, Running, Service, serve_all};
 use super::tls::{self, Credentials, TlsError};
@@ -10,6 +14,7 @@ use crate::daemon::address;
 use crate::disk::{Disk, DiskError, Extent, FileDisk, Zeroing, check_range};
 use crate::nbd::MAX_STRING_BYTES;
 use crate::nbd::handshake::Export;
+use crate::replica::state::{FileState, Standing, State, Why, path};
 use crate::say;
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader};
@@ -59,6 +64,8 @@ pub struct Config {
     pub offset_bytes: u64,
     /// Takes no writes.
     pub read_only: bool,
+    /// Serves an image that is not whole.
+    pub salvage: bool,
     /// Clients at the same time; 0 for any number.
     pub max_connections: usize,
     /// Goes on when the last client has left.
@@ -100,6 +107,17 @@ pub enum ExportError {
         image: PathBuf,
         /// How it was to be opened.
         read_only: bool,
+    },
+    /// The image is a replica's, in the middle of something.
+    #[error(
+        "{} is not whole: {why}; -r --salvage serves what is in it, and whoever copies a whole disk over it removes {}",
+        image.display(), path(image).display()
+    )]
+    NotWhole {
+        /// The image.
+        image: PathBuf,
+        /// Why it is not.
+        why: Why,
     },
     /// The certificates cannot be used.
     #[error(transparent)]
@@ -151,6 +169,10 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
         }
     }
     let disk = open(&config)?;
+    let mut state = State::open(Box::new(FileState::of(&config.image)))?;
+    if let (Standing::Resync(why), false) = (state.standing(), config.salvage) {
+        return Err(ExportError::NotWhole { image: config.image, why });
+    }
     let mut export = Export::new(config.name.clone(), disk.size_bytes());
     export.description.clone_from(&config.description);
     export.read_only = config.read_only;
@@ -163,6 +185,9 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
     let service = Service { exports: vec![export], open: Box::new(open), max_connections, tls };
     let running = Running::default();
     let (listener, socket) = listen(&config.at).await?;
+    if let (Standing::Checkpoint { .. }, false) = (state.standing(), config.read_only) {
+        state.record(Standing::Guest)?;
+    }
     if let Some(path) = &config.pid_file {
         std::fs::write(path, format!("{}\n", std::process::id())).map_err(failed(path.display().to_string()))?;
     }

@@ -1,6 +1,7 @@
 //! Pages: what is behind numbers, mapping them, keeping the mappings, and a guest that exchanges them.
 
 use crate::{HOLE, guest, until};
+use std::thread;
 use std::time::{Duration, Instant};
 use xen::{Access, BATCH, Error, ForeignMemory, PAGE_BYTES, PageCache, hvm};
 
@@ -134,11 +135,16 @@ fn exchanged_frames_are_found() {
     });
     let (frames, total) = (present(), g.info().total_pages);
     g.store.write(&target, &(kib - 12 * 1024).to_string()).expect("deflate");
-    until("the guest gives 6 MiB back", Duration::from_secs(120), || present() + 1536 < frames);
+    // All of it: the few frames it can get back must not be outnumbered by others on their way out.
+    let mut least = frames;
+    until("the guest has given its 12 MiB back", Duration::from_secs(120), || {
+        let before = std::mem::replace(&mut least, present());
+        thread::sleep(Duration::from_secs(3));
+        least + 1536 < frames && least == before
+    });
     // Held by the cache, they are the guest's still.
-    let held = g.info().total_pages;
+    let (held, low) = (g.info().total_pages, present());
     g.store.write(&target, &old).expect("inflate");
-    let low = present();
     until("the guest gets some back", Duration::from_secs(120), || present() > low + 64);
     g.paused(|| {
         let now = g.info().total_pages;

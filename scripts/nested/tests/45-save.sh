@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # xl with our engine under it: saves, restores, migrates and runs Remus, alone and against libxl's own engine.
-# shellcheck source-path=SCRIPTDIR source=../check.sh
-. "$(dirname "${BASH_SOURCE[0]}")/../check.sh"
-
-export RUN_SECONDS=200
+# shellcheck source-path=SCRIPTDIR source=../engines.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../engines.sh"
 
 # A guest with nothing but memory and a processor: what it says on its console shows that both survived.
 readonly CONFIG='name = "plain"
@@ -17,55 +15,8 @@ ramdisk = "/boot/guest.cpio.gz"
 extra = "console=hvc0 quiet loglevel=4 mitigations=off guest.ip=10.77.0.2/24"
 on_crash = "preserve"'
 
-# under ours|stock COMMAND...: in dom0, with that engine.
-under() {
-	local engine=${1/ours/env LIBXL_SAVE_HELPER=/usr/sbin/xl-colo}
-	host a "${engine/stock/env -u LIBXL_SAVE_HELPER} $2"
-}
-
-# While it arrives, a domain's name ends in --incoming, and so does its console's log ever after.
-ticks() {
-	host a "cat /var/log/xen/guest-plain*.log | grep -ac GUEST-TICK || true"
-}
-
-# lives WHAT: the guest says more than it has said, and nothing bad.
-lives() {
-	local before
-	before=$(ticks)
-	more() { [[ $(ticks) -gt $((before + 2)) ]]; }
-	holds "$1: the guest goes on" wait_until 60 more
-	holds "$1: its registers and its clock are right" \
-		host a "! grep -ahE 'GUEST-[A-Z]+ ERROR|BACKWARDS|rcu: INFO|Oops|BUG:' /var/log/xen/guest-plain*.log"
-}
-
-save_and_restore() {
-	local begun=$EPOCHREALTIME middle
-	under "$1" 'xl save plain /tmp/plain.img >/tmp/xl.log 2>&1' || die "save under $1: $(host a 'tail -5 /tmp/xl.log')"
-	middle=$EPOCHREALTIME
-	under "$2" 'xl restore /tmp/plain.img >/tmp/xl.log 2>&1' || die "restore under $2: $(host a 'tail -5 /tmp/xl.log')"
-	awk -v a="$begun" -v b="$middle" -v c="$EPOCHREALTIME" -v what="$1 $2" -v bytes="$(host a 'stat -c %s /tmp/plain.img')" \
-		'BEGIN { split(what, e, " "); printf "figure: save %s %.2f s, %d bytes; restore %s %.2f s\n", e[1], b - a, bytes, e[2], c - b }'
-	host a 'rm -f /tmp/plain.img'
-	lives "saved by $1, restored by $2"
-}
-
-# To this very host: a second domain takes over from the first.
-migrate() {
-	local receiver="env -u LIBXL_SAVE_HELPER xl migrate-receive" begun=$EPOCHREALTIME
-	[[ $2 == stock ]] || receiver="env LIBXL_SAVE_HELPER=/usr/sbin/xl-colo xl migrate-receive"
-	under "$1" "xl migrate -s '' plain '$receiver' >/tmp/xl.log 2>&1" || die "migrate: $(host a 'tail -8 /tmp/xl.log')"
-	awk -v a="$begun" -v b="$EPOCHREALTIME" -v what="$1 to $2" 'BEGIN { printf "figure: live migration %s %.2f s\n", what, b - a }'
-	lives "migrated from $1 to $2"
-}
-
 nested up a
-host a "xl destroy plain 2>/dev/null; rm -f /var/log/xen/guest-plain*.log
-	cat >/tmp/plain.cfg <<'END'
-$CONFIG
-END
-	xl create -q /tmp/plain.cfg"
-holds "the guest is up" wait_until 120 said a plain 'GUEST-TICK'
-wait_until 60 said a plain 'GUEST-[A-Z]+ ok' || true
+start_plain "$CONFIG"
 
 save_and_restore stock ours
 save_and_restore ours stock

@@ -8,6 +8,7 @@ mod cli;
 mod common;
 mod demo;
 mod device_model;
+mod disk_link;
 mod full_disk;
 mod fuzz;
 mod garbage;

@@ -22,6 +22,7 @@ use super::engine_clock;
 use super::frames::{FrameReader, FrameWriter};
 use super::guest::{Guest, GuestError};
 use super::links::{self, Outgoing, Side, lock, outbox};
+use super::nbd::remote::{self, Connect, Dialling};
 use super::xen::{self, Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
 use crate::colo::delta::SentPages;
@@ -365,7 +366,7 @@ async fn knock(
         }
     }
     for disk in 0..geometry.disks.len() {
-        nbd.push(join(Channel::Nbd, disk).await?);
+        nbd.push(disk_link(peer.clone(), word(Channel::Nbd, disk), join(Channel::Nbd, disk).await?));
     }
     let heartbeat = Heartbeat::new(engine_clock(), Duration::from_millis(interval_ms), misses, generation);
     let delta_pages = protect.delta_mib.unwrap_or(DELTA_MIB_DEFAULT).saturating_mul(PAGES_PER_MIB);
@@ -388,6 +389,17 @@ async fn knock(
         Reply::Return(_) => Ok(()),
         Reply::Error { desc } => Err(desc),
     }
+}
+
+/// What makes the connections of a disk's link: the first one is there, for each further one the same hello is said.
+fn disk_link(peer: Address, hello: Hello, first: Link) -> Connect {
+    let next = move || -> Dialling {
+        let (peer, hello) = (peer.clone(), hello.clone());
+        Box::pin(async move {
+            introduce(peer.connect().await?, hello).await.map(|(link, _)| link).map_err(io::Error::other)
+        })
+    };
+    remote::begun(first, Box::new(next))
 }
 
 /// What one of the peer's disks is, as far as the two of us know.

@@ -4,7 +4,7 @@
 //!  stream      P → S  pages, messages, devices      S → P  messages
 //!  packets     P → S  client frames (epoch)         S → P  guest frames (epoch)
 //!  heartbeat   both ways, on a thread of its own    and the words that end a protection
-//!  nbd         P → S  writes                        S → P  replies, and again for each further disk
+//!  nbd         P → S  writes                        S → P  replies, and again for each further disk ([`disk`])
 //!  hashes      (for each disk that is not known)    S → P  a hash a chunk
 //! ```
 //!
@@ -12,10 +12,13 @@
 //! are short, so that a peer that sends faster than the engine works is slowed by its own socket; what waits to be
 //! written is counted in bytes ([`Outbox`]), so that the engine can hold back.
 
+pub mod disk;
+
 use super::address::Link;
 use super::engine_clock;
 use super::frames::FRAME_BYTES_MAX;
 use super::hashes;
+use super::nbd::remote::Connect;
 pub use super::pair::lock;
 use crate::colo::Loss;
 use crate::colo::delta::SentPages;
@@ -24,13 +27,9 @@ use crate::colo::hello::disk_name;
 use crate::colo::message::Message;
 use crate::colo::stream::{self, Item};
 use crate::compare::wire;
-use crate::disk::DiskError;
-use crate::nbd::client::{Client, Limits, SubmitError};
 use crate::page::PageBatch;
-use crate::replica::mirror::Payload;
 use crate::replica::mirror::resync::ChunkHash;
 use bytes::{Bytes, BytesMut};
-use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -38,6 +37,9 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
+
+use disk::Acks;
+pub use disk::{DiskAnswer, DiskWrite};
 
 /// Stream items waiting for the engine; one may hold 4 MiB of pages.
 const STREAM_IN_ITEMS: usize = 8;
@@ -123,35 +125,6 @@ pub enum StreamIn {
     Message(Message),
 }
 
-/// A disk write for the secondary.
-#[derive(Debug)]
-pub struct DiskWrite {
-    /// Names it in the answer.
-    pub seq: u64,
-    /// Where.
-    pub offset: u64,
-    /// What.
-    pub payload: Payload,
-}
-
-/// The answer to a disk write: which disk, which write, what came of it.
-pub type DiskAnswer = (usize, u64, Result<(), DiskError>);
-
-/// Where the answers of one disk go.
-struct Acks {
-    disk: usize,
-    to: mpsc::Sender<DiskAnswer>,
-}
-
-impl Acks {
-    async fn send(
-        &self,
-        (seq, result): (u64, Result<(), DiskError>),
-    ) -> Result<(), mpsc::error::SendError<DiskAnswer>> {
-        self.to.send((self.disk, seq, result)).await
-    }
-}
-
 /// What the engine holds of the connections. Dropping it closes them.
 #[derive(Debug)]
 pub struct Links {
@@ -177,6 +150,8 @@ pub struct Links {
     pub heartbeat: Arc<Mutex<Heartbeat>>,
     /// What the peer said with its beats.
     pub words: mpsc::Receiver<Word>,
+    /// How often a disk link was lost and another took its place.
+    pub disk_link_losses: Arc<AtomicU64>,
     /// Bytes written to the stream and to NBD so far.
     pub sent_bytes: Arc<AtomicU64>,
     /// Bytes read from the stream so far.
@@ -212,8 +187,8 @@ impl Drop for Links {
 pub enum Side {
     /// The primary writes disk blocks through NBD connections.
     Primary {
-        /// The connections, after their welcome, in the order of the disks.
-        nbd: Vec<Link>,
+        /// What makes the connections, after their welcome, in the order of the disks.
+        nbd: Vec<Connect>,
         /// What is remembered of the pages sent, if the peer can take deltas.
         sent_pages: Option<SentPages>,
         /// The connections on which the secondary tells the hashes of a disk: which, and how many.
@@ -223,7 +198,8 @@ pub enum Side {
     Secondary {
         /// The guest's size.
         nr_pages: u64,
-        /// The NBD servers; the end of one is the end of the pair, since no later checkpoint has that disk.
+        /// The NBD servers; the end of one is the end of the pair, since no later checkpoint has that disk. The end of
+        /// its connection is not.
         nbd: Vec<LinkTask>,
         /// What tells the hashes of its disks.
         hashes: Vec<LinkTask>,
@@ -264,7 +240,7 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
     let mut disk_out = Vec::new();
     let (hash_sender, hashes_in) = mpsc::channel(HASHES_IN);
     let (recycle, recycled) = mpsc::channel(4);
-    let sent_bytes = Arc::new(AtomicU64::new(0));
+    let (sent_bytes, disk_link_losses) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
     let received_bytes = Arc::new(AtomicU64::new(0));
     let heartbeat = Arc::new(Mutex::new(heartbeat));
     let mut tasks = Vec::new();
@@ -285,12 +261,12 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
             let writing = write_stream(stream_write, stream_outgoing, sent_pages, recycle, sent_bytes.clone());
             spawn("checkpoint stream", Box::pin(writing));
             spawn("checkpoint stream", Box::pin(read_messages(stream_read, stream_sender)));
-            for (disk, link) in nbd.into_iter().enumerate() {
+            for (disk, connect) in nbd.into_iter().enumerate() {
                 let (out, outgoing) = outbox();
                 disk_out.push(out);
                 let acks = Acks { disk, to: disk_sender.clone() };
-                let forwarding = forward_disk(link, disk_name(disk), outgoing, acks, sent_bytes.clone());
-                spawn("disk link", Box::pin(forwarding));
+                let counters = (sent_bytes.clone(), disk_link_losses.clone());
+                spawn("disk link", Box::pin(disk::forward(connect, disk_name(disk), outgoing, acks, counters)));
             }
         }
         Side::Secondary { nr_pages, nbd, hashes } => {
@@ -318,6 +294,7 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
         lost,
         heartbeat,
         words,
+        disk_link_losses,
         sent_bytes,
         received_bytes,
         tasks,
@@ -435,78 +412,6 @@ async fn write_packets(mut write: WriteHalf<Link>, mut outgoing: Outgoing<(u64, 
         outgoing.written(bytes);
     }
     Ok(())
-}
-
-/// What the secondary said to a write, as a disk would.
-fn refused(why: &dyn std::fmt::Debug) -> DiskError {
-    DiskError::Io { what: "the secondary's disk".into(), source: io::Error::other(format!("{why:?}")) }
-}
-
-/// Zeroes go as such, and as any bytes to a server that knows no better.
-fn submit(client: &mut Client, write: &DiskWrite) -> Result<u64, SubmitError> {
-    match &write.payload {
-        Payload::Data(data) => client.write(write.offset, data.clone()),
-        &Payload::Zeroes { len_bytes, keep_allocated } => {
-            match client.write_zeroes(write.offset, len_bytes, keep_allocated) {
-                Err(SubmitError::Unsupported) => client.write(write.offset, vec![0; len_bytes as usize].into()),
-                submitted => submitted,
-            }
-        }
-    }
-}
-
-async fn forward_disk(
-    mut link: Link,
-    export: String,
-    mut outgoing: Outgoing<DiskWrite>,
-    acks: Acks,
-    sent: Arc<AtomicU64>,
-) -> io::Result<()> {
-    let mut client = Client::new(export, Limits::default()).map_err(invalid)?;
-    let mut under_way: HashMap<u64, (u64, usize)> = HashMap::new();
-    let mut waiting: Option<(usize, DiskWrite)> = None;
-    let mut input = BytesMut::new();
-    loop {
-        if client.export().is_some() {
-            while let Some((bytes, write)) = waiting.take().or_else(|| outgoing.try_recv()) {
-                match submit(&mut client, &write) {
-                    Ok(cookie) => _ = under_way.insert(cookie, (write.seq, bytes)),
-                    Err(SubmitError::Full) => {
-                        waiting = Some((bytes, write));
-                        break;
-                    }
-                    Err(error) => {
-                        let _ = acks.send((write.seq, Err(refused(&error)))).await;
-                        outgoing.written(bytes);
-                    }
-                }
-            }
-        }
-        while let Some(bytes) = client.poll_output() {
-            link.write_all(&bytes).await?;
-            sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        }
-        while let Some(completion) = client.poll_completion() {
-            let Some((seq, bytes)) = under_way.remove(&completion.cookie) else { continue };
-            outgoing.written(bytes);
-            if acks.send((seq, completion.result.map_err(|errno| refused(&errno)))).await.is_err() {
-                return Ok(());
-            }
-        }
-        let takes_more = client.export().is_some() && waiting.is_none();
-        tokio::select! {
-            read = link.read_buf(&mut input) => {
-                if read? == 0 {
-                    return Ok(());
-                }
-                client.handle_input(&mut input).map_err(invalid)?;
-            }
-            next = outgoing.recv(), if takes_more => match next {
-                Some(write) => waiting = Some(write),
-                None => return Ok(()),
-            }
-        }
-    }
 }
 
 /// What the heartbeat's thread shares with the engine.

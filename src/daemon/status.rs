@@ -174,6 +174,9 @@ pub struct Status {
     pub pause_us: PauseUs,
     /// Bytes sent to the peer.
     pub bytes_sent: u64,
+    /// How often the connection of one of the disks was lost in this protection, and another took its place.
+    #[serde(default)]
+    pub disk_link_losses: u64,
     /// Pages captured or received.
     pub pages: u64,
     /// Pages of the first copy that are sent, and how many it has.
@@ -286,6 +289,9 @@ impl fmt::Display for Status {
             writeln!(f, "merging     {} KiB still to be written to the disk image", self.disk.waiting_bytes >> 10)?;
         }
         write!(f, "sent        {} KiB", self.bytes_sent / 1024)?;
+        if self.disk_link_losses > 0 {
+            write!(f, "\ndisk links  lost {} times, and made again", self.disk_link_losses)?;
+        }
         self.images(f)?;
         for error in &self.disk.errors {
             write!(f, "\ndisk error  {error}")?;

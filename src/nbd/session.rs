@@ -244,6 +244,12 @@ impl Session {
         self.failed.as_ref()
     }
 
+    /// [`Status::lost_connections`].
+    #[must_use]
+    pub fn lost_connections(&self) -> u64 {
+        self.lost_connections
+    }
+
     /// How it is doing.
     #[must_use]
     pub fn status(&self) -> Status {

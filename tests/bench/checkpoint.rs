@@ -25,6 +25,7 @@ use xen_colo::daemon::control::{Answer, Asked, Request};
 use xen_colo::daemon::engine::{Engine, EngineParts, HostInput, Vacancy};
 use xen_colo::daemon::guest::Guest;
 use xen_colo::daemon::links::{self, Side, outbox};
+use xen_colo::daemon::nbd::remote::{self, Dialling};
 use xen_colo::daemon::{engine_clock, nbd};
 use xen_colo::demo::{GUEST_IP, GUEST_MAC};
 use xen_colo::hypervisor::embedded::MachineConfig;
@@ -194,7 +195,9 @@ impl Pair {
             Box::pin(
                 async move { nbd::serve_connection(nbd_b, disk_name(0), view).await.map_err(std::io::Error::other) },
             );
-        let side_a = Side::Primary { nbd: vec![nbd_a], sent_pages: None, hashes: vec![] };
+        let no_other = || -> Dialling { Box::pin(async { Err(std::io::ErrorKind::NotConnected.into()) }) };
+        let nbd = vec![remote::begun(nbd_a, Box::new(no_other))];
+        let side_a = Side::Primary { nbd, sent_pages: None, hashes: vec![] };
         let side_b = Side::Secondary { nr_pages: guest.geometry.nr_pages, nbd: vec![server], hashes: vec![] };
         let links_a = links::start(stream_a, packets_a, beats_a, beats(), side_a);
         let links_b = links::start(stream_b, packets_b, beats_b, beats(), side_b);

@@ -196,8 +196,14 @@ impl ScriptedSecondary {
 
     /// The next connection, with its hello answered.
     pub async fn welcomes(&self, channel: Channel) -> (Link, Hello) {
-        let mut link = self.accepts().await;
-        let word: Hello = read_word(&mut link).await;
+        let (mut link, word) = loop {
+            let mut link = self.accepts().await;
+            let word: Hello = read_word(&mut link).await;
+            // Of a session before this one: a primary that lost its disk link tries again for a while.
+            if word.channel != Channel::Nbd || channel == Channel::Nbd {
+                break (link, word);
+            }
+        };
         assert_eq!(word.channel, channel);
         let welcome = Welcome {
             protocol: PROTOCOL_VERSION,

@@ -5,12 +5,14 @@
 //!   silent   nothing passes and nobody is told: what was sent waits, as in a TCP that retransmits into a partition
 //!   closed   both ends see the connection end, and new ones are refused
 //! ```
+//!
+//! One connection alone can be cut too; they are counted from 0, as they come.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use xen_colo::daemon::address::{Address, Link};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -26,6 +28,8 @@ pub struct Wire {
     pub address: Address,
     flow: watch::Sender<Flow>,
     carried: Arc<AtomicU64>,
+    connections: Arc<Mutex<Vec<AbortHandle>>>,
+    refuses: Arc<AtomicBool>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -43,12 +47,19 @@ impl Wire {
         let (flow, flows) = watch::channel(Flow::Open);
         let carried = Arc::new(AtomicU64::new(0));
         let counter = carried.clone();
+        let known = Arc::new(Mutex::new(Vec::new()));
+        let handles = known.clone();
+        let refuses = Arc::new(AtomicBool::new(false));
+        let refusing = refuses.clone();
         let task = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             loop {
                 let Ok(near) = listener.accept().await else { return };
+                if refusing.load(Ordering::SeqCst) {
+                    continue;
+                }
                 let (target, flows, counter) = (target.clone(), flows.clone(), counter.clone());
-                connections.spawn(async move {
+                let handle = connections.spawn(async move {
                     let mut flow = flows.clone();
                     if !passes(&mut flow).await {
                         return;
@@ -56,9 +67,25 @@ impl Wire {
                     let Ok(far) = target.connect().await else { return };
                     carry(near, far, flows, counter).await;
                 });
+                handles.lock().unwrap().push(handle);
             }
         });
-        Self { address, flow, carried, task }
+        Self { address, flow, carried, connections: known, refuses, task }
+    }
+
+    /// How many connections there were so far.
+    pub fn connections(&self) -> usize {
+        self.connections.lock().unwrap().len()
+    }
+
+    /// Ends one of them; both ends see it.
+    pub fn cut(&self, connection: usize) {
+        self.connections.lock().unwrap()[connection].abort();
+    }
+
+    /// Hangs up on whoever comes from now on; who is connected stays.
+    pub fn refuse(&self) {
+        self.refuses.store(true, Ordering::SeqCst);
     }
 
     /// Lets bytes pass again; what waited arrives.

@@ -154,6 +154,7 @@ impl Engine {
         status.packets.dropped_network = self.dropped_network;
         if let Some(links) = &self.links {
             status.bytes_sent += links.sent_bytes.load(Ordering::Relaxed);
+            status.disk_link_losses = links.disk_link_losses.load(Ordering::Relaxed);
         }
         match &mut self.role {
             Role::Empty => {

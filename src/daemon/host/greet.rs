@@ -9,13 +9,11 @@ use crate::daemon::address::{Link, Listener};
 use crate::daemon::engine::{HostInput, Vacancy};
 use crate::daemon::guest::Guest;
 use crate::daemon::hashes;
-use crate::daemon::links::{self, LinkTask, Side};
-use crate::daemon::nbd::{self, ServeError};
+use crate::daemon::links::{self, LinkTask, Side, disk};
 use crate::daemon::{engine_clock, xen};
-use crate::replica::epochs::{PrimaryView, Replica, ReplicaConfig};
+use crate::replica::epochs::{Replica, ReplicaConfig};
 use crate::replica::state::Standing;
 use bytes::BytesMut;
-use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
@@ -41,6 +39,20 @@ struct Session {
     nbd: Vec<Link>,
 }
 
+/// The session that has begun, and where its disks' servers take further links from.
+struct Begun {
+    session: u64,
+    disks: Vec<mpsc::Sender<Link>>,
+}
+
+impl Begun {
+    /// The place of a disk's further link, while the session lasts.
+    fn place(&self, word: &Hello) -> Option<&mpsc::Sender<Link>> {
+        let known = word.channel == Channel::Nbd && word.session == self.session;
+        self.disks.get(word.disk).filter(|place| known && !place.is_closed())
+    }
+}
+
 pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
     let (greeted, mut words) = mpsc::channel::<(Link, Hello)>(4);
     let greetings = Arc::new(tokio::sync::Semaphore::new(GREETINGS_MAX));
@@ -62,6 +74,7 @@ pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
         }
     });
     let mut session: Option<Session> = None;
+    let mut begun: Option<Begun> = None;
     loop {
         let next = tokio::time::timeout(HELLO_DEADLINE, words.recv()).await;
         match next {
@@ -72,7 +85,9 @@ pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
                 }
             }
             Ok(Some((mut link, word))) => {
-                match welcome(&shared, session.as_ref().map(|session| session.hello.session), &word).await {
+                let again = begun.as_ref().and_then(|begun| begun.place(&word));
+                let coming_up = session.as_ref().map(|session| session.hello.session);
+                match welcome(&shared, again.is_some() || coming_up == Some(word.session), &word).await {
                     Err(why) => {
                         tracing::warn!(peer = %word.from, reason = %why, "refused");
                         answer(&mut link, &why, &shared.config.name).await;
@@ -92,9 +107,20 @@ pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
                         };
                         let mut out = BytesMut::new();
                         hello::encode(&welcome, &mut out);
-                        if link.write_all(&out).await.is_ok() {
-                            let guest = made.map(|(guest, _)| Box::new(guest));
-                            take(&shared, &mut session, link, word, guest).await;
+                        if link.write_all(&out).await.is_err() {
+                            continue;
+                        }
+                        if let Some(again) = again {
+                            // One waits there at most; a primary that is in such a hurry says hello again.
+                            let _ = again.try_send(link);
+                            continue;
+                        }
+                        let guest = made.map(|(guest, _)| Box::new(guest));
+                        if let Some(whole) = take(&mut session, link, word, guest)
+                            && let Some((input, disks)) = join(&shared, whole)
+                        {
+                            begun = Some(disks);
+                            let _ = shared.host.send(input).await;
                         }
                     }
                 }
@@ -126,7 +152,7 @@ async fn answer(link: &mut Link, why: &str, from: &str) {
 
 /// Decides on a hello. For a COLO hello it makes the room the guest needs, so that a host without it says so to
 /// the primary and not only to its own log.
-async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<Option<(Guest, bool)>, String> {
+async fn welcome(shared: &Shared, known: bool, word: &Hello) -> Result<Option<(Guest, bool)>, String> {
     if word.channel == Channel::Greeting {
         return Ok(None);
     }
@@ -136,7 +162,6 @@ async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<
         return Err(format!("both hosts are called {}; an arbiter could not tell them apart", word.from));
     }
     if word.channel != Channel::Colo {
-        let known = session == Some(word.session);
         return if known { Ok(None) } else { Err("this link belongs to no session".into()) };
     }
     let leaves_within = if word.geometry.xen.is_some() { LEAVE_DEADLINE_XEN } else { LEAVE_DEADLINE };
@@ -164,8 +189,8 @@ async fn welcome(shared: &Shared, session: Option<u64>, word: &Hello) -> Result<
     made.map(Some).map_err(|error| format!("host {}: {error}", config.name))
 }
 
-/// Keeps a welcomed link with its session, and starts the engine's part when all are there.
-async fn take(shared: &Shared, session: &mut Option<Session>, link: Link, word: Hello, guest: Option<Box<Guest>>) {
+/// Keeps a welcomed link with its session, and gives the session away when all are there.
+fn take(session: &mut Option<Session>, link: Link, word: Hello, guest: Option<Box<Guest>>) -> Option<Session> {
     match (word.channel, guest) {
         (Channel::Colo, Some(guest)) => {
             let (packets, heartbeat, hashes, nbd) = (None, None, Vec::new(), Vec::new());
@@ -183,24 +208,23 @@ async fn take(shared: &Shared, session: &mut Option<Session>, link: Link, word: 
             }
         }
         (Channel::Nbd, _) => {
-            let Some(begun) = session.as_mut() else { return };
+            let begun = session.as_mut()?;
             if word.disk != begun.nbd.len() {
                 tracing::warn!(peer = %word.from, disk = word.disk, "the disk links came in another order");
                 *session = None;
-                return;
+                return None;
             }
             begun.nbd.push(link);
-            if begun.nbd.len() == begun.hello.geometry.disks.len()
-                && let Some(input) = session.take().and_then(|session| join(shared, session))
-            {
-                let _ = shared.host.send(input).await;
+            if begun.nbd.len() == begun.hello.geometry.disks.len() {
+                return session.take();
             }
         }
         (Channel::Colo, None) | (Channel::Greeting, _) => {}
     }
+    None
 }
 
-fn join(shared: &Shared, session: Session) -> Option<HostInput> {
+fn join(shared: &Shared, session: Session) -> Option<(HostInput, Begun)> {
     let Session { hello: word, stream, guest, packets: Some(packets), heartbeat: Some(beats), hashes, nbd } = session
     else {
         tracing::warn!(peer = %session.hello.from, "the disk links came before the others");
@@ -218,7 +242,12 @@ fn join(shared: &Shared, session: Session) -> Option<HostInput> {
         Some(Box::pin(hashes::tell(link, views.get(disk)?.clone())))
     };
     let hashes = hashes.into_iter().filter_map(tell).collect();
-    let servers = nbd.into_iter().zip(views).enumerate().map(|(disk, (link, view))| serve(link, disk, view)).collect();
+    let (mut servers, mut disks): (Vec<LinkTask>, Vec<_>) = (Vec::new(), Vec::new());
+    for (disk, (link, view)) in nbd.into_iter().zip(views).enumerate() {
+        let (place, later) = mpsc::channel(1);
+        disks.push(place);
+        servers.push(Box::pin(disk::serve(link, later, disk, view)));
+    }
     let interval = Duration::from_millis(word.heartbeat_interval_ms);
     let heartbeat = Heartbeat::new(engine_clock(), interval, word.heartbeat_misses, generation);
     let side = Side::Secondary { nr_pages: word.geometry.nr_pages, nbd: servers, hashes };
@@ -226,16 +255,6 @@ fn join(shared: &Shared, session: Session) -> Option<HostInput> {
     let claim = Claim { guest: word.guest.clone(), expected: generation, holder: shared.config.name.clone() };
     let mut config = secondary::Config::new(word.mode, claim);
     config.policy = shared.config.policy.clone();
-    Some(HostInput::Join { links, config, peer: word.from, guest })
-}
-
-/// Serves a disk to the primary.
-fn serve(link: Link, disk: usize, view: PrimaryView) -> LinkTask {
-    Box::pin(async move {
-        nbd::serve_connection(link, disk_name(disk), Box::new(view)).await.map_err(|error| match error {
-            ServeError::Io(error) => error,
-            ServeError::Protocol(error) => io::Error::new(io::ErrorKind::InvalidData, error),
-            error @ ServeError::Deadline => io::Error::new(io::ErrorKind::TimedOut, error),
-        })
-    })
+    let begun = Begun { session: word.session, disks };
+    Some((HostInput::Join { links, config, peer: word.from, guest }, begun))
 }

@@ -50,6 +50,16 @@ pub fn to(address: Address) -> Connect {
     })
 }
 
+/// Uses a connection that is there, and then those that `next` makes.
+#[must_use]
+pub fn begun(first: Link, mut next: Connect) -> Connect {
+    let mut first = Some(first);
+    Box::new(move || match first.take() {
+        Some(link) => Box::pin(std::future::ready(Ok(link))),
+        None => next(),
+    })
+}
+
 /// An export of an NBD server. Dropping it closes its connections; [`Self::close`] says good-bye first.
 #[derive(Debug)]
 pub struct Remote {
@@ -133,6 +143,15 @@ impl Remote {
         let look = |session: &mut Session| match session.poll_completion() {
             Some(completion) => Some(Ok(completion)),
             None => session.failed().cloned().map(Err),
+        };
+        self.shared.wait(look).await
+    }
+
+    /// Waits until more connections than that were lost, and tells how many, and why the last one was.
+    pub async fn lost_more_than(&self, seen: u64) -> (u64, String) {
+        let look = |session: &mut Session| {
+            let lost = session.lost_connections();
+            (lost > seen).then(|| (lost, session.status().last_loss.unwrap_or_default()))
         };
         self.shared.wait(look).await
     }

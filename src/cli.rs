@@ -3,6 +3,10 @@
 //! Exit codes: 0 done; 1 the command failed, with one line that says why; 2 the command line is wrong;
 //! 3 (`demo`) something was lost; 4 (`host`) this machine cannot give what was asked (port, memory, disk).
 
+mod xl;
+
+pub use xl::{ReceiveArgs, RemusArgs};
+
 use crate::colo::arbiter::Policy;
 use crate::colo::hello::{Mode, ResumeOrder};
 use crate::daemon::address::Address;
@@ -39,6 +43,10 @@ pub enum Command {
     Protect(ProtectArgs),
     /// End a protection without a failover: the guest goes on here, and the peer drops what it has of it
     Unprotect(HostRef),
+    /// Protect a domain until that is over, with the letters of `xl remus`
+    Remus(RemusArgs),
+    /// Join standard input and output to the host that runs here: the far end of `remus` over ssh
+    Receive(ReceiveArgs),
     /// Say how a host and its guest are
     Status(StatusArgs),
     /// Say whether this host is able to protect guests, and what it lacks; whether a peer answers, and what is in the

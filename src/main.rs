@@ -2,17 +2,18 @@
 #![forbid(unsafe_code)]
 
 use clap::Parser;
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
-use xen_colo::cli::{self, ArbiterArgs, CheckArgs, Cli, Command, HostArgs, HostRef, NbdArgs, ProtectArgs, StatusArgs};
+use xen_colo::cli::{
+    self, ArbiterArgs, CheckArgs, Cli, Command, HostArgs, HostRef, NbdArgs, ProtectArgs, ReceiveArgs, StatusArgs,
+};
 use xen_colo::daemon::address::Address;
 use xen_colo::daemon::control::{self, Protect, Request};
 use xen_colo::daemon::host::{self, Boot, BootConfig, HostConfig};
 use xen_colo::daemon::xen::XenBoot;
-use xen_colo::daemon::{arbiter, check, status};
+use xen_colo::daemon::{arbiter, check, receive, remus, status};
 use xen_colo::demo;
 use xen_colo::image::helper;
 use xen_colo::say;
@@ -54,6 +55,11 @@ async fn run(command: Command) -> ExitCode {
         Command::Protect(args) => protect(args).await,
         Command::Status(args) => show_status(args).await,
         Command::Check(args) => check_host(args).await,
+        Command::Remus(args) => match remus::run(&args.into()).await {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(cli::EXIT_FAILED, &error),
+        },
+        Command::Receive(args) => receive(args).await,
         Command::Unprotect(host) => order(&host, Request::Unprotect).await,
         Command::Checkpoint(host) => order(&host, Request::Checkpoint).await,
         Command::Failover(host) => order(&host, Request::Failover).await,
@@ -227,6 +233,23 @@ async fn serve_arbiter(args: ArbiterArgs) -> ExitCode {
     }
 }
 
+async fn receive(args: ReceiveArgs) -> ExitCode {
+    let joined = if args.blackhole {
+        receive::join_blackhole().await
+    } else {
+        match ask(&args.host, &Request::Status).await.map(|status| status["listen"].as_str().map(str::parse::<Address>))
+        {
+            Ok(Some(Ok(address))) => receive::join(&address),
+            Ok(_) => return fail(cli::EXIT_FAILED, &"the host does not say where it listens"),
+            Err(error) => return fail(cli::EXIT_FAILED, &format!("nobody stands by here: {error}")),
+        }
+    };
+    match joined {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(cli::EXIT_FAILED, &format!("receive: {error}")),
+    }
+}
+
 async fn protect(args: ProtectArgs) -> ExitCode {
     let request = Request::Protect(Protect {
         peer: args.peer.to_string(),
@@ -236,6 +259,7 @@ async fn protect(args: ProtectArgs) -> ExitCode {
         heartbeat_interval_ms: args.heartbeat_ms,
         heartbeat_misses: args.heartbeat_misses,
         delta_mib: args.delta_mib,
+        release_at_once: false,
     });
     let code = order(&args.host, request).await;
     if !args.wait || code != ExitCode::SUCCESS {
@@ -294,26 +318,6 @@ async fn order(host: &HostRef, request: Request) -> ExitCode {
 }
 
 async fn ask(host: &HostRef, request: &Request) -> Result<serde_json::Value, String> {
-    let socket = match &host.host {
-        Some(name) => control::socket_path(&host.run_dir, name),
-        None => only_socket(&host.run_dir)?,
-    };
+    let socket = control::choose(&host.run_dir, host.host.as_deref())?;
     control::ask(&socket, request).await.map_err(|error| error.to_string())
-}
-
-/// The one host that runs here, or a sentence that names the choice.
-fn only_socket(run_dir: &Path) -> Result<std::path::PathBuf, String> {
-    let entries =
-        std::fs::read_dir(run_dir).map_err(|error| format!("no host runs here: {}: {error}", run_dir.display()))?;
-    let mut sockets: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
-    sockets.retain(|path| path.extension().is_some_and(|extension| extension == "sock"));
-    sockets.sort();
-    match &sockets[..] {
-        [] => Err(format!("no host runs here ({} has no socket)", run_dir.display())),
-        [one] => Ok(one.clone()),
-        many => {
-            let names: Vec<_> = many.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
-            Err(format!("several hosts run here; choose with --host: {}", names.join(", ")))
-        }
-    }
 }

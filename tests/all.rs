@@ -20,6 +20,7 @@ mod nbd_session;
 mod nbd_tls;
 mod partition;
 mod qemu_replication;
+mod remus;
 mod restart;
 mod resync;
 mod several_disks;

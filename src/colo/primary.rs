@@ -58,6 +58,8 @@ pub struct Config {
     pub arbiter_deadline: Duration,
     /// This host and the generation it holds.
     pub claim: Claim,
+    /// Whether the guest's packets wait for nothing. It gives the first rule up: for measuring (`xl remus -n`).
+    pub release_at_once: bool,
 }
 
 impl Config {
@@ -76,6 +78,7 @@ impl Config {
             policy: Policy::default(),
             arbiter_deadline: super::arbiter::ARBITER_DEADLINE_DEFAULT,
             claim,
+            release_at_once: false,
         }
     }
 }

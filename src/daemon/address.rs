@@ -1,7 +1,9 @@
-//! Where a host, an arbiter or a switch port is reached: `unix:PATH`, `tcp:HOST:PORT`, or plain `HOST:PORT`.
+//! Where a host, an arbiter or a switch port is reached: `unix:PATH`, `tcp:HOST:PORT`, or plain `HOST:PORT`; a peer also
+//! by `exec:COMMAND`, whose standard input and output are the connection (`exec:ssh b xl-colo receive`).
 //!
-//! One pair of types for both families, so that everything above speaks of a [`Link`] and a [`Listener`].
+//! One pair of types for all of them, so that everything above speaks of a [`Link`] and a [`Listener`].
 
+use super::exec;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,11 +22,13 @@ pub enum Address {
     Tcp(String),
     /// A Unix socket.
     Unix(PathBuf),
+    /// A command for the shell. Nobody can listen there.
+    Exec(String),
 }
 
 /// What cannot be an address.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{0:?} is no address: write HOST:PORT, tcp:HOST:PORT or unix:PATH")]
+#[error("{0:?} is no address: write HOST:PORT, tcp:HOST:PORT, unix:PATH or exec:COMMAND")]
 pub struct BadAddress(String);
 
 impl FromStr for Address {
@@ -34,6 +38,9 @@ impl FromStr for Address {
         let bad = || BadAddress(text.to_owned());
         if let Some(path) = text.strip_prefix("unix:") {
             return if path.is_empty() { Err(bad()) } else { Ok(Self::Unix(path.into())) };
+        }
+        if let Some(command) = text.strip_prefix("exec:") {
+            return if command.trim().is_empty() { Err(bad()) } else { Ok(Self::Exec(command.to_owned())) };
         }
         let host_port = text.strip_prefix("tcp:").unwrap_or(text);
         match host_port.rsplit_once(':') {
@@ -50,6 +57,7 @@ impl fmt::Display for Address {
         match self {
             Self::Tcp(host_port) => write!(f, "tcp:{host_port}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Exec(command) => write!(f, "exec:{command}"),
         }
     }
 }
@@ -81,6 +89,7 @@ impl Address {
                     Box::new(stream)
                 }
                 Self::Unix(path) => Box::new(UnixStream::connect(path).await?),
+                Self::Exec(command) => Box::new(exec::start(command)?),
             })
         };
         match tokio::time::timeout(CONNECT_TIMEOUT, attempt).await {
@@ -94,6 +103,7 @@ impl Address {
         match self {
             Self::Tcp(host_port) => TcpListener::bind(host_port).await.map(Listener::Tcp),
             Self::Unix(path) => listen_unix(path).await.map(|listener| Listener::Unix(listener, path.clone())),
+            Self::Exec(_) => Err(io::Error::new(io::ErrorKind::InvalidInput, "nobody can listen on a command")),
         }
     }
 }
@@ -153,11 +163,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn three_spellings_and_nothing_else() {
+    fn four_spellings_and_nothing_else() {
         assert_eq!("unix:/run/a.sock".parse(), Ok(Address::Unix("/run/a.sock".into())));
         assert_eq!("tcp:host:1".parse(), Ok(Address::Tcp("host:1".into())));
         assert_eq!("[::1]:80".parse(), Ok(Address::Tcp("[::1]:80".into())));
-        for bad in ["", "unix:", "host", ":80", "host:http", "host:70000"] {
+        let exec = "exec:ssh b xl-colo receive";
+        assert_eq!(exec.parse::<Address>().map(|address| address.to_string()), Ok(exec.to_owned()));
+        for bad in ["", "unix:", "exec:", "exec: ", "host", ":80", "host:http", "host:70000"] {
             let refused = bad.parse::<Address>().unwrap_err();
             assert!(refused.to_string().contains("HOST:PORT"), "{refused}");
         }

@@ -52,6 +52,9 @@ pub struct Protect {
     /// Memory in MiB that remembers sent pages, so that only what changed in them is sent again; 0 for none.
     #[serde(default)]
     pub delta_mib: Option<u64>,
+    /// Lets the guest's packets leave before the peer owns what they tell. Remus only, and unsafe: for measuring.
+    #[serde(default)]
+    pub release_at_once: bool,
 }
 
 /// What a host is asked.
@@ -135,6 +138,31 @@ pub fn default_run_dir() -> PathBuf {
 #[must_use]
 pub fn socket_path(run_dir: &Path, host: &str) -> PathBuf {
     run_dir.join(format!("{host}.sock"))
+}
+
+/// The control sockets of the hosts that run here, by name.
+pub fn sockets(run_dir: &Path) -> Result<Vec<PathBuf>, String> {
+    let entries =
+        std::fs::read_dir(run_dir).map_err(|error| format!("no host runs here: {}: {error}", run_dir.display()))?;
+    let mut sockets: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    sockets.retain(|path| path.extension().is_some_and(|extension| extension == "sock"));
+    sockets.sort();
+    Ok(sockets)
+}
+
+/// The socket of this host, or of the one that runs here; a sentence names the choice where there is one.
+pub fn choose(run_dir: &Path, host: Option<&str>) -> Result<PathBuf, String> {
+    if let Some(name) = host {
+        return Ok(socket_path(run_dir, name));
+    }
+    match &sockets(run_dir)?[..] {
+        [] => Err(format!("no host runs here ({} has no socket)", run_dir.display())),
+        [one] => Ok(one.clone()),
+        many => {
+            let names: Vec<_> = many.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
+            Err(format!("several hosts run here; choose with --host: {}", names.join(", ")))
+        }
+    }
 }
 
 /// Makes the directory, for this user only, and listens.

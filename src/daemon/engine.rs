@@ -17,6 +17,7 @@ mod orders;
 mod report;
 
 pub use self::leaving::Vacancy;
+use super::address::Address;
 use super::arbiter::Arbiter;
 use super::control::{Answer as Reply, Asked, Protect};
 use super::guest::Guest;
@@ -87,6 +88,8 @@ pub enum HostInput {
 pub struct EngineParts {
     /// The host's name.
     pub name: String,
+    /// Where peers connect.
+    pub listen: Address,
     /// A guest that runs here from the start.
     pub guest: Option<Guest>,
     /// The images on which replicas are made here.

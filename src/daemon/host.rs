@@ -50,7 +50,7 @@ const ROOM_DEADLINE: Duration = Duration::from_secs(60);
 /// Time between two attempts to reach the switch.
 const SWITCH_RETRY: Duration = Duration::from_millis(50);
 /// The feature a secondary names when its disks are new and all zero.
-const BLANK_DISK: &str = "blank-disk";
+pub(super) const BLANK_DISK: &str = "blank-disk";
 /// The feature a host names when it can take a guest.
 pub(super) const VACANT: &str = "vacant";
 /// The feature of a host that can take page deltas.
@@ -185,6 +185,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone(), guest.mirrors.clone()));
     let engine = Engine::new(EngineParts {
         name: config.name.clone(),
+        listen: listener.local_address().unwrap_or_else(|_| config.listen.clone()),
         guest,
         disks: config.disks.clone(),
         arbiter: config.arbiter.clone(),
@@ -326,15 +327,17 @@ async fn knock(
 ) -> Result<(), String> {
     let config = &shared.config;
     let peer: Address = protect.peer.parse().map_err(|error| format!("{error}"))?;
+    if protect.release_at_once && protect.mode == Mode::Colo {
+        return Err("in lock-step every packet is compared; only remus can release at once".into());
+    }
     // A peer that is not there must be found out before a generation is spent.
     let stream =
         peer.connect().await.map_err(|error| format!("peer {peer}: {error} (is xl-colo host running there?)"))?;
-    let generation = claim(config, guest).await?;
     let mut session = [0; 8];
     getrandom::fill(&mut session).map_err(|error| format!("no randomness for a session number: {error}"))?;
     let interval_ms = protect.heartbeat_interval_ms.unwrap_or(INTERVAL_DEFAULT_MS);
     let misses = protect.heartbeat_misses.unwrap_or(MISSES_DEFAULT);
-    let word = |channel, disk| Hello {
+    let word = |generation, channel, disk| Hello {
         protocol: PROTOCOL_VERSION,
         channel,
         disk,
@@ -348,6 +351,13 @@ async fn knock(
         heartbeat_interval_ms: interval_ms,
         heartbeat_misses: misses,
     };
+    if matches!(peer, Address::Exec(_)) {
+        // A command always starts; whether somebody is behind it shows when it is spoken to.
+        let link = peer.connect().await.map_err(|error| format!("peer {peer}: {error}"))?;
+        introduce(link, word(0, Channel::Greeting, 0)).await?;
+    }
+    let generation = claim(config, guest).await?;
+    let word = |channel, disk| word(generation, channel, disk);
     word(Channel::Colo, 0).check().map_err(|error| error.to_string())?;
     let (stream, welcome) = introduce(stream, word(Channel::Colo, 0)).await?;
     let join = async |channel, disk| {
@@ -378,6 +388,7 @@ async fn knock(
     let mut machine = primary::Config::new(protect.mode, claim);
     machine.resume = protect.resume;
     machine.policy = config.policy.clone();
+    machine.release_at_once = protect.release_at_once;
     if let Some(delay_ms) = protect.checkpoint_delay_ms {
         machine.checkpoint_delay = Duration::from_millis(delay_ms);
     }
@@ -439,6 +450,9 @@ pub(super) async fn introduce(mut link: Link, word: Hello) -> Result<(Link, Welc
     };
     let welcome = match tokio::time::timeout(deadline, exchange).await {
         Ok(Ok(welcome)) => welcome,
+        Ok(Err(GreetError::Io(error))) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            return Err(format!("the peer cannot be reached: {error}"));
+        }
         Ok(Err(GreetError::Io(error))) => return Err(format!("the peer hung up on a hello: {error}")),
         Ok(Err(GreetError::Hello(error))) => return Err(error.to_string()),
         Err(_) => return Err(format!("the peer did not answer a hello within {deadline:?}")),
@@ -449,8 +463,17 @@ pub(super) async fn introduce(mut link: Link, word: Hello) -> Result<(Link, Welc
     }
 }
 
+/// Reads a hello within the time one may take.
+pub(super) async fn read_hello(link: &mut Link) -> Result<Hello, GreetError> {
+    match tokio::time::timeout(HELLO_DEADLINE, read_word(link)).await {
+        Ok(read) => read,
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "no hello came").into()),
+    }
+}
+
+/// Why there is no hello, or no welcome.
 #[derive(Debug, thiserror::Error)]
-enum GreetError {
+pub(super) enum GreetError {
     #[error(transparent)]
     Io(#[from] io::Error),
     #[error(transparent)]

@@ -242,7 +242,6 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
     let (recycle, recycled) = mpsc::channel(4);
     let (sent_bytes, disk_link_losses) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
     let received_bytes = Arc::new(AtomicU64::new(0));
-    let heartbeat = Arc::new(Mutex::new(heartbeat));
     let mut tasks = Vec::new();
     let mut spawn = |what: &'static str, task: LinkTask| {
         let lost = lost_sender.clone();
@@ -278,9 +277,8 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
             nbd.into_iter().for_each(|server| spawn("disk link", server));
         }
     }
-    let (word_sender, words) = mpsc::channel(4);
-    let said = Arc::new(Notify::new());
-    let voice = Voice { heartbeat: heartbeat.clone(), said: said.clone(), words: word_sender };
+    let (voice, words) = Voice::new(heartbeat);
+    let (heartbeat, said) = (voice.heartbeat.clone(), voice.said.clone());
     let beating = beat(heartbeat_link, voice, lost_sender);
     Links {
         stream_in,
@@ -415,10 +413,24 @@ async fn write_packets(mut write: WriteHalf<Link>, mut outgoing: Outgoing<(u64, 
 }
 
 /// What the heartbeat's thread shares with the engine.
-struct Voice {
+pub(super) struct Voice {
     heartbeat: Arc<Mutex<Heartbeat>>,
     said: Arc<Notify>,
     words: mpsc::Sender<Word>,
+}
+
+impl Voice {
+    /// With the words that the peer says.
+    pub(super) fn new(heartbeat: Heartbeat) -> (Self, mpsc::Receiver<Word>) {
+        let (words, heard) = mpsc::channel(4);
+        (Self { heartbeat: Arc::new(Mutex::new(heartbeat)), said: Arc::default(), words }, heard)
+    }
+
+    /// Says a word with every beat from now on.
+    pub(super) fn say(&self, word: Word) {
+        lock(&self.heartbeat).say(word);
+        self.said.notify_one();
+    }
 }
 
 /// Beats on a thread of its own, so that no other work of this process delays one.
@@ -442,7 +454,8 @@ fn beat(link: Link, voice: Voice, lost: Lost) -> tokio::sync::oneshot::Sender<()
     stop
 }
 
-async fn beat_on(link: Link, voice: &Voice) -> Loss {
+/// Beats until the peer is lost.
+pub(super) async fn beat_on(link: Link, voice: &Voice) -> Loss {
     let Voice { heartbeat, said, words } = voice;
     let (mut read, mut write) = tokio::io::split(link);
     let mut input = BytesMut::new();

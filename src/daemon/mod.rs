@@ -5,7 +5,7 @@
 //!  engine    the thread that owns the guest and its machine; pair/ is what it runs, without any wire
 //!  links     the four connections of a pair        address, frames   where they lead and how they are framed
 //!  guest     the guest and its host-side devices   nbd               the replica's server
-//!  check     whether this host is able
+//!  check     whether this host is able          remus, receive    xl's way to protect a guest, and its far end
 //!  arbiter, fence   who may go on alone            control, status   what an operator asks and hears
 //!  switch, edge     the demo's network
 //! ```
@@ -16,6 +16,7 @@ pub mod check;
 pub mod control;
 pub mod edge;
 pub mod engine;
+mod exec;
 pub mod fence;
 pub mod frames;
 pub mod guest;
@@ -26,6 +27,8 @@ pub mod nbd;
 #[cfg(not(feature = "xen"))]
 pub mod no_xen;
 pub mod pair;
+pub mod receive;
+pub mod remus;
 pub mod status;
 pub mod switch;
 #[cfg(feature = "xen")]

@@ -148,8 +148,14 @@ pub struct Status {
     pub pid: u32,
     /// The guest's name, if there is one.
     pub guest: Option<String>,
+    /// Where peers connect.
+    #[serde(default)]
+    pub listen: String,
     /// How safe it is.
     pub protection: Protection,
+    /// What makes it less safe than that, because somebody asked for it.
+    #[serde(default)]
+    pub risk: Option<String>,
     /// Why it is not protected, in a sentence.
     pub why: Option<String>,
     /// COLO or Remus, once protected.
@@ -241,6 +247,9 @@ impl fmt::Display for Status {
         };
         writeln!(f, "guest       {guest}, generation {}, epoch {}", self.generation, self.epoch)?;
         writeln!(f, "protection  {}", self.protection)?;
+        if let Some(risk) = &self.risk {
+            writeln!(f, "UNSAFE      {risk}")?;
+        }
         if let Some(why) = &self.why {
             writeln!(f, "because     {why}")?;
         }

@@ -12,7 +12,7 @@
 mod look;
 mod nic;
 
-pub use self::look::{device_model_path, facts, guest_facts};
+pub use self::look::{device_model_path, domain_name, facts, guest_facts};
 pub use self::nic::Wire;
 use self::nic::{Attachment, GuestNic};
 use super::address;

@@ -192,6 +192,7 @@ impl World for Pair {
             heartbeat_interval_ms: None,
             heartbeat_misses: None,
             delta_mib: None,
+            release_at_once: false,
         };
         self.ask("a", &Request::Protect(protect)).await.map(drop)
     }

@@ -52,6 +52,7 @@ pub fn protect(peer: &Address, mode: Mode) -> Protect {
         heartbeat_interval_ms: Some(100),
         heartbeat_misses: Some(10),
         delta_mib: None,
+        release_at_once: false,
     }
 }
 

@@ -143,6 +143,7 @@ impl Engine {
     fn status(&mut self, now: Instant) -> Status {
         let mut status = Status {
             host: self.parts.name.clone(),
+            listen: self.parts.listen.to_string(),
             pid: std::process::id(),
             mode: self.mode,
             peer: self.peer.clone(),

@@ -33,6 +33,9 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
     (status.generation, status.epoch) = (side.generation(), machine.epoch());
     (status.failover, status.exit_reason) = (machine.failover(), machine.exit_reason());
     let stats = side.stats();
+    if side.releases_at_once() && machine.is_protected() {
+        status.risk = Some("packets leave before the peer owns what they tell (release-at-once, remus -n)".into());
+    }
     if machine.is_protected() {
         status.recovery_point_ms = stats.last_owned_at.map(|at| (now - at).as_millis() as u64);
     }

@@ -58,6 +58,7 @@ struct FirstCopy {
 pub struct PrimarySide {
     machine: Primary,
     mode: Mode,
+    release_at_once: bool,
     domain: Box<dyn Domain>,
     mirrors: Mirrors,
     /// The mirrors count on from protection to protection; this is where they stood when this one began.
@@ -107,6 +108,7 @@ impl PrimarySide {
         mirrors.attach(targets);
         Ok(Self {
             mode: config.mode,
+            release_at_once: config.release_at_once,
             generation: config.claim.expected,
             machine: Primary::new(now, config),
             domain,
@@ -127,6 +129,12 @@ impl PrimarySide {
             stats: Stats { copied_pages: (0, to_copy), copy_begun: Some(now), ..Stats::default() },
             last_packets: None,
         })
+    }
+
+    /// Whether the guest's packets wait for nothing.
+    #[must_use]
+    pub fn releases_at_once(&self) -> bool {
+        self.release_at_once
     }
 
     /// The machine, for looking.
@@ -383,6 +391,7 @@ impl PrimarySide {
             self.dirty.union(&copy.todo);
             self.copy = None;
             self.proxy = match self.mode {
+                Mode::Remus if self.release_at_once => Proxy::open(),
                 Mode::Colo => Proxy::colo(compare::Config::default()),
                 Mode::Remus => Proxy::remus(compare::Config::default()),
             };

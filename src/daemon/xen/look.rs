@@ -26,6 +26,13 @@ pub fn facts() -> Option<XenFacts> {
     Some(XenFacts { control, store })
 }
 
+/// The name of a domain.
+#[must_use]
+pub fn domain_name(number: u16) -> Option<String> {
+    let store = Store::open().ok()?;
+    store.read(&format!("{}/name", store.domain_path(::xen::DomId(number)))).ok()?
+}
+
 /// The device model that libxl starts where a configuration names none. It is built into the library, which this process
 /// has loaded and which tells nobody.
 #[must_use]

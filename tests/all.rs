@@ -19,6 +19,8 @@ mod nbd_session;
 mod nbd_tls;
 mod partition;
 mod qemu_replication;
+mod qmp;
+mod qmp_words;
 mod restart;
 mod resync;
 mod several_disks;

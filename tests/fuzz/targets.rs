@@ -302,7 +302,8 @@ fn replica_record(pieces: Pieces) -> Said {
 /// much as it can.
 fn monitor(pieces: Pieces) -> Said {
     const COMMANDS: &[&str] = &["xen-set-replication", "nbd-server-start", "human-monitor-command", "stop", "yank"];
-    let (mut session, mut heard) = (qmp::server::Session::new(COMMANDS), Vec::new());
+    let mut session = qmp::server::Session::new(COMMANDS);
+    let mut heard = session.poll_output().unwrap().to_vec();
     for mut piece in pieces {
         while !piece.is_empty() {
             let room = session.room();

@@ -1,0 +1,214 @@
+//! The same words to a stock QEMU without a machine and to a monitor of ours, and what each says to them.
+//!
+//! QEMU writes the members of what it returns in an order of its own, so replies are compared as JSON; errors by class
+//! and text.
+
+use crate::common::{Listening, PATIENCE, XL_COLO, installed};
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
+
+/// A conversation by hand: what is not JSON must be said as well.
+struct Spoken(BufReader<UnixStream>);
+
+impl Spoken {
+    fn connect(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut it = Self(BufReader::new(stream));
+        assert!(it.line()["QMP"]["version"]["qemu"]["major"].is_u64());
+        it
+    }
+
+    fn line(&mut self) -> Value {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        assert!(line.ends_with("\r\n"), "{line:?}");
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"))
+    }
+
+    /// Everything that is said to these words; a question with an id of its own ends it.
+    fn hears(&mut self, words: &[u8]) -> Vec<Value> {
+        self.0.get_mut().write_all(words).unwrap();
+        self.0.get_mut().write_all(b"\n{'execute':'qmp_capabilities','id':'the end'}\n").unwrap();
+        let mut heard = Vec::new();
+        loop {
+            let mut line = self.line();
+            if line["id"] == "the end" {
+                return heard;
+            }
+            if let Some(line) = line.as_object_mut() {
+                line.remove("timestamp");
+            }
+            heard.push(line);
+        }
+    }
+}
+
+#[test]
+fn a_stock_qemu_says_the_same_to_the_same_words() {
+    let Some(qemu) = installed("qemu-system-x86_64") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let mut spoken = Vec::new();
+    let mut processes = Vec::new();
+    for (name, program) in [("qemu", qemu.as_path()), ("ours", Path::new(XL_COLO))] {
+        std::fs::write(path(&format!("{name}.img")), vec![0; 1 << 20]).unwrap();
+        let (socket, image) = (path(name), path(&format!("{name}.img")));
+        let drive = format!("if=none,id=disk,format=raw,file={}", image.display());
+        let mut command = Command::new(program);
+        if name == "qemu" {
+            command.args(["-machine", "none", "-S", "-nodefaults", "-display", "none", "-drive", &drive, "-qmp"]);
+            command.arg(format!("unix:{},server=on,wait=off", socket.display()));
+        } else {
+            command.args(["qmp", "--drive", &drive, "--socket"]).arg(&socket);
+        }
+        processes.push(Listening::start(&mut command, &socket));
+        spoken.push(Spoken::connect(&socket));
+    }
+    let [theirs, ours] = &mut spoken[..] else { unreachable!() };
+    let known = {
+        theirs.hears(b"{'execute':'qmp_capabilities'}");
+        ours.hears(b"{'execute':'qmp_capabilities'}");
+        theirs.hears(b"{'execute':'query-commands'}")
+    };
+    if !known[0].to_string().contains("\"xen-set-replication\"") {
+        eprintln!("SKIP: this qemu-system-x86_64 is built without replication");
+        return;
+    }
+    let socket = path("nbd-of-both");
+    let start = json!({"addr": {"type": "unix", "data": {"path": socket}}});
+    let bad = json!({"addr": {"type": "unix", "data": {"path": "/nonexistent/x"}}});
+    let order =
+        |execute: &str, arguments: Value| json!({"execute": execute, "arguments": arguments, "id": 1}).to_string();
+    let line = |line: &str| order("human-monitor-command", json!({"command-line": line}));
+    let words: Vec<String> = [
+        // Not JSON, not a request, not an order.
+        "[1]",
+        "tru",
+        "1 2",
+        "}",
+        "[}]",
+        "{'a' 1}",
+        "{'a':1,}",
+        "{'execute':'stop','execute':'stop'}",
+        "'\\q'",
+        "@ x, y",
+        "{'execute':%s}",
+        "01",
+        "1.",
+        "-",
+        "'\\ud800'",
+        "{'execute':'tab\there'}",
+        "{'id':5}",
+        "{'execute':1}",
+        "{'execute':'stop','arguments':[]}",
+        "{'execute':'stop','zork':1,'id':[]}",
+        "{'execute':'zork','id':null}",
+        "{'exec-oob':'stop'}",
+        "{'execute':'query-status','id':{'a':[1,-2.5,'\\u00e9']}}{'execute':'query-status'}",
+        "{'execute':'qmp_capabilities','arguments':{'enable':1}}",
+    ]
+    .map(str::to_owned)
+    .into_iter()
+    // Arguments.
+    .chain([
+        order("xen-set-replication", json!({})),
+        order("xen-set-replication", json!({"enable": 1, "primary": true})),
+        order("xen-set-replication", json!({"enable": true})),
+        order("xen-set-replication", json!({"enable": true, "primary": true, "failover": true})),
+        order("xen-set-replication", json!({"enable": true, "primary": true, "zork": 1})),
+        order("x-colo-lost-heartbeat", json!({})),
+        order("query-colo-status", json!({})),
+        order("query-status", json!({})),
+        order("x-blockdev-change", json!({"parent": "nope"})),
+        order("x-blockdev-change", json!({"parent": "disk", "child": "a", "node": "b"})),
+        order("x-blockdev-change", json!({"parent": "disk"})),
+        order("x-blockdev-change", json!({"parent": "disk", "child": "children.1"})),
+        order("x-blockdev-change", json!({"parent": "disk", "node": "zork"})),
+        order("xen-set-global-dirty-log", json!({"enable": "on"})),
+        order("yank", json!({"instances": [{"type": "block-node", "node-name": "n"}]})),
+        order("yank", json!({"instances": [{"type": "zork"}]})),
+        // An NBD server's life.
+        order("nbd-server-stop", json!({})),
+        order("nbd-server-add", json!({"device": "disk"})),
+        order("nbd-server-start", json!({"addr": {"type": "inet", "data": {"host": "h"}}})),
+        order("nbd-server-start", bad),
+        order("nbd-server-start", start.clone()),
+        order("nbd-server-start", start),
+        order("nbd-server-add", json!({"device": "nope"})),
+        order("nbd-server-add", json!({"device": "disk", "writable": "yes"})),
+        order("nbd-server-add", json!({"device": "disk", "writable": true})),
+        order("nbd-server-add", json!({"device": "disk", "writable": true})),
+        order("nbd-server-add", json!({"device": "disk", "name": "9"})),
+        order("block-export-add", json!({"type": "nbd", "id": "e", "node-name": "nope"})),
+        order("block-export-add", json!({"type": "zork", "id": "e", "node-name": "disk"})),
+        order("nbd-server-remove", json!({"name": "nope"})),
+        order("nbd-server-remove", json!({"name": "disk", "mode": "zork"})),
+        order("nbd-server-remove", json!({"name": "disk"})),
+        order("block-export-del", json!({"id": "disk"})),
+        order("nbd-server-stop", json!({})),
+        // Lines for people.
+        line(""),
+        line("zork"),
+        line("drive_add -n"),
+        line("drive_del"),
+        line("drive_del nope"),
+        line("drive_add -n buddy driver=zork,node-name=n"),
+        line("drive_add -n buddy driver=replication,node-name=n,file.driver=null-co"),
+        line("drive_add -n buddy driver=replication,mode=zork,node-name=n,file.driver=null-co"),
+        line("drive_add -n buddy driver=replication,mode=secondary,node-name=n,file.driver=null-co"),
+        // The guest runs and stops, and it is told.
+        order("cont", json!({})),
+        order("query-status", json!({})),
+        order("stop", json!({})),
+        order("stop", json!({})),
+        order("query-status", json!({})),
+    ])
+    .collect();
+    let mut differ = Vec::new();
+    for words in &words {
+        let (said, wanted) = (ours.hears(words.as_bytes()), theirs.hears(words.as_bytes()));
+        // One answers in the other's place what runs into the line end.
+        if said != wanted {
+            differ.push(format!("{words}\n  QEMU {}\n  ours {}", json!(wanted), json!(said)));
+        }
+    }
+    assert!(differ.is_empty(), "{} of {} differ:\n{}", differ.len(), words.len(), differ.join("\n"));
+    drop(processes);
+}
+
+/// Here QEMU says that all is well, and we do not.
+#[test]
+fn where_qemus_success_means_nothing_ours_is_an_error() {
+    let Some(qemu) = installed("qemu-system-x86_64") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (theirs, ours) = (dir.path().join("qemu"), dir.path().join("ours"));
+    let mut command = Command::new(qemu);
+    command.args(["-machine", "none", "-S", "-nodefaults", "-display", "none", "-qmp"]);
+    let _qemu = Listening::start(command.arg(format!("unix:{},server=on,wait=off", theirs.display())), &theirs);
+    let _ours = Listening::start(Command::new(XL_COLO).args(["qmp", "--socket"]).arg(&ours), &ours);
+    let (mut theirs, mut ours) = (Spoken::connect(&theirs), Spoken::connect(&ours));
+    for spoken in [&mut theirs, &mut ours] {
+        spoken.hears(b"{'execute':'qmp_capabilities'}");
+    }
+    for words in [
+        "{'execute':'xen-set-replication','arguments':{'enable':true,'primary':true}}",
+        "{'execute':'xen-set-replication','arguments':{'enable':true,'primary':false}}",
+        "{'execute':'xen-colo-do-checkpoint'}",
+        "{'execute':'xen-set-replication','arguments':{'enable':false,'primary':false}}",
+    ] {
+        let wanted = theirs.hears(words.as_bytes());
+        if wanted[0]["error"]["class"] == "CommandNotFound" {
+            eprintln!("SKIP: this qemu-system-x86_64 is built without replication");
+            return;
+        }
+        assert_eq!(wanted, [json!({"return": {}})], "{words}");
+        assert_eq!(ours.hears(words.as_bytes())[0]["error"]["class"], "GenericError", "{words}");
+    }
+    let status = b"{'execute':'query-xen-replication-status'}";
+    assert_eq!(theirs.hears(status), [json!({"return": {"error": false}})]);
+    assert_eq!(ours.hears(status)[0]["return"]["error"], true);
+}

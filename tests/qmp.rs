@@ -1,4 +1,4 @@
-//! Monitors of ours, ordered about by our own client, by a stock QEMU's other half, by libxl's words, and by strangers.
+//! Monitors of ours, ordered about by our own client, by a script for a stock QEMU, and by strangers.
 //!
 //! ```text
 //!  xl-colo qmp --socket ─ replica ◀─ NBD ─ QEMU, quorum and replication(primary)      the same commands to both
@@ -97,16 +97,6 @@ impl Raw {
         tokio::time::timeout(PATIENCE, read).await.expect("a line in time");
         let line = String::from_utf8(line).unwrap();
         line.strip_suffix("\r\n").unwrap_or_else(|| panic!("{line:?} ends CRLF")).to_owned()
-    }
-
-    /// The next line that is no event.
-    async fn reply(&mut self) -> String {
-        loop {
-            let line = self.line().await;
-            if !line.starts_with("{\"timestamp\"") {
-                return line;
-            }
-        }
     }
 
     async fn is_hung_up_on(&mut self) {
@@ -251,52 +241,6 @@ async fn success_that_means_nothing_is_refused() {
     let status = order(&mut monitor, "query-xen-replication-status", json!({})).await;
     assert_eq!(status, json!({"error": true, "desc": "Block replication is not running (stopped)"}));
     assert!(std::fs::read(secondary.path("image")).unwrap().iter().all(|byte| *byte == 0x11));
-}
-
-/// A connection an order, as libxl has it; the replies byte for byte. The device model of the secondary, from the first
-/// resume to a failover (libxl_colo_restore.c, libxl_colo_qdisk.c).
-#[tokio::test(flavor = "multi_thread")]
-async fn libxls_words_to_a_secondary_are_answered_as_it_expects() {
-    let secondary = Secondary::start();
-    let done = "{\"return\": {}, \"id\": 2}";
-    let conversation = [
-        ("\"execute\":\"stop\"", done),
-        ("\"execute\":\"cont\"", done),
-        (
-            "\"execute\":\"nbd-server-start\",\"arguments\":{\"addr\":{\"type\":\"inet\",\"data\":{\"host\":\"127.0.0.1\",\"port\":\"0\"}}}",
-            done,
-        ),
-        ("\"execute\":\"nbd-server-add\",\"arguments\":{\"device\":\"disk0\",\"writable\":true}", done),
-        ("\"execute\":\"xen-set-replication\",\"arguments\":{\"enable\":true,\"primary\":false}", done),
-        ("\"execute\":\"xen-set-global-dirty-log\",\"arguments\":{\"enable\":true}", done),
-        ("\"execute\":\"stop\"", done),
-        ("\"execute\":\"query-xen-replication-status\"", "{\"return\": {\"error\": false}, \"id\": 2}"),
-        ("\"execute\":\"xen-colo-do-checkpoint\"", done),
-        ("\"execute\":\"cont\"", done),
-        ("\"execute\":\"stop\"", done),
-        ("\"execute\":\"query-xen-replication-status\"", "{\"return\": {\"error\": false}, \"id\": 2}"),
-        ("\"execute\":\"xen-colo-do-checkpoint\"", done),
-        ("\"execute\":\"cont\"", done),
-        ("\"execute\":\"xen-set-global-dirty-log\",\"arguments\":{\"enable\":false}", done),
-        ("\"execute\":\"xen-set-replication\",\"arguments\":{\"enable\":false,\"primary\":false}", done),
-        ("\"execute\":\"nbd-server-stop\"", done),
-        // Once for each disk, and only the first time there is one.
-        (
-            "\"execute\":\"nbd-server-stop\"",
-            "{\"id\": 2, \"error\": {\"class\": \"GenericError\", \"desc\": \"NBD server not running\"}}",
-        ),
-    ];
-    for (order, reply) in conversation {
-        let mut libxl = secondary.raw().await;
-        let greeting: Value = serde_json::from_str(&libxl.line().await).unwrap();
-        for part in ["major", "minor", "micro"] {
-            assert!(greeting["QMP"]["version"]["qemu"][part].is_u64(), "{greeting}");
-        }
-        libxl.says(b"{\"execute\":\"qmp_capabilities\",\"id\":1}\r\n").await;
-        assert_eq!(libxl.line().await, "{\"return\": {}, \"id\": 1}");
-        libxl.says(format!("{{{order},\"id\":2}}\r\n").as_bytes()).await;
-        assert_eq!(libxl.reply().await, reply, "{order}");
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -83,7 +83,10 @@ impl Engine {
         }
         let order = |domain: &mut dyn Domain| if pause { domain.suspend() } else { domain.resume() };
         let done = match &mut self.role {
-            Role::Running(guest) => guest.domain_mut().and_then(|domain| order(domain)),
+            Role::Running(guest) => match guest.domain_mut() {
+                Ok(domain) => order(domain),
+                Err(gone) => Err(gone),
+            },
             Role::Primary(role) if role.side.can_be_protected() => order(role.side.domain()),
             Role::Secondary(role) if role.side.took_over() => order(role.side.domain()),
             Role::Empty => return Reply::error("this host has no guest"),

@@ -10,7 +10,8 @@ use crate::common::host::{Host, host_command, protect};
 use crate::common::{Listening, PATIENCE, XL_COLO, installed, one_line, run, turn, until, xl_colo};
 use crate::qemu_replication::difference;
 use serde_json::{Value, json};
-use std::os::unix::fs::PermissionsExt;
+use std::fs::Permissions;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
@@ -300,6 +301,28 @@ async fn strangers_and_half_words_harm_nobody() {
     }
 }
 
+/// Even where somebody opened the socket and its directory to everyone.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_user_is_not_even_greeted() {
+    if installed("socat").is_none() || installed("setpriv").is_none() {
+        return;
+    }
+    if std::fs::metadata("/proc/self").unwrap().uid() != 0 {
+        eprintln!("SKIP: only root can be another user");
+        return;
+    }
+    let secondary = Secondary::start();
+    std::fs::set_permissions(secondary.dir.path(), Permissions::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(&secondary.socket, Permissions::from_mode(0o777)).unwrap();
+    let at = format!("UNIX:{}", secondary.socket.display());
+    let greeted = async |uid: &str| {
+        let said = run("setpriv", &["--reuid", uid, "--clear-groups", "socat", "-u", "-T1", &at, "-"]).await;
+        String::from_utf8(said.stdout).unwrap().contains("QMP")
+    };
+    assert!(greeted("0").await);
+    assert!(!greeted("65534").await);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_command_line_orders_and_says_why_not() {
     let secondary = Secondary::start();
@@ -422,6 +445,9 @@ async fn a_hosts_guest_is_ordered_about_and_what_happens_is_told() {
     assert!(all["checkpoints"]["total"].as_u64() > Some(before), "{all}");
     assert_eq!((&all["role"], &all["protection"]), (&json!("primary"), &json!("protected")));
     assert!(refusal(&mut on_b, "xen-colo-do-checkpoint", json!({})).await.contains("no guest is being protected"));
+
+    let enough = refusal(&mut on_a, "migrate-set-parameters", json!({"x-checkpoint-delay": 0})).await;
+    assert_eq!(enough, "a checkpoint delay is at least 1 ms");
 
     // Takeover by the secondary's monitor; with nobody to decide but the operator, who this is.
     order(&mut on_b, "xen-set-replication", json!({"enable": false, "primary": false, "failover": true})).await;

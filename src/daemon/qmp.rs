@@ -115,7 +115,10 @@ async fn converse<S: Service>(stream: UnixStream, service: &Arc<S>) -> io::Resul
                 }
                 session.handle_answer(ticket, outcome);
             }
-            Ok(event) = events.recv() => session.handle_event(super::unix_us(), &event),
+            // What a slow client has missed is lost to it.
+            event = events.recv() => if let Ok(event) = event {
+                session.handle_event(super::unix_us(), &event);
+            },
             bytes = read.read(&mut chunk[..room]), if room > 0 && !hung_up => match bytes? {
                 0 => hung_up = true,
                 bytes => session.handle_input(&chunk[..bytes]),

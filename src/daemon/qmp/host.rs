@@ -159,12 +159,15 @@ impl Service for HostMonitor {
             Command::SetReplication { failover: false, .. } => Request::Unprotect,
             Command::SetReplication { .. } => Request::Failover,
             Command::LostHeartbeat => {
-                let status = self.status().await?;
-                if status.exit_reason != ExitReason::None || status.protection == Protection::TakenOver {
-                    return Err(QmpError::generic("COLO failover is already activated"));
-                }
-                if status.role.is_none() {
-                    return Err(QmpError::generic("The feature 'colo' is not enabled"));
+                match self.status().await?.protection {
+                    Protection::TakenOver | Protection::Stopped | Protection::Arbitrating => {
+                        return Err(QmpError::generic("COLO failover is already activated"));
+                    }
+                    Protection::Empty | Protection::Unprotected | Protection::Failed => {
+                        return Err(QmpError::generic("The feature 'colo' is not enabled"));
+                    }
+                    // Held: whoever asks is the operator that is waited for.
+                    Protection::Syncing | Protection::Protected | Protection::StandingBy | Protection::Held => {}
                 }
                 Request::Failover
             }

@@ -151,12 +151,12 @@ impl ReplicaMonitor {
     }
 
     /// Merges what is sealed until told to quit; then leaves every image as whole as it can be.
-    pub async fn run(&self) {
+    pub async fn run(&self) -> Result<(), RunError> {
         tokio::select! {
             () = self.quit.notified() => {}
             () = self.merge() => {}
         }
-        self.finish().await;
+        self.finish().await
     }
 
     /// What ends it: the same as `quit`.
@@ -185,7 +185,7 @@ impl ReplicaMonitor {
     }
 
     /// Nothing of a guest that went on here may be lost with the layers, which are in memory.
-    async fn finish(&self) {
+    async fn finish(&self) -> Result<(), RunError> {
         let mut state = self.state.lock().await;
         if let Some(nbd) = state.nbd.take() {
             self.deleted(nbd.stop().await);
@@ -202,8 +202,9 @@ impl ReplicaMonitor {
             },
             Phase::NotStarted | Phase::Stopped(..) => Ok(()),
         });
-        if let Ok(Err(error)) = finished.await {
-            tracing::error!(%error, "the images are not merged");
+        match finished.await {
+            Ok(merged) => merged.map_err(RunError::NotMerged),
+            Err(panic) => Err(RunError::NotMerged(panic.to_string())),
         }
     }
 
@@ -410,6 +411,9 @@ pub enum RunError {
     /// A drive.
     #[error("{0}")]
     Drive(String),
+    /// What was sealed did not all reach the images: they say what they are.
+    #[error("the images are not whole: {0}")]
+    NotMerged(String),
     /// The socket, or what tells of its end.
     #[error("monitor {}: {source}", path.display())]
     Socket {
@@ -439,12 +443,12 @@ pub async fn run(
         tokio::select! { _ = terminated.recv() => {}, _ = interrupted.recv() => {} }
         ended.end();
     });
-    monitor.run().await;
+    let ended = monitor.run().await;
     serving.abort();
     let _ = std::fs::remove_file(socket);
     // Lets the answer to `quit` out.
     tokio::time::sleep(Duration::from_millis(20)).await;
-    Ok(())
+    ended
 }
 
 impl Service for ReplicaMonitor {

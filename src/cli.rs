@@ -62,6 +62,8 @@ pub enum Command {
     Arbiter(ArbiterArgs),
     /// Serve a disk image over NBD, with qemu-nbd's options
     Nbd(NbdArgs),
+    /// Give an order to a QMP monitor, ours or a QEMU's; or be one, for a replica whose primary is a QEMU
+    Qmp(QmpArgs),
     /// Cleans up behind a killed host; started by it
     #[cfg(feature = "xen")]
     #[command(hide = true)]
@@ -157,6 +159,36 @@ pub struct NbdArgs {
     /// Log each client on standard error; XEN_COLO_LOG says more exactly what
     #[arg(short, long)]
     pub verbose: bool,
+}
+
+/// Arguments of `qmp`.
+#[derive(Args, Debug)]
+#[command(group(clap::ArgGroup::new("what").required(true).args(["connect", "socket"])))]
+pub struct QmpArgs {
+    /// Give an order to the monitor at this socket
+    #[arg(long, value_name = "PATH", requires = "command")]
+    pub connect: Option<PathBuf>,
+    /// Be a monitor at this socket
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// With --socket: a drive as QEMU's -drive has it: a raw image, or a replication node over one; again for each
+    #[arg(long = "drive", value_name = "OPTIONS", requires = "socket")]
+    pub drives: Vec<String>,
+    /// With --socket: memory in MiB for the disks' epochs together
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub epoch_memory_mib: u64,
+    /// With --socket: where disk epochs go that do not fit into memory
+    #[arg(long, value_name = "DIR", requires = "socket")]
+    pub spill_dir: Option<PathBuf>,
+    /// With --connect: how long the order may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub timeout_s: u64,
+    /// The command
+    #[arg(requires = "connect")]
+    pub command: Option<String>,
+    /// Its arguments, as a JSON object
+    #[arg(value_name = "JSON", default_value = "{}")]
+    pub arguments: String,
 }
 
 /// Which host a command is for.

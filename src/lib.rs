@@ -3,7 +3,7 @@
 //! The folders are the architecture, and the arrows between them go one way:
 //!
 //! ```text
-//! main → cli, demo → daemon → { colo, compare, nbd, replica, hypervisor } → { clock, page, bitmap, disk, record }
+//! main → cli, demo → daemon → { colo, compare, nbd, qmp, replica, hypervisor } → { clock, page, bitmap, disk, record }
 //!      → save_helper → { image } ────────────────────────────────────────→
 //! ```
 //!
@@ -11,6 +11,7 @@
 //! - [`colo`]: the checkpoint protocol, its heartbeat and its arbitration (pure);
 //! - [`compare`]: which of the guest's packets may leave, and when (pure);
 //! - [`nbd`]: the network block device protocol, server and client (pure);
+//! - [`qmp`]: QEMU's monitor protocol, server and client (pure);
 //! - [`image`]: Xen's migration stream, and what libxl and its save helper say to each other (pure);
 //! - [`replica`]: the two ends of disk replication, the mirror and the epochs;
 //! - [`hypervisor`]: a guest whose memory and devices can be captured and loaded;
@@ -34,6 +35,7 @@ pub mod image;
 pub mod mutant;
 pub mod nbd;
 pub mod page;
+pub mod qmp;
 pub mod record;
 pub mod replica;
 pub mod save_helper;

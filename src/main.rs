@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 use xen_colo::cli::{
-    self, ArbiterArgs, CheckArgs, Cli, Command, HostArgs, HostRef, NbdArgs, ProtectArgs, ReceiveArgs, StatusArgs,
+    self, ArbiterArgs, CheckArgs, Cli, Command, HostArgs, HostRef, NbdArgs, ProtectArgs, QmpArgs, ReceiveArgs,
+    StatusArgs,
 };
 use xen_colo::daemon::address::Address;
 use xen_colo::daemon::control::{self, Protect, Request};
@@ -52,6 +53,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Host(args) => host(args).await,
         Command::Arbiter(args) => serve_arbiter(args).await,
         Command::Nbd(args) => serve_nbd(args).await,
+        Command::Qmp(args) => qmp(args).await,
         Command::Protect(args) => protect(args).await,
         Command::Status(args) => show_status(args).await,
         Command::Check(args) => check_host(args).await,
@@ -113,6 +115,39 @@ async fn serve_nbd(args: NbdArgs) -> ExitCode {
     };
     match export::run(config).await {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(cli::EXIT_FAILED, &error),
+    }
+}
+
+async fn qmp(args: QmpArgs) -> ExitCode {
+    use xen_colo::daemon::qmp::{client::Monitor, replica};
+    use xen_colo::replica::epochs::ReplicaConfig;
+    if let Some(socket) = args.socket {
+        let memory_budget_bytes = args.epoch_memory_mib << 20;
+        let epochs = ReplicaConfig { memory_budget_bytes, spill_dir: args.spill_dir, ..ReplicaConfig::default() };
+        let listening = || {
+            say::out(&format!("monitor listens on {}", socket.display()));
+        };
+        return match replica::run(&socket, &args.drives, epochs, listening).await {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(cli::EXIT_ENVIRONMENT, &error),
+        };
+    }
+    let (Some(socket), Some(command)) = (args.connect, args.command) else { return ExitCode::from(cli::EXIT_FAILED) };
+    let arguments = match serde_json::from_str::<serde_json::Value>(&args.arguments) {
+        Ok(arguments @ serde_json::Value::Object(_)) => arguments,
+        Ok(_) => return fail(cli::EXIT_FAILED, &"the arguments are a JSON object"),
+        Err(error) => return fail(cli::EXIT_FAILED, &format!("the arguments are no JSON: {error}")),
+    };
+    let order = async {
+        let mut monitor = Monitor::connect(&socket, Duration::from_secs(args.timeout_s)).await?;
+        monitor.execute(&command, &arguments).await
+    };
+    match order.await {
+        Ok(value) => {
+            say::out(&value);
+            ExitCode::SUCCESS
+        }
         Err(error) => fail(cli::EXIT_FAILED, &error),
     }
 }

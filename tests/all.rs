@@ -20,6 +20,8 @@ mod nbd_session;
 mod nbd_tls;
 mod partition;
 mod qemu_replication;
+mod qmp;
+mod qmp_words;
 mod remus;
 mod restart;
 mod resync;

@@ -112,6 +112,7 @@ fuzzed! {
     device_model_state => "vmstate",
     control_words => "control",
     replica_record => "record",
+    monitor_orders => "qmp",
     packets => "packet",
     comparator => "comparator",
     rewriter => "rewriter",

@@ -13,7 +13,6 @@
 
 use crate::common::conversation::Conversation;
 use crate::common::{Listening, PATIENCE, installed, run, until};
-use crate::device_model::qmp::Client;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,6 +20,7 @@ use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 use xen_colo::daemon::address::Address;
 use xen_colo::daemon::nbd::serve_connection;
+use xen_colo::daemon::qmp::client::Monitor;
 use xen_colo::disk::{Disk, FileDisk};
 use xen_colo::mutant::{self, Mutant};
 use xen_colo::nbd::client::Completion;
@@ -33,11 +33,11 @@ const EXPORT: &str = "disk0";
 /// A QEMU without a machine, killed at the end.
 struct Qemu {
     _process: Listening,
-    monitor: Client,
+    monitor: Monitor,
 }
 
 impl Qemu {
-    fn start(dir: &Path, drives: &[String]) -> Option<Self> {
+    async fn start(dir: &Path, drives: &[String]) -> Option<Self> {
         let program = installed("qemu-system-x86_64")?;
         let socket = dir.join("qmp");
         let drives = drives.iter().flat_map(|drive| ["-drive", drive.as_str()]);
@@ -47,8 +47,8 @@ impl Qemu {
             .args(drives)
             .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
         let _process = Listening::start(&mut command, &socket);
-        let mut qemu = Self { _process, monitor: Client::connect(&socket, PATIENCE).unwrap() };
-        let known = qemu.order("query-commands", json!({}));
+        let mut qemu = Self { _process, monitor: Monitor::connect(&socket, PATIENCE).await.unwrap() };
+        let known = qemu.order("query-commands", json!({})).await;
         if !known.to_string().contains("\"xen-set-replication\"") {
             eprintln!("SKIP: this qemu-system-x86_64 is built without replication");
             return None;
@@ -56,22 +56,21 @@ impl Qemu {
         Some(qemu)
     }
 
-    /// Blocks for as long as QEMU does, which may be waiting for our server: on a thread that may.
-    fn order(&mut self, command: &str, arguments: Value) -> Value {
-        let done = tokio::task::block_in_place(|| self.monitor.execute(command, arguments));
+    async fn order(&mut self, command: &str, arguments: Value) -> Value {
+        let done = self.monitor.execute(command, &arguments).await;
         done.unwrap_or_else(|error| panic!("{command}: {error}"))
     }
 
     /// A line for people; what it says is an error or nothing.
-    fn line(&mut self, line: &str) -> String {
-        self.order("human-monitor-command", json!({"command-line": line})).as_str().unwrap_or_default().to_owned()
+    async fn line(&mut self, line: &str) -> String {
+        self.order("human-monitor-command", json!({"command-line": line})).await.as_str().unwrap_or_default().to_owned()
     }
 
     /// Serves drives on a socket, to look at them and to write as a guest would.
-    fn serve(&mut self, socket: &Path, drives: &[&str]) {
-        self.order("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": socket}}}));
+    async fn serve(&mut self, socket: &Path, drives: &[&str]) {
+        self.order("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": socket}}})).await;
         for drive in drives {
-            self.order("nbd-server-add", json!({"device": drive, "writable": true}));
+            self.order("nbd-server-add", json!({"device": drive, "writable": true})).await;
         }
     }
 }
@@ -94,7 +93,7 @@ impl Drive {
 }
 
 /// Where two disks differ first; for an assertion that says more than that they do.
-fn difference(is: &[u8], wanted: &[u8]) -> Option<String> {
+pub fn difference(is: &[u8], wanted: &[u8]) -> Option<String> {
     let at = is.iter().zip(wanted).position(|(a, b)| a != b)?;
     Some(format!("byte {at} is {:#x}, not {:#x}", is[at], wanted[at]))
 }
@@ -144,17 +143,17 @@ async fn stock_primary() -> Option<Result<(), String>> {
         "if=none,id=disk,driver=quorum,vote-threshold=1,read-pattern=fifo,{}",
         file.split(',').map(|part| format!("children.0.{part}")).collect::<Vec<_>>().join(",")
     );
-    let mut qemu = Qemu::start(dir.path(), &[quorum])?;
+    let mut qemu = Qemu::start(dir.path(), &[quorum]).await?;
     let nbd = path("nbd").display().to_string();
     let said = qemu.line(&format!(
         "drive_add -n buddy driver=replication,mode=primary,node-name=replica,file.driver=nbd,file.server.type=unix,\
          file.server.path={nbd},file.export={EXPORT}"
-    ));
+    )).await;
     assert!(said.trim().is_empty(), "{said}");
-    qemu.order("x-blockdev-change", json!({"parent": "disk", "node": "replica"}));
-    qemu.order("xen-set-replication", json!({"enable": true, "primary": true}));
+    qemu.order("x-blockdev-change", json!({"parent": "disk", "node": "replica"})).await;
+    qemu.order("xen-set-replication", json!({"enable": true, "primary": true})).await;
 
-    qemu.serve(&path("drives"), &["disk"]);
+    qemu.serve(&path("drives"), &["disk"]).await;
     let mut disk = Drive::open(&path("drives"), "disk").await;
     let mut guest = GuestView(replica.clone());
     let mut expected = vec![0x11; SIZE];
@@ -180,14 +179,14 @@ async fn stock_primary() -> Option<Result<(), String>> {
         }
         let before = whole(&mut guest);
         assert!(before != expected, "the primary's writes are not to be seen before the checkpoint");
-        qemu.order("xen-colo-do-checkpoint", json!({}));
+        qemu.order("xen-colo-do-checkpoint", json!({})).await;
         replica.lock().unwrap().seal().unwrap();
         if let Some(difference) = difference(&whole(&mut guest), &expected) {
             return Some(Err(format!("round {round}: {difference}")));
         }
         while replica.lock().unwrap().apply_some(1 << 20).unwrap() {}
     }
-    let status = qemu.order("query-xen-replication-status", json!({}));
+    let status = qemu.order("query-xen-replication-status", json!({})).await;
     assert_eq!(status["error"], false, "{status}");
     assert!(std::fs::read(path("primary")).unwrap() == expected);
 
@@ -206,7 +205,7 @@ async fn stock_primary() -> Option<Result<(), String>> {
     assert_eq!(replica.lock().unwrap().status().stage, Stage::Done);
     assert!(std::fs::read(path("secondary")).unwrap() == expected);
     assert!(replica.lock().unwrap().status().fenced_writes > 0);
-    let status = qemu.order("query-xen-replication-status", json!({}));
+    let status = qemu.order("query-xen-replication-status", json!({})).await;
     assert_eq!(status["error"], true, "the old primary knows that its writes went nowhere: {status}");
     drop(qemu);
     server.await.unwrap().unwrap();
@@ -280,9 +279,9 @@ async fn our_primary_replicates_into_a_stock_secondary() {
             at("hidden")
         ),
     ];
-    let Some(mut qemu) = Qemu::start(dir.path(), &drives) else { return };
-    qemu.serve(&path("nbd"), &["local", "top"]);
-    qemu.order("xen-set-replication", json!({"enable": true, "primary": false}));
+    let Some(mut qemu) = Qemu::start(dir.path(), &drives).await else { return };
+    qemu.serve(&path("nbd"), &["local", "top"]).await;
+    qemu.order("xen-set-replication", json!({"enable": true, "primary": false})).await;
 
     let wire = Conversation::open(Address::Unix(path("nbd")), "local").await;
     let local = FileDisk::open(&path("primary")).unwrap();
@@ -293,7 +292,7 @@ async fn our_primary_replicates_into_a_stock_secondary() {
     }
     primary.forward().await;
     primary.checkpoint().await;
-    qemu.order("xen-colo-do-checkpoint", json!({}));
+    qemu.order("xen-colo-do-checkpoint", json!({})).await;
     let mut top = Drive::open(&path("nbd"), "top").await;
     let mut last = vec![0x11; SIZE];
     assert_eq!(difference(&top.whole().await, &last), None);
@@ -307,11 +306,11 @@ async fn our_primary_replicates_into_a_stock_secondary() {
         let mut seen = last.clone();
         seen[..65536].fill(0x33);
         assert_eq!(difference(&top.whole().await, &seen), None, "before checkpoint {round:#x}");
-        qemu.order("xen-colo-do-checkpoint", json!({}));
+        qemu.order("xen-colo-do-checkpoint", json!({})).await;
         last[H + 512..].fill(round);
         assert_eq!(difference(&top.whole().await, &last), None, "after checkpoint {round:#x}");
     }
-    let status = qemu.order("query-xen-replication-status", json!({}));
+    let status = qemu.order("query-xen-replication-status", json!({})).await;
     assert_eq!(status["error"], false, "{status}");
     // Rolled back, but for what guest B wrote.
     primary.mirror.write(0, &[0xee; 4096]).unwrap();
@@ -319,8 +318,8 @@ async fn our_primary_replicates_into_a_stock_secondary() {
     top.write(0x44, 8192, 512).await;
     last[8192..8704].fill(0x44);
     drop(primary);
-    qemu.order("nbd-server-remove", json!({"name": "local", "mode": "hard"}));
-    qemu.order("xen-set-replication", json!({"enable": false, "primary": false, "failover": true}));
+    qemu.order("nbd-server-remove", json!({"name": "local", "mode": "hard"})).await;
+    qemu.order("xen-set-replication", json!({"enable": false, "primary": false, "failover": true})).await;
     assert_eq!(difference(&top.whole().await, &last), None, "after the takeover");
     until("QEMU has committed", async || {
         difference(&std::fs::read(path("secondary")).unwrap(), &last).map_or(Ok(()), Err)

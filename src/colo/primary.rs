@@ -323,6 +323,11 @@ impl Primary {
         self.progress_at = self.progress_at.max(now);
     }
 
+    /// Longest time between two checkpoints from now on.
+    pub fn set_checkpoint_delay(&mut self, delay: Duration) {
+        self.config.checkpoint_delay = delay;
+    }
+
     /// Somebody wants a checkpoint. Requests coalesce: the first cause counts until the checkpoint starts.
     pub fn request_checkpoint(&mut self, now: Instant, cause: Cause) {
         if matches!(self.state, State::Exited(_) | State::Copying) {

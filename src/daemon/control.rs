@@ -71,6 +71,15 @@ pub enum Request {
     Checkpoint,
     /// Go on alone, here; on a held guest, decide that it goes on here.
     Failover,
+    /// Longest time between two checkpoints from now on.
+    CheckpointDelay {
+        /// In ms, at least 1.
+        ms: u64,
+    },
+    /// Stop a guest that is not in a pair.
+    PauseGuest,
+    /// Let it run again.
+    ResumeGuest,
     /// End this host's process, and its guest with it. A protected guest goes on at the peer.
     Stop,
 }
@@ -215,7 +224,8 @@ async fn serve_one(link: Link, engine: mpsc::Sender<Asked>) -> io::Result<()> {
     }
 }
 
-async fn ask_engine(engine: &mpsc::Sender<Asked>, request: Request) -> Answer {
+/// Asks the engine, and waits for its answer.
+pub(super) async fn ask_engine(engine: &mpsc::Sender<Asked>, request: Request) -> Answer {
     let (reply, answer) = oneshot::channel();
     let gone = || Answer::error("the host is shutting down");
     if engine.send((request, reply)).await.is_err() {

@@ -13,10 +13,12 @@
 
 mod effects;
 mod leaving;
+mod moments;
 mod orders;
 mod report;
 
 pub use self::leaving::Vacancy;
+use self::moments::Moment;
 use super::address::Address;
 use super::arbiter::Arbiter;
 use super::control::{Answer as Reply, Asked, Protect};
@@ -30,6 +32,7 @@ use crate::colo::arbiter::{Answer, Register, Verdict};
 use crate::colo::heartbeat::Word;
 use crate::colo::hello::Mode;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
+use crate::qmp::Event;
 use crate::replica::mirror::Target;
 use crate::replica::mirror::resync::ChunkHash;
 use bytes::Bytes;
@@ -38,7 +41,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 /// Bytes that may wait for the stream or the disk link during the first copy.
 const COPY_BACKLOG_BYTES: usize = 16 << 20;
@@ -108,6 +111,8 @@ pub struct EngineParts {
     pub network_out: Outbox<NetworkFrame>,
     /// Whether this host can take a guest: read by the host when a peer knocks.
     pub vacancy: watch::Sender<Vacancy>,
+    /// Where it is told what happens here.
+    pub events: broadcast::Sender<Event>,
     /// Where tasks run.
     pub runtime: Handle,
 }
@@ -162,6 +167,10 @@ pub struct Engine {
     unprotecting: Option<oneshot::Sender<Reply>>,
     /// Why a guest that was here is here no longer.
     left: Option<String>,
+    /// Whether the guest was stopped by an order.
+    paused: bool,
+    /// What was told last.
+    moment: Moment,
     lost_at_unix_us: Option<u64>,
     decided_at_unix_us: Option<u64>,
     dropped_network: u64,
@@ -187,6 +196,8 @@ impl Engine {
             holder: None,
             unprotecting: None,
             left: None,
+            paused: false,
+            moment: Moment::default(),
             lost_at_unix_us: None,
             decided_at_unix_us: None,
             dropped_network: 0,
@@ -441,6 +452,7 @@ impl Engine {
         self.answer_unprotect();
         self.leave();
         self.tell_vacancy();
+        self.tell_moment();
     }
 
     fn tell_vacancy(&mut self) {
@@ -561,6 +573,6 @@ impl Engine {
         tracing::info!(host = %self.parts.name, %peer, %mode, "colo_begin");
         (self.links, self.peer, self.mode) = (Some(links), Some(peer), Some(mode));
         (self.holder, self.left, self.lost_at_unix_us, self.decided_at_unix_us) = (None, None, None, None);
-        (self.sent_bytes_before, self.moved_bytes) = (0, 0);
+        (self.sent_bytes_before, self.moved_bytes, self.paused) = (0, 0, false);
     }
 }

@@ -173,6 +173,12 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         run_dir: config.run_dir.clone(),
         source,
     })?;
+    let monitor_socket = super::qmp::host::socket_path(&config.run_dir, &config.name);
+    let monitor_listener = super::address::listen_unix(&monitor_socket).await.map_err(|source| HostError::Control {
+        host: config.name.clone(),
+        run_dir: config.run_dir.clone(),
+        source,
+    })?;
     let (network_sender, network_in) = mpsc::channel(1024);
     let wire = Wire::new(network_sender.clone());
     let guest = boot(&config, &wire).await?;
@@ -181,6 +187,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let (protect_sender, mut protects) = mpsc::channel::<(Protect, oneshot::Sender<Reply>)>(1);
     let (host_sender, host_receiver) = mpsc::channel(1);
     let (network_out, network_outgoing) = outbox();
+    let events = super::qmp::teller();
     let (vacancy_sender, vacancy) = watch::channel(if guest.is_none() { Vacancy::Vacant } else { Vacancy::Taken });
     let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone(), guest.mirrors.clone()));
     let engine = Engine::new(EngineParts {
@@ -195,6 +202,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         network_in,
         network_out,
         vacancy: vacancy_sender,
+        events: events.clone(),
         runtime: tokio::runtime::Handle::current(),
     });
     let (engine_ended, engine_end) = oneshot::channel();
@@ -210,6 +218,8 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         .map_err(HostError::Thread)?;
 
     let socket = control::socket_path(&config.run_dir, &config.name);
+    let monitor = super::qmp::host::HostMonitor { engine: control_sender.clone(), events };
+    tokio::spawn(super::qmp::serve(monitor_listener, Arc::new(monitor)));
     tokio::spawn(control::serve(control, control_sender));
     if let Some(net) = config.net.clone() {
         tokio::spawn(switch_port(net, network_sender, network_outgoing));
@@ -246,6 +256,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     // Lets the answer to `stop` out, and removes what would look like a host that runs.
     tokio::time::sleep(Duration::from_millis(20)).await;
     let _ = std::fs::remove_file(socket);
+    let _ = std::fs::remove_file(monitor_socket);
     Ok(())
 }
 

@@ -7,6 +7,7 @@
 //!  guest     the guest and its host-side devices   nbd               the replica's server
 //!  check     whether this host is able          remus, receive    xl's way to protect a guest, and its far end
 //!  arbiter, fence   who may go on alone            control, status   what an operator asks and hears
+//!  qmp       the same orders over QEMU's monitor protocol, and a replica alone for a QEMU that is the primary
 //!  switch, edge     the demo's network
 //! ```
 
@@ -27,6 +28,7 @@ pub mod nbd;
 #[cfg(not(feature = "xen"))]
 pub mod no_xen;
 pub mod pair;
+pub mod qmp;
 pub mod receive;
 pub mod remus;
 pub mod status;

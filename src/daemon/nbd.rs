@@ -39,14 +39,25 @@ pub enum ServeError {
 }
 
 /// Serves `disk` as the export `name` until the client leaves.
-pub async fn serve_connection(mut link: Link, name: String, mut disk: Box<dyn Disk>) -> Result<(), ServeError> {
-    let mut server = Server::new(vec![Export::new(name, disk.size_bytes())], Encryption::None);
+pub async fn serve_connection(link: Link, name: String, disk: Box<dyn Disk>) -> Result<(), ServeError> {
+    let exports = vec![Export::new(name, disk.size_bytes())];
+    serve_exports(link, exports, |_| Some(disk)).await
+}
+
+/// Serves the one of `exports` that the client chooses, by its index on the disk that `open` gives, until the client
+/// leaves. Without a disk it is hung up on.
+pub async fn serve_exports(
+    mut link: Link,
+    exports: Vec<Export>,
+    open: impl FnOnce(usize) -> Option<Box<dyn Disk>>,
+) -> Result<(), ServeError> {
+    let mut server = Server::new(exports, Encryption::None);
     let negotiation = converse(&mut link, &mut server, None);
     match tokio::time::timeout(HANDSHAKE_DEADLINE, negotiation).await {
         Ok(negotiated) => negotiated?,
         Err(_) => return Err(ServeError::Deadline),
     }
-    if server.export().is_some() {
+    if let Some(mut disk) = server.export().and_then(open) {
         converse(&mut link, &mut server, Some(&mut *disk)).await?;
     }
     Ok(())

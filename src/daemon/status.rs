@@ -36,6 +36,27 @@ pub enum Protection {
     Failed,
 }
 
+/// Which side of a pair a host is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PairRole {
+    /// Its guest is replicated.
+    Primary,
+    /// It has the copy.
+    Secondary,
+}
+
+impl PairRole {
+    /// As it is written.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Primary => "primary",
+            Self::Secondary => "secondary",
+        }
+    }
+}
+
 /// Checkpoints that were owned.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Checkpoints {
@@ -158,6 +179,12 @@ pub struct Status {
     pub risk: Option<String>,
     /// Why it is not protected, in a sentence.
     pub why: Option<String>,
+    /// Which side of a pair it is, or was last.
+    #[serde(default)]
+    pub role: Option<PairRole>,
+    /// Whether the guest was stopped by an order.
+    #[serde(default)]
+    pub paused: bool,
     /// COLO or Remus, once protected.
     pub mode: Option<Mode>,
     /// The state of the protocol machine.
@@ -246,7 +273,7 @@ impl fmt::Display for Status {
             return self.images(f);
         };
         writeln!(f, "guest       {guest}, generation {}, epoch {}", self.generation, self.epoch)?;
-        writeln!(f, "protection  {}", self.protection)?;
+        writeln!(f, "protection  {}{}", self.protection, if self.paused { ", stopped by an order" } else { "" })?;
         if let Some(risk) = &self.risk {
             writeln!(f, "UNSAFE      {risk}")?;
         }

@@ -134,6 +134,7 @@ impl Host {
             network_in,
             network_out,
             vacancy: tokio::sync::watch::channel(Vacancy::Taken).0,
+            events: xen_colo::daemon::qmp::teller(),
             runtime: tokio::runtime::Handle::current(),
         });
         std::thread::Builder::new().name(format!("engine {name}")).spawn(move || {

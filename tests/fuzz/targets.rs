@@ -14,6 +14,7 @@ use xen_colo::image::{self, helper};
 use xen_colo::nbd::client::{Client, Limits};
 use xen_colo::nbd::handshake::{Encryption, Export};
 use xen_colo::nbd::server::{Next, Server};
+use xen_colo::qmp;
 use xen_colo::replica::state::{State, StateFile};
 
 /// What a decoder may buffer beyond twice what it was given.
@@ -32,7 +33,7 @@ pub(super) struct Target {
     pub(super) run: fn(Pieces) -> Said,
 }
 
-pub(super) const TARGETS: [Target; 17] = [
+pub(super) const TARGETS: [Target; 18] = [
     Target { name: "nbd-server", run: nbd_server },
     Target { name: "nbd-client", run: nbd_client },
     Target {
@@ -65,6 +66,7 @@ pub(super) const TARGETS: [Target; 17] = [
     Target { name: "vmstate", run: device_model_state },
     Target { name: "control", run: control_words },
     Target { name: "record", run: replica_record },
+    Target { name: "qmp", run: monitor },
     Target { name: "packet", run: packets },
     Target { name: "comparator", run: comparator },
     Target { name: "rewriter", run: rewritten },
@@ -294,6 +296,38 @@ fn replica_record(pieces: Pieces) -> Said {
         assert!(text.starts_with("xen-colo"), "{standing}: {text}");
     }
     vec![standing.to_string()]
+}
+
+/// Every order is simply done. What is said is one word a line, in whatever order: what comes out of band overtakes as
+/// much as it can.
+fn monitor(pieces: Pieces) -> Said {
+    const COMMANDS: &[&str] = &["xen-set-replication", "nbd-server-start", "human-monitor-command", "stop", "yank"];
+    let mut session = qmp::server::Session::new(COMMANDS);
+    let mut heard = session.poll_output().unwrap().to_vec();
+    for mut piece in pieces {
+        while !piece.is_empty() {
+            let room = session.room();
+            assert!((1..=qmp::codec::INPUT_MAX_BYTES).contains(&room), "room for {room} bytes");
+            let (fed, rest) = piece.split_at(room.min(piece.len()));
+            piece = rest;
+            session.handle_input(fed);
+            loop {
+                let (order, output) = (session.poll_order(), session.poll_output());
+                if order.is_none() && output.is_none() {
+                    break;
+                }
+                heard.extend_from_slice(&output.unwrap_or_default());
+                if let Some(order) = order {
+                    session.handle_answer(order.ticket, qmp::done());
+                }
+            }
+        }
+    }
+    let heard = String::from_utf8(heard).unwrap();
+    assert!(heard.is_ascii() && heard.ends_with("\r\n"));
+    let mut said: Said = heard.split_terminator("\r\n").map(|line| brief(&line)).collect();
+    said.sort_unstable();
+    said
 }
 
 fn packets(pieces: Pieces) -> Said {

@@ -7,9 +7,10 @@ use crate::colo::hello::Mode;
 use crate::colo::{Cause, Loss};
 use crate::daemon::control::{Answer as Reply, Request};
 use crate::daemon::engine_clock;
-use crate::daemon::status::{Protection, Status};
+use crate::daemon::status::{PairRole, Protection, Status};
 use crate::hypervisor::{Domain, DomainError};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use tokio::sync::oneshot;
 
 impl Engine {
@@ -24,6 +25,9 @@ impl Engine {
             Request::Protect(protect) => {
                 let refusal = match &self.role {
                     Role::Empty => Some("this host has no guest to protect; start it with --guest NAME"),
+                    Role::Running(_) | Role::Primary(_) if self.paused => {
+                        Some("the guest is stopped; let it run first")
+                    }
                     Role::Running(_) => None,
                     Role::Primary(role) if role.side.can_be_protected() => None,
                     Role::Primary(_) if self.links.is_some() => Some("the guest is protected already"),
@@ -52,6 +56,16 @@ impl Engine {
                 }
                 _ => Reply::error("no guest is being protected from this host"),
             },
+            Request::CheckpointDelay { ms } => match &mut self.role {
+                Role::Primary(role) if self.links.is_some() && ms > 0 => {
+                    role.side.set_checkpoint_delay(now, Duration::from_millis(ms));
+                    Reply::done()
+                }
+                Role::Primary(_) if self.links.is_some() => Reply::error("a checkpoint delay is at least 1 ms"),
+                _ => Reply::error("no guest is being protected from this host"),
+            },
+            Request::PauseGuest => self.pause(true),
+            Request::ResumeGuest => self.pause(false),
             Request::Unprotect => return self.unprotect(now, reply),
             Request::Failover => return self.failover(now, reply),
             Request::Stop => {
@@ -60,6 +74,33 @@ impl Engine {
             }
         };
         let _ = reply.send(answer);
+    }
+
+    /// Stops or runs a guest that is not in a pair; in one, that is the pair's business.
+    fn pause(&mut self, pause: bool) -> Reply {
+        if pause == self.paused && !matches!(self.role, Role::Empty) {
+            return Reply::done();
+        }
+        let order = |domain: &mut dyn Domain| if pause { domain.suspend() } else { domain.resume() };
+        let done = match &mut self.role {
+            Role::Running(guest) => match guest.domain_mut() {
+                Ok(domain) => order(domain),
+                Err(gone) => Err(gone),
+            },
+            Role::Primary(role) if role.side.can_be_protected() => order(role.side.domain()),
+            Role::Secondary(role) if role.side.took_over() => order(role.side.domain()),
+            Role::Empty => return Reply::error("this host has no guest"),
+            Role::Primary(_) | Role::Secondary(_) => {
+                return Reply::error("the guest is in a pair, which stops it and lets it run itself");
+            }
+        };
+        match done {
+            Ok(()) => {
+                self.paused = pause;
+                Reply::done()
+            }
+            Err(error) => Reply::error(error.to_string()),
+        }
     }
 
     /// What can be known before a peer makes room for the guest, and a generation is spent.
@@ -146,6 +187,12 @@ impl Engine {
             listen: self.parts.listen.to_string(),
             pid: std::process::id(),
             mode: self.mode,
+            paused: self.paused,
+            role: match &self.role {
+                Role::Primary(_) => Some(PairRole::Primary),
+                Role::Secondary(_) => Some(PairRole::Secondary),
+                Role::Empty | Role::Running(_) => None,
+            },
             peer: self.peer.clone(),
             lost_at_unix_us: self.lost_at_unix_us,
             decided_at_unix_us: self.decided_at_unix_us,

@@ -4,19 +4,19 @@ use super::{PrimaryRole, SecondaryRole};
 use crate::clock::Instant;
 use crate::colo::hello::disk_name;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
+use crate::daemon::pair::primary::PrimarySide;
+use crate::daemon::pair::secondary::SecondarySide;
 use crate::daemon::status::{Checkpoints, Disk, Packets, PauseUs, Protection, Status};
 use crate::replica::epochs::ReplicaStatus;
 use crate::replica::mirror::MirrorStatus;
 use crate::replica::state::{self, Standing};
 use std::path::PathBuf;
 
-/// The primary's part.
-pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
+/// How safe the guest is, as its primary sees it.
+pub(super) fn of_primary(side: &PrimarySide) -> Protection {
     use primary_machine::State;
-    let (side, machine) = (&role.side, role.side.machine());
-    status.guest = Some(role.guest.name.clone());
-    status.state = format!("{:?}", machine.state());
-    status.protection = match machine.state() {
+    let machine = side.machine();
+    match machine.state() {
         _ if machine.is_protected() => Protection::Protected,
         State::Exited(Exit::Stopped) => Protection::Stopped,
         State::Exited(Exit::Alone) => Protection::TakenOver,
@@ -25,7 +25,32 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         State::Arbitrating => Protection::Arbitrating,
         State::Held => Protection::Held,
         _ => Protection::Syncing,
-    };
+    }
+}
+
+/// The same, as its secondary sees it.
+pub(super) fn of_secondary(side: &SecondarySide) -> Protection {
+    use secondary_machine::State;
+    match side.machine().state() {
+        State::Joining => Protection::Syncing,
+        State::Exited(Exit::Alone) => Protection::TakenOver,
+        State::Dismissed | State::Exited(Exit::Stopped | Exit::NoState | Exit::Unprotected | Exit::Dismissed) => {
+            Protection::Stopped
+        }
+        State::Exited(Exit::Failed) => Protection::Failed,
+        State::Arbitrating => Protection::Arbitrating,
+        State::Held => Protection::Held,
+        _ => Protection::StandingBy,
+    }
+}
+
+/// The primary's part.
+pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
+    use primary_machine::State;
+    let (side, machine) = (&role.side, role.side.machine());
+    status.guest = Some(role.guest.name.clone());
+    status.state = format!("{:?}", machine.state());
+    status.protection = of_primary(side);
     status.why = why(side.error(), machine.loss(), machine.hold());
     if machine.state() == State::Dismissing {
         status.why = Some("the protection is being ended; the peer has not given the guest up yet".into());
@@ -78,21 +103,10 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
 
 /// The secondary's part.
 pub(super) fn secondary(status: &mut Status, role: &SecondaryRole) {
-    use secondary_machine::State;
     let (side, machine) = (&role.side, role.side.machine());
     status.guest = Some(role.guest.name.clone());
     status.state = format!("{:?}", machine.state());
-    status.protection = match machine.state() {
-        State::Joining => Protection::Syncing,
-        State::Exited(Exit::Alone) => Protection::TakenOver,
-        State::Dismissed | State::Exited(Exit::Stopped | Exit::NoState | Exit::Unprotected | Exit::Dismissed) => {
-            Protection::Stopped
-        }
-        State::Exited(Exit::Failed) => Protection::Failed,
-        State::Arbitrating => Protection::Arbitrating,
-        State::Held => Protection::Held,
-        _ => Protection::StandingBy,
-    };
+    status.protection = of_secondary(side);
     status.why = why(side.error(), machine.loss(), machine.hold());
     (status.generation, status.epoch) = (side.generation(), machine.epoch());
     (status.failover, status.exit_reason) = (machine.failover(), machine.exit_reason());

@@ -312,6 +312,12 @@ impl PrimarySide {
         decided
     }
 
+    /// Longest time between two checkpoints from now on; the next one begins at once, as in QEMU.
+    pub fn set_checkpoint_delay(&mut self, now: Instant, delay: Duration) {
+        self.machine.set_checkpoint_delay(delay);
+        self.request_checkpoint(now, Cause::Command);
+    }
+
     /// Somebody wants a checkpoint.
     pub fn request_checkpoint(&mut self, now: Instant, cause: Cause) {
         self.machine.request_checkpoint(now, cause);

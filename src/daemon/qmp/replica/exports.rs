@@ -1,0 +1,166 @@
+//! The NBD server of a monitor: exports that come and go while clients are there.
+//!
+//! The trap: an export that is gone must be written to by nobody. Whoever takes one away hangs up on its clients, and
+//! waits until the request that is under way is over.
+
+use super::drives::Image;
+use crate::daemon::address::{Address, Listener};
+use crate::daemon::links::lock;
+use crate::daemon::nbd::serve_exports;
+use crate::nbd::handshake::Export;
+use crate::qmp::QmpError;
+use crate::qmp::commands::{ExportAdd, Listen};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use tokio::task::JoinHandle;
+
+/// What an export serves.
+#[derive(Clone)]
+struct Served {
+    export: Export,
+    image: Image,
+    guest: bool,
+}
+
+struct Connection {
+    /// The id of the export it has chosen.
+    export: Option<String>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct Table {
+    exports: BTreeMap<String, Served>,
+    connections: BTreeMap<u64, Connection>,
+    next: u64,
+}
+
+/// A server that runs.
+pub(super) struct NbdServer {
+    table: Arc<Mutex<Table>>,
+    accepting: JoinHandle<()>,
+}
+
+impl NbdServer {
+    /// Listens.
+    pub(super) async fn start(listen: &Listen, max_connections: u32) -> Result<Self, QmpError> {
+        let (address, what) = match listen {
+            // An IPv6 address has colons of its own.
+            Listen::Inet { host, port } if host.contains(':') => (Address::Tcp(format!("[{host}]:{port}")), None),
+            Listen::Inet { host, port } if host.is_empty() => (Address::Tcp(format!("0.0.0.0:{port}")), None),
+            Listen::Inet { host, port } => (Address::Tcp(format!("{host}:{port}")), None),
+            Listen::Unix { path } => (Address::Unix(path.into()), Some(path)),
+        };
+        let listener = address.listen().await.map_err(|error| {
+            // Rust appends a number that QEMU does not.
+            let why = error.to_string();
+            let why = why.split(" (os error").next().unwrap_or(&why).to_owned();
+            QmpError::generic(match what {
+                Some(path) => format!("Failed to bind socket to {path}: {why}"),
+                None => format!("Failed to listen on {address}: {why}"),
+            })
+        })?;
+        let table = Arc::<Mutex<Table>>::default();
+        let accepting = tokio::spawn(accept(listener, table.clone(), max_connections as usize));
+        Ok(Self { table, accepting })
+    }
+
+    /// Whether there is an export of this id.
+    pub(super) fn has(&self, id: &str) -> bool {
+        lock(&self.table).exports.contains_key(id)
+    }
+
+    /// The ids of all exports.
+    pub(super) fn ids(&self) -> Vec<String> {
+        lock(&self.table).exports.keys().cloned().collect()
+    }
+
+    /// Whether a client has chosen the export.
+    pub(super) fn is_used(&self, id: &str) -> bool {
+        let table = lock(&self.table);
+        table.connections.values().any(|connection| connection.export.as_deref() == Some(id))
+    }
+
+    /// Adds an export; its id is new.
+    pub(super) fn add(&self, add: &ExportAdd, image: Image, guest: bool) -> Result<(), QmpError> {
+        let mut table = lock(&self.table);
+        if table.exports.values().any(|served| served.export.name == add.name) {
+            return Err(QmpError::generic(format!("NBD server already has export named '{}'", add.name)));
+        }
+        let mut export = Export::new(add.name.clone(), image.size_bytes);
+        export.description.clone_from(&add.description);
+        export.read_only = !add.writable;
+        table.exports.insert(add.id.clone(), Served { export, image, guest });
+        Ok(())
+    }
+
+    /// Takes an export away, and its clients.
+    pub(super) async fn remove(&self, id: &str) {
+        let gone = {
+            let mut table = lock(&self.table);
+            table.exports.remove(id);
+            let theirs = |connection: &Connection| connection.export.as_deref() == Some(id);
+            let numbers: Vec<_> = table.connections.iter().filter(|(_, it)| theirs(it)).map(|(at, _)| *at).collect();
+            numbers.iter().filter_map(|at| table.connections.remove(at)).collect::<Vec<_>>()
+        };
+        hang_up(gone).await;
+    }
+
+    /// Ends; gives the ids of the exports it had.
+    pub(super) async fn stop(self) -> Vec<String> {
+        self.accepting.abort();
+        let _ = self.accepting.await;
+        let (exports, connections) = {
+            let mut table = lock(&self.table);
+            (std::mem::take(&mut table.exports), std::mem::take(&mut table.connections))
+        };
+        hang_up(connections.into_values().collect()).await;
+        exports.into_keys().collect()
+    }
+}
+
+async fn hang_up(connections: Vec<Connection>) {
+    connections.iter().for_each(|connection| connection.task.abort());
+    for connection in connections {
+        let _ = connection.task.await;
+    }
+}
+
+async fn accept(listener: Listener, table: Arc<Mutex<Table>>, max_connections: usize) {
+    loop {
+        let link = match listener.accept().await {
+            Ok(link) => link,
+            Err(error) => {
+                tracing::warn!(%error, "an NBD client is not accepted");
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+                continue;
+            }
+        };
+        let mut open = lock(&table);
+        open.connections.retain(|_, connection| !connection.task.is_finished());
+        if max_connections > 0 && open.connections.len() >= max_connections {
+            continue;
+        }
+        let number = open.next;
+        open.next += 1;
+        let ids: Vec<String> = open.exports.keys().cloned().collect();
+        let exports = open.exports.values().map(|served| served.export.clone()).collect();
+        let here = table.clone();
+        let task = tokio::spawn(async move {
+            let chosen = here.clone();
+            let choose = move |index: usize| {
+                let mut table = lock(&chosen);
+                let id = ids.get(index)?;
+                // It may be gone since the client came.
+                let served = table.exports.get(id)?.clone();
+                table.connections.get_mut(&number)?.export = Some(id.clone());
+                Some(served.image.disk(served.guest))
+            };
+            if let Err(error) = serve_exports(link, exports, choose).await {
+                tracing::debug!(%error, "an NBD client is lost");
+            }
+            lock(&here).connections.remove(&number);
+        });
+        open.connections.insert(number, Connection { export: None, task });
+    }
+}

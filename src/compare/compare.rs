@@ -17,15 +17,16 @@
 //! in epochs up to `e`: it may leave, equal or not. What may be compared across a checkpoint, and what not, is argued
 //! in `tcp.rs`.
 //!
-//! Fail closed: what cannot be compared is held and asks for a checkpoint. The exception is ARP: it tells only whose
-//! address is whose, which is configuration and equal in both guests; guest A's passes, guest B's is dropped.
+//! Fail closed: what cannot be compared is held and asks for a checkpoint. The exception is address resolution
+//! (`neighbour.rs`): guest A's passes, guest B's is dropped.
 //!
 //! The trap: a bound may never drop a frame of guest A. Reaching it asks for a checkpoint and [`Comparator::ready`]
 //! turns false: the driver then leaves frames in the guest's own queue. Guest B's frames may be dropped at any time:
 //! the worst is that something is not explained. Sources: `net/colo-compare.c`, `docs/colo-proxy.txt`.
 
-use super::connection::{Connection, FRAME_OVERHEAD_BYTES, FlowKey};
-use super::packet::{Packet, Reason, Transport};
+use super::connection::{Connection, FRAME_OVERHEAD_BYTES};
+use super::key::FlowKey;
+use super::packet::{Packet, Reason};
 use crate::clock::Instant;
 use crate::mutant::{self, Mutant};
 use bytes::Bytes;
@@ -45,6 +46,8 @@ pub struct Config {
     pub max_flow_bytes: usize,
     /// Flows known at once.
     pub max_flows: usize,
+    /// Length of the virtio-net header in front of every frame of both guests: 0, 10 or 12.
+    pub vnet_header_bytes: usize,
 }
 
 impl Default for Config {
@@ -54,6 +57,7 @@ impl Default for Config {
             max_queue_bytes: 16 << 20,
             max_flow_bytes: 4 << 20,
             max_flows: 16_384,
+            vnet_header_bytes: 0,
         }
     }
 }
@@ -318,15 +322,12 @@ impl Comparator {
 
     /// A frame of the current epoch, or of one that has ended: the latter is in the state the secondary owns.
     fn judge_primary(&mut self, now: Instant, epoch: u64, frame: Bytes) {
-        let parsed = match Packet::parse(&frame) {
-            Packet::Arp => return self.release(frame),
+        let parsed = match Packet::parse_behind(&frame, self.config.vnet_header_bytes) {
+            Packet::Neighbour(_) => return self.release(frame),
             _ if epoch < self.epoch => return self.release(frame),
             Packet::Unparsable(reason) => Err(Cause::Unparsable(reason)),
-            Packet::Ipv4(ip) => match (FlowKey::of(&ip), ip.transport) {
-                (Some(key), transport) => Ok((key, transport)),
-                (None, Transport::Other(protocol)) => Err(Cause::Unparsable(Reason::Protocol(protocol))),
-                (None, _) => Err(Cause::Unparsable(Reason::TransportHeader)),
-            },
+            Packet::Fragment(_) => Err(Cause::Unparsable(Reason::Fragment)),
+            Packet::Ip(ip) => Ok((FlowKey::of(&ip), ip.transport)),
         };
         let parsed = match parsed {
             Ok((key, _)) if !self.flows.contains_key(&key) && self.flows.len() >= self.config.max_flows => {
@@ -357,12 +358,12 @@ impl Comparator {
     }
 
     fn judge_secondary(&mut self, now: Instant, frame: &Bytes) {
-        let ip = match Packet::parse(frame) {
-            Packet::Ipv4(ip) => ip,
-            Packet::Arp => return,
-            Packet::Unparsable(_) => return self.stats.dropped_unparsable += 1,
+        let ip = match Packet::parse_behind(frame, self.config.vnet_header_bytes) {
+            Packet::Ip(ip) => ip,
+            Packet::Neighbour(_) => return,
+            Packet::Fragment(_) | Packet::Unparsable(_) => return self.stats.dropped_unparsable += 1,
         };
-        let Some(key) = FlowKey::of(&ip) else { return self.stats.dropped_unparsable += 1 };
+        let key = FlowKey::of(&ip);
         let known = self.flows.get(&key).map_or(0, Connection::secondary_bytes);
         let full = !self.flows.contains_key(&key) && self.flows.len() >= self.config.max_flows;
         if full || known + cost_bytes(frame) > self.config.max_flow_bytes {

@@ -8,7 +8,7 @@
 //! other is a difference at once. ICMP is keyed by peer and echo identifier, so two pings are two flows.
 
 use super::compare::Cause;
-use super::packet::{Ipv4, Transport};
+use super::packet::Transport;
 use super::tcp::{TcpFlow, Verdict};
 use crate::clock::Instant;
 use bytes::Bytes;
@@ -16,42 +16,6 @@ use std::collections::VecDeque;
 
 /// What holding a frame costs beside its bytes: counted, so that tiny frames cannot hide.
 pub const FRAME_OVERHEAD_BYTES: usize = 128;
-
-/// Who talks to whom, in the guest's direction.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct FlowKey {
-    /// The guest's address.
-    pub src: [u8; 4],
-    /// The peer's address.
-    pub dst: [u8; 4],
-    /// IP protocol number.
-    pub protocol: u8,
-    /// The guest's port, or an ICMP echo identifier.
-    pub src_port: u16,
-    /// The peer's port, or one more than the type of an ICMP message that is no echo.
-    pub dst_port: u16,
-}
-
-impl FlowKey {
-    /// The key of a packet sent by the guest, if its protocol has flows.
-    #[must_use]
-    pub fn of(ip: &Ipv4) -> Option<Self> {
-        let (protocol, src_port, dst_port) = match &ip.transport {
-            Transport::Tcp(tcp) => (6, tcp.src_port, tcp.dst_port),
-            Transport::Udp { src_port, dst_port, .. } => (17, *src_port, *dst_port),
-            Transport::Icmp { echo_id: Some(id), .. } => (1, *id, 0),
-            Transport::Icmp { kind, echo_id: None, .. } => (1, 0, u16::from(*kind) + 1),
-            Transport::Other(_) => return None,
-        };
-        Some(Self { src: ip.src, dst: ip.dst, protocol, src_port, dst_port })
-    }
-
-    /// The same flow, from a packet sent by the peer.
-    #[must_use]
-    pub fn reversed(self) -> Self {
-        Self { src: self.dst, dst: self.src, src_port: self.dst_port, dst_port: self.src_port, ..self }
-    }
-}
 
 /// A datagram of the primary that waits: ordinal, serial number, payload.
 type Held = (u64, u64, Bytes);
@@ -143,11 +107,12 @@ impl Connection {
                 let one_life = flow.push_primary(serial, tcp, frame);
                 if self.stuck { Ok(()) } else { one_life.and_then(|()| drain(flow, out)) }
             }
-            (Kind::Datagrams(flow), Transport::Udp { payload: range, .. } | Transport::Icmp { message: range, .. })
-                if !self.stuck =>
-            {
-                collect(flow.push_primary(serial, frame.slice(range.clone())), out)
-            }
+            (
+                Kind::Datagrams(flow),
+                Transport::Udp { payload: range, .. }
+                | Transport::Icmp { message: range, .. }
+                | Transport::Other { payload: range, .. },
+            ) if !self.stuck => collect(flow.push_primary(serial, frame.slice(range.clone())), out),
             _ => Ok(()),
         };
         self.settle(verdict)
@@ -168,9 +133,12 @@ impl Connection {
             (Kind::Tcp(flow), Transport::Tcp(tcp)) => {
                 flow.push_secondary(now, tcp, frame).and_then(|()| drain(flow, out))
             }
-            (Kind::Datagrams(flow), Transport::Udp { payload: range, .. } | Transport::Icmp { message: range, .. }) => {
-                collect(flow.push_secondary(now, frame.get(range.clone()).unwrap_or_default()), out)
-            }
+            (
+                Kind::Datagrams(flow),
+                Transport::Udp { payload: range, .. }
+                | Transport::Icmp { message: range, .. }
+                | Transport::Other { payload: range, .. },
+            ) => collect(flow.push_secondary(now, frame.get(range.clone()).unwrap_or_default()), out),
             _ => Ok(()),
         };
         self.settle(verdict)

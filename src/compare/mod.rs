@@ -14,9 +14,13 @@
 //! only frames of one epoch can speak about each other.
 
 pub mod buffer;
+mod checksum;
 #[expect(clippy::module_inception, reason = "the field's word for it: colo-compare")]
 pub mod compare;
 pub mod connection;
+mod ipv6;
+pub mod key;
+pub mod neighbour;
 pub mod packet;
 mod ranges;
 pub mod rewriter;

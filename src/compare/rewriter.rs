@@ -20,8 +20,10 @@
 //! and the first of the new. Not covered: TCP timestamps (TSecr), connections opened by the guest (they pass
 //! untouched). Source: `net/filter-rewriter.c`; RFC 9293, RFC 2018 for SACK.
 
-use super::connection::{FRAME_OVERHEAD_BYTES, FlowKey};
-use super::packet::{Ipv4, Packet, Tcp, Transport, be32, tcp_replace};
+use super::checksum::tcp_replace;
+use super::connection::FRAME_OVERHEAD_BYTES;
+use super::key::FlowKey;
+use super::packet::{Ip, Packet, Tcp, Transport, be32};
 use crate::clock::Instant;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -129,10 +131,10 @@ pub struct Rewriter {
 }
 
 fn tcp_of(frame: &[u8]) -> Option<(FlowKey, Tcp)> {
-    let Packet::Ipv4(ip) = Packet::parse(frame) else { return None };
-    let key = FlowKey::of(&ip)?;
+    let Packet::Ip(ip) = Packet::parse(frame) else { return None };
+    let key = FlowKey::of(&ip);
     match ip {
-        Ipv4 { transport: Transport::Tcp(tcp), .. } => Some((key, tcp)),
+        Ip { transport: Transport::Tcp(tcp), .. } => Some((key, tcp)),
         _ => None,
     }
 }

@@ -27,6 +27,47 @@ fn ipv4(src: [u8; 4], dst: [u8; 4], protocol: IpProtocol, len: usize, fill: impl
     frame
 }
 
+pub(crate) const GUEST6: [u8; 16] = [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
+pub(crate) const CLIENT6: [u8; 16] = [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9];
+
+/// An IPv6 packet of the guest with whatever is behind its header.
+pub(crate) fn in_ipv6(next_header: u8, behind: &[u8]) -> Vec<u8> {
+    let mut frame = vec![0; 12];
+    frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+    frame.extend((behind.len() as u16).to_be_bytes());
+    frame.extend([next_header, 64]);
+    frame.extend([GUEST6, CLIENT6].concat());
+    frame.extend(behind);
+    frame
+}
+
+/// A TCP segment from the guest to the client, without an IP header.
+pub(crate) fn tcp6(seq: u32, payload: &[u8]) -> Vec<u8> {
+    [&Seg::data(seq, b"").frame()[34..], payload].concat()
+}
+
+/// An ICMPv6 message of the guest.
+pub(crate) fn icmp6(message: &[u8]) -> Vec<u8> {
+    in_ipv6(58, message)
+}
+
+/// An ARP packet: operation, sender, target. Hardware addresses are the test's convention.
+pub(crate) fn arp(operation: u8, sender: [u8; 4], target: [u8; 4]) -> Vec<u8> {
+    let hardware = [2, 0, 0, 0, 0, 2];
+    [&[0xff; 6][..], &hardware, &[8, 6, 0, 1, 8, 0, 6, 4, 0, operation], &hardware, &sender, &[0; 6], &target].concat()
+}
+
+/// A frame with tags, the outer first.
+pub(crate) fn tagged(tags: &[u16], frame: &[u8]) -> Vec<u8> {
+    let mut out = frame[..12].to_vec();
+    for (at, tag) in tags.iter().enumerate() {
+        out.extend(if at + 1 < tags.len() { [0x88, 0xa8] } else { [0x81, 0x00] });
+        out.extend(tag.to_be_bytes());
+    }
+    out.extend(&frame[12..]);
+    out
+}
+
 /// A TCP segment, from the guest's port 80 to the client's 40000 unless told otherwise.
 #[derive(Clone)]
 pub(crate) struct Seg {

@@ -1,11 +1,14 @@
 //! Frames for tests, built and checked by another implementation: smoltcp's wire module.
 
+use super::{Cause, Comparator, Config, Output};
+use crate::clock::Instant;
 use bytes::Bytes;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
     EthernetAddress, EthernetFrame, EthernetProtocol, EthernetRepr, Icmpv4Packet, Icmpv4Repr, IpAddress, IpProtocol,
     Ipv4Packet, Ipv4Repr, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber, UdpPacket, UdpRepr,
 };
+use std::time::Duration;
 
 pub(crate) const GUEST: [u8; 4] = [10, 0, 0, 2];
 pub(crate) const CLIENT: [u8; 4] = [10, 0, 0, 9];
@@ -192,4 +195,94 @@ pub(crate) fn icmp_echo_reply(ident: u16, data: &[u8]) -> Vec<u8> {
     ipv4(GUEST, CLIENT, IpProtocol::Icmp, repr.buffer_len(), |bytes| {
         repr.emit(&mut Icmpv4Packet::new_unchecked(bytes), &ChecksumCapabilities::default());
     })
+}
+
+/// An IPv4 or IPv6 frame without extension headers, cut behind so many bytes of its payload each.
+pub(crate) fn fragments(frame: &[u8], id: u8, cuts: &[usize]) -> Vec<Vec<u8>> {
+    let v6 = frame[12] == 0x86;
+    let (header, payload) = frame.split_at(if v6 { 54 } else { 34 });
+    let ends = cuts.iter().copied().chain([payload.len()]);
+    let starts = [0].into_iter().chain(cuts.iter().copied());
+    let part = |(start, end): (usize, usize)| {
+        let (mut out, more) = (header.to_vec(), end < payload.len());
+        if v6 {
+            out[18..20].copy_from_slice(&((end - start + 8) as u16).to_be_bytes());
+            let next = std::mem::replace(&mut out[20], 44);
+            out.extend([next, 0]);
+            out.extend((start as u16 | u16::from(more)).to_be_bytes());
+            out.extend([0, 0, 0, id]);
+        } else {
+            out[16..18].copy_from_slice(&((end - start + 20) as u16).to_be_bytes());
+            out[18..20].copy_from_slice(&[0, id]);
+            out[20..22].copy_from_slice(&((start / 8) as u16 | u16::from(more) << 13).to_be_bytes());
+        }
+        out.extend(&payload[start..end]);
+        out
+    };
+    starts.zip(ends).map(part).collect()
+}
+
+/// A UDP datagram of the guest over IPv6; its checksum is not looked at.
+pub(crate) fn udp6(port: u16, payload: &[u8]) -> Vec<u8> {
+    in_ipv6(17, &udp(port, payload)[34..])
+}
+
+/// A comparator, its clock, and what it asked for.
+pub(crate) struct Trace {
+    pub(crate) comparator: Comparator,
+    pub(crate) now: Instant,
+    pub(crate) asked: Vec<(u64, Cause)>,
+}
+
+impl Trace {
+    pub(crate) fn new() -> Self {
+        Self::with(Config::default())
+    }
+
+    pub(crate) fn with(config: Config) -> Self {
+        Self { comparator: Comparator::new(config), now: Instant::ZERO, asked: vec![] }
+    }
+
+    /// Frames released since the last call.
+    pub(crate) fn out(&mut self) -> Vec<Bytes> {
+        let mut frames = vec![];
+        while let Some(output) = self.comparator.poll_output() {
+            match output {
+                Output::Release(frame) => frames.push(frame),
+                Output::Diverged { epoch, cause } => self.asked.push((epoch, cause)),
+            }
+        }
+        frames
+    }
+
+    pub(crate) fn p_raw(&mut self, epoch: u64, frame: impl Into<Bytes>) -> usize {
+        self.comparator.handle_primary(self.now, epoch, frame.into());
+        self.out().len()
+    }
+
+    pub(crate) fn s_raw(&mut self, epoch: u64, frame: impl Into<Bytes>) -> usize {
+        self.comparator.handle_secondary(self.now, epoch, frame.into());
+        self.out().len()
+    }
+
+    pub(crate) fn p(&mut self, epoch: u64, segment: Seg) -> usize {
+        self.p_raw(epoch, segment.frame())
+    }
+
+    pub(crate) fn s(&mut self, epoch: u64, segment: Seg) -> usize {
+        self.s_raw(epoch, segment.frame())
+    }
+
+    pub(crate) fn checkpoint(&mut self, epoch: u64) -> Vec<Bytes> {
+        self.comparator.checkpoint(self.now, epoch);
+        self.out()
+    }
+
+    pub(crate) fn wait(&mut self, millis: u64) -> usize {
+        self.now += Duration::from_millis(millis);
+        if self.comparator.poll_timeout().is_some_and(|at| at <= self.now) {
+            self.comparator.handle_timeout(self.now);
+        }
+        self.out().len()
+    }
 }

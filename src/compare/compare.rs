@@ -47,7 +47,7 @@ pub struct Config {
     pub compare_timeout: Duration,
     /// Bytes of frames held, per guest.
     pub max_queue_bytes: usize,
-    /// Bytes of frames held in one flow, per guest.
+    /// Bytes of frames held in one flow, per guest; and of fragments that are not whole yet, per guest.
     pub max_flow_bytes: usize,
     /// Flows known at once.
     pub max_flows: usize,

@@ -14,6 +14,7 @@
 use super::neighbour::Identity;
 use super::packet::{ETHERTYPE_ARP, Ip, PROTOCOL_ICMPV6, Transport, Vlans, be16, be32};
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr};
 
 const PORT_DNS: u16 = 53;
@@ -22,7 +23,7 @@ const DHCP_OPTIONS_AT: usize = 240;
 const DHCP_MESSAGE_TYPE: u8 = 53;
 
 /// Who talks to whom, in the guest's direction.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct FlowKey {
     /// The VLANs of its frames, the outer first.
     pub vlans: Vlans,
@@ -80,6 +81,26 @@ impl FlowKey {
     #[must_use]
     pub fn reversed(self) -> Self {
         Self { src: self.dst, dst: self.src, src_port: self.dst_port, dst_port: self.src_port, ..self }
+    }
+}
+
+/// All of the key in few words: the derived one feeds a hasher a field at a time, lengths and variants too.
+impl Hash for FlowKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        match (self.src, self.dst) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                state.write_u64(u64::from(src.to_bits()) << 32 | u64::from(dst.to_bits()))
+            }
+            (src, dst) => [src, dst].into_iter().for_each(|address| match address {
+                IpAddr::V4(address) => state.write_u32(address.to_bits()),
+                IpAddr::V6(address) => state.write_u128(address.to_bits()),
+            }),
+        }
+        let [outer, inner, source, destination] =
+            [self.vlans[0], self.vlans[1], self.src_port, self.dst_port].map(u64::from);
+        state.write_u64(outer << 48 | inner << 32 | source << 16 | destination);
+        // A transaction has 48 bits at most; one that had more would still be told by equality.
+        state.write_u64(self.transaction << 16 | u64::from(self.protocol));
     }
 }
 

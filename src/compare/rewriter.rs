@@ -352,7 +352,7 @@ impl Rewriter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compare::testing::Seg;
+    use crate::compare::testing::{Seg, in_ipv6, tagged};
     use proptest::prelude::*;
     use smoltcp::wire::TcpControl;
 
@@ -395,6 +395,38 @@ mod tests {
         assert_eq!(more.ack, Some(SVM.wrapping_add(500)));
         assert_eq!(more.sack, Some((SVM.wrapping_add(600), SVM.wrapping_add(700))));
         assert_eq!(outbound(&mut rewriter, syn_ack(SVM)).seq, PVM, "a retransmitted SYN-ACK, known by now");
+    }
+
+    #[test]
+    fn tags_and_ipv6_make_no_difference() {
+        let (mut rewriter, mut alike) = (Rewriter::new(), established());
+        let behind = |frame: &[u8], inbound: bool| {
+            let mut other = tagged(&[5], &in_ipv6(6, &frame[34..]));
+            if inbound {
+                other[26..58].rotate_left(16);
+            }
+            other
+        };
+        for (segment, from_client) in [
+            (Seg::syn(CLIENT_ISN), true),
+            (syn_ack(SVM), false),
+            (Seg::data(CLIENT_ISN + 1, b"").ack(PVM + 1), true),
+            (Seg::data(SVM + 1, b"hello").ack(CLIENT_ISN + 1), false),
+        ] {
+            let mut plain = if from_client { segment.clone().inbound() } else { segment.clone() }.frame();
+            let mut other = behind(&plain, from_client);
+            if from_client {
+                rewriter.from_network(Instant::ZERO, &mut other);
+                alike.from_network(Instant::ZERO, &mut plain);
+            } else {
+                rewriter.from_guest(Instant::ZERO, &mut other);
+                alike.from_guest(Instant::ZERO, &mut plain);
+            }
+            if segment.control == TcpControl::None {
+                assert_eq!(other[58..], plain[34..], "{:?}", segment.payload);
+            }
+        }
+        assert_eq!(rewriter.needed(), 1);
     }
 
     #[test]

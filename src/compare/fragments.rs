@@ -55,7 +55,7 @@ impl Parts {
     /// Adds a part. An error: it does not fit those that are there.
     fn add(&mut self, fragment: &Fragment, bytes: Bytes, place: u32) -> Result<(), Reason> {
         let (start, end) = (fragment.offset, fragment.offset + bytes.len());
-        let ragged = fragment.more && bytes.len() % 8 != 0;
+        let ragged = fragment.more && !bytes.len().is_multiple_of(8);
         if bytes.is_empty() || ragged || end > MAX_PACKET_BYTES {
             return Err(Reason::Fragment);
         }

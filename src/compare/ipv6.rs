@@ -10,7 +10,7 @@
 
 use super::neighbour;
 use super::packet::{Fragment, Ip, PROTOCOL_ICMPV6, Packet, Reason, Siblings, Transport, Vlans, be16, be32, transport};
-use std::net::{IpAddr, Ipv6Addr};
+use core::net::{IpAddr, Ipv6Addr};
 
 /// Extension headers read before a packet is taken for nonsense.
 const MAX_HEADERS: usize = 16;

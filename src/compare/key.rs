@@ -13,9 +13,9 @@
 
 use super::neighbour::Identity;
 use super::packet::{ETHERTYPE_ARP, Ip, PROTOCOL_ICMPV6, Transport, Vlans, be16, be32};
+use core::net::{IpAddr, Ipv4Addr};
 use std::fmt;
 use std::hash::{Hash, Hasher};
-use std::net::{IpAddr, Ipv4Addr};
 
 const PORT_DNS: u16 = 53;
 const PORTS_DHCP: [u16; 2] = [67, 68];

@@ -17,7 +17,7 @@
 //! compared whole, as other ICMPv6 messages are. Sources: RFC 826, 5227, 4861; a nonce (RFC 7527) means nothing to others.
 
 use super::packet::{Reason, Vlans, be16};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 const ARP_BYTES: usize = 28;
 const ROUTER_SOLICITATION: u8 = 133;

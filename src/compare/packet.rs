@@ -21,11 +21,13 @@
 //! the length). What `net/colo.c` gets wrong (IHL below 5, a 16 bit payload size that wraps, ports read from
 //! fragments, tags) ends here as `Unparsable`, or is parsed.
 //! Sources: RFC 791, 792, 768, 9293; RFC 8200, 2675; IEEE 802.1Q; virtio 1.2 5.1.6 for the virtio-net header.
+//!
+//! Addresses are `core::net`'s: `std::net` is where the sockets are, and no pure machine may name it.
 
 use super::ipv6;
 use super::neighbour::{self, Identity};
+use core::net::{IpAddr, Ipv4Addr};
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 
 /// Length of an untagged Ethernet header.

@@ -52,6 +52,16 @@ pub enum Mutant {
     ForgetRetained,
     /// An NBD flush counts for writes that were submitted after it.
     FlushCoversLater,
+    /// The last of a stretch of TCP bytes is not compared.
+    OverlookByte,
+    /// TCP bytes are compared only when both guests cut them alike.
+    CutMatters,
+    /// An explained datagram leaves before older ones of its flow.
+    OvertakeInFlow,
+    /// A flow that diverged goes on being compared.
+    LeaveAfterDivergence,
+    /// A fragment that overlaps others is passed over.
+    TakeOverlap,
 }
 
 impl Mutant {
@@ -82,6 +92,9 @@ impl Mutant {
     /// Those of the NBD client, which its own tests catch.
     pub const OF_SESSIONS: [Self; 4] =
         [Self::NoHoldAcrossConnections, Self::ReplayOvertaken, Self::ForgetRetained, Self::FlushCoversLater];
+    /// Those of the comparator, which its own property tests catch.
+    pub const OF_JUDGEMENT: [Self; 5] =
+        [Self::OverlookByte, Self::CutMatters, Self::OvertakeInFlow, Self::LeaveAfterDivergence, Self::TakeOverlap];
 }
 
 #[cfg(feature = "mutants")]

@@ -12,6 +12,7 @@
 
 use super::compare::{Cause, Comparator, Config, Output, Stats};
 use super::connection::FRAME_OVERHEAD_BYTES;
+use super::record::FlowReport;
 use crate::clock::Instant;
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -203,6 +204,12 @@ impl Proxy {
             }
         }
         *self = Self::Open(outputs, self.stats());
+    }
+
+    /// At most `max` flows that diverged, worst first. Only a comparator knows any.
+    #[must_use]
+    pub fn flows(&self, max: usize) -> Vec<FlowReport> {
+        if let Self::Colo(comparator) = self { comparator.flows(max) } else { Vec::new() }
     }
 
     /// Counters. An open proxy counts nothing, and remembers what it was opened with.

@@ -17,19 +17,25 @@
 //! in epochs up to `e`: it may leave, equal or not. What may be compared across a checkpoint, and what not, is argued
 //! in `tcp.rs`.
 //!
-//! Fail closed: what cannot be compared is held and asks for a checkpoint. The exception is ARP: it tells only whose
-//! address is whose, which is configuration and equal in both guests; guest A's passes, guest B's is dropped.
+//! Fail closed: what cannot be compared is held and asks for a checkpoint. Address resolution has a policy of its own
+//! (`neighbour.rs`); fragments are put together first (`fragments.rs`). A difference in one flow does not stop the
+//! others: why is in `connection.rs`.
 //!
 //! The trap: a bound may never drop a frame of guest A. Reaching it asks for a checkpoint and [`Comparator::ready`]
 //! turns false: the driver then leaves frames in the guest's own queue. Guest B's frames may be dropped at any time:
 //! the worst is that something is not explained. Sources: `net/colo-compare.c`, `docs/colo-proxy.txt`.
 
-use super::connection::{Connection, FRAME_OVERHEAD_BYTES, FlowKey};
-use super::packet::{Packet, Reason, Transport};
+use super::connection::{FRAME_OVERHEAD_BYTES, Said};
+use super::fragments::Reassembler;
+use super::key::FlowKey;
+use super::line::Line;
+use super::packet::{Ip, Packet, Reason, Transport};
+use super::record::FlowReport;
+use super::table::Table;
 use crate::clock::Instant;
 use crate::mutant::{self, Mutant};
 use bytes::Bytes;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::fmt;
 use std::time::Duration;
 
@@ -41,10 +47,12 @@ pub struct Config {
     pub compare_timeout: Duration,
     /// Bytes of frames held, per guest.
     pub max_queue_bytes: usize,
-    /// Bytes of frames held in one flow, per guest.
+    /// Bytes of frames held in one flow, per guest; and of fragments that are not whole yet, per guest.
     pub max_flow_bytes: usize,
     /// Flows known at once.
     pub max_flows: usize,
+    /// Length of the virtio-net header in front of every frame of both guests: 0, 10 or 12.
+    pub vnet_header_bytes: usize,
 }
 
 impl Default for Config {
@@ -54,6 +62,7 @@ impl Default for Config {
             max_queue_bytes: 16 << 20,
             max_flow_bytes: 4 << 20,
             max_flows: 16_384,
+            vnet_header_bytes: 0,
         }
     }
 }
@@ -135,8 +144,12 @@ pub struct Stats {
 /// A frame of the primary that waits in the current epoch.
 #[derive(Debug)]
 struct Held {
+    number: u64,
     since: Instant,
-    flow: Option<FlowKey>,
+    /// The place of its flow, if it has one. A flow in which a frame waits keeps its place.
+    flow: Option<u32>,
+    /// The other frames of a datagram this one completed: they leave with it.
+    siblings: Vec<u32>,
     frame: Bytes,
 }
 
@@ -157,12 +170,14 @@ pub struct Comparator {
     /// The highest epoch seen on a frame of the primary.
     primary_epoch: u64,
     /// By arrival.
-    held: BTreeMap<u64, Held>,
-    next_serial: u64,
+    held: Line<Held>,
+    next_number: u64,
     later: VecDeque<Later>,
-    flows: BTreeMap<FlowKey, Connection>,
-    /// Flows in which the secondary is alone with something, oldest first.
-    waiting: BTreeSet<(Instant, FlowKey)>,
+    flows: Table,
+    /// Of the primary, of the secondary.
+    fragments: [Reassembler; 2],
+    /// Frames that a flow has just explained: empty between calls.
+    explained: Vec<u32>,
     outputs: VecDeque<Output>,
     asked: Option<u64>,
     stats: Stats,
@@ -180,11 +195,12 @@ impl Comparator {
             config,
             epoch: 0,
             primary_epoch: 0,
-            held: BTreeMap::new(),
-            next_serial: 0,
+            held: Line::new(),
+            next_number: 0,
             later: VecDeque::new(),
-            flows: BTreeMap::new(),
-            waiting: BTreeSet::new(),
+            flows: Table::new(config.max_flows),
+            fragments: [(); 2].map(|()| Reassembler::new(config.max_flow_bytes)),
+            explained: Vec::new(),
             outputs: VecDeque::new(),
             asked: None,
             stats: Stats::default(),
@@ -229,9 +245,8 @@ impl Comparator {
     pub fn checkpoint(&mut self, now: Instant, epoch: u64) {
         while self.epoch <= epoch {
             self.release_held();
-            self.waiting.clear();
             self.stats.currently_secondary_bytes = 0;
-            self.forget_flows();
+            self.flows.checkpoint();
             let next = self.later.iter().map(|later| later.epoch).min().unwrap_or(u64::MAX);
             self.epoch = next.min(epoch.saturating_add(1)).max(self.epoch.saturating_add(1));
             self.promote(now);
@@ -244,10 +259,14 @@ impl Comparator {
     /// Asks for a checkpoint if something has waited too long.
     pub fn handle_timeout(&mut self, now: Instant) {
         let timeout = self.config.compare_timeout;
-        if self.held.first_key_value().is_some_and(|(_, held)| held.since + timeout <= now) {
-            self.ask(self.epoch, Cause::Aged);
-        } else if self.waiting.first().is_some_and(|(since, _)| *since + timeout <= now) {
-            self.ask(self.epoch, Cause::OneSided);
+        let before = self.fragments[1].held_bytes();
+        self.fragments[1].forget_old(now, timeout);
+        self.stats.currently_secondary_bytes -= before - self.fragments[1].held_bytes();
+        let oldest = self.held.oldest().and_then(|place| self.held.get(place));
+        if let Some(held) = oldest.filter(|held| held.since + timeout <= now) {
+            self.diverge(held.flow, Cause::Aged);
+        } else if let Some(flow) = self.flows.overdue(now, timeout) {
+            self.diverge(Some(flow), Cause::OneSided);
         }
     }
 
@@ -257,9 +276,10 @@ impl Comparator {
         if self.asked >= Some(self.epoch) {
             return None;
         }
-        let held = self.held.first_key_value().map(|(_, held)| held.since);
-        let waiting = self.waiting.first().map(|(since, _)| *since);
-        held.into_iter().chain(waiting).min().map(|since| since + self.config.compare_timeout)
+        let held = self.held.oldest().and_then(|place| self.held.get(place)).map(|held| held.since);
+        let others = [self.flows.waiting_since(), self.fragments[1].since()];
+        let first = held.into_iter().chain(others.into_iter().flatten()).min();
+        first.map(|since| since + self.config.compare_timeout)
     }
 
     /// The next thing to do.
@@ -283,8 +303,13 @@ impl Comparator {
         }
         (self.stats.currently_held, self.stats.currently_held_bytes) = (0, 0);
         self.stats.currently_secondary_bytes = 0;
-        self.flows.clear();
-        self.waiting.clear();
+        self.flows = Table::new(self.config.max_flows);
+    }
+
+    /// At most `max` flows that diverged: first those that keep diverging, then the latest.
+    #[must_use]
+    pub fn flows(&self, max: usize) -> Vec<FlowReport> {
+        self.flows.reports(self.epoch, max)
     }
 
     /// Counters.
@@ -316,113 +341,140 @@ impl Comparator {
         self.stats.currently_held_bytes -= cost_bytes(frame);
     }
 
+    /// The current epoch cannot go on: because of a flow, if it can be told.
+    fn diverge(&mut self, flow: Option<u32>, cause: Cause) {
+        if let Some(flow) = flow.and_then(|flow| self.flows.get_mut(flow)) {
+            flow.record.diverge(self.epoch, cause);
+        }
+        self.ask(self.epoch, cause);
+    }
+
     /// A frame of the current epoch, or of one that has ended: the latter is in the state the secondary owns.
     fn judge_primary(&mut self, now: Instant, epoch: u64, frame: Bytes) {
-        let parsed = match Packet::parse(&frame) {
-            Packet::Arp => return self.release(frame),
-            _ if epoch < self.epoch => return self.release(frame),
-            Packet::Unparsable(reason) => Err(Cause::Unparsable(reason)),
-            Packet::Ipv4(ip) => match (FlowKey::of(&ip), ip.transport) {
-                (Some(key), transport) => Ok((key, transport)),
-                (None, Transport::Other(protocol)) => Err(Cause::Unparsable(Reason::Protocol(protocol))),
-                (None, _) => Err(Cause::Unparsable(Reason::TransportHeader)),
-            },
-        };
-        let parsed = match parsed {
-            Ok((key, _)) if !self.flows.contains_key(&key) && self.flows.len() >= self.config.max_flows => {
-                Err(Cause::BoundReached)
-            }
-            other => other,
-        };
-        let serial = self.next_serial;
-        self.next_serial += 1;
+        if epoch < self.epoch {
+            return self.release(frame);
+        }
+        let number = self.next_number;
+        self.next_number += 1;
         self.account_held(&frame);
-        let flow = parsed.as_ref().ok().map(|(key, _)| *key);
-        self.held.insert(serial, Held { since: now, flow, frame: frame.clone() });
-        match parsed {
-            Err(cause) => self.ask(self.epoch, cause),
-            Ok((key, transport)) => {
-                let connection = self.flows.entry(key).or_insert_with(|| Connection::new(&transport));
-                connection.held_bytes += cost_bytes(&frame);
-                let full = connection.held_bytes > self.config.max_flow_bytes;
-                let before = connection.secondary_bytes();
-                let mut explained = Vec::new();
-                let verdict = connection.primary(serial, &transport, &frame, &mut explained);
-                self.settle(key, before, &explained, verdict);
-                if full {
-                    self.ask(self.epoch, Cause::BoundReached);
+        let packet = Packet::parse_behind(&frame, self.config.vnet_header_bytes);
+        let place = self.held.push(Held { number, since: now, flow: None, siblings: Vec::new(), frame: frame.clone() });
+        match packet {
+            Packet::Unparsable(reason) => self.diverge(None, Cause::Unparsable(reason)),
+            Packet::Neighbour(identity) => self.primary_said(place, identity.into(), Said::Identity),
+            Packet::Ip(ip) => {
+                let (key, said) = said(ip, &frame);
+                self.primary_said(place, key, said);
+            }
+            Packet::Fragment(fragment) => match self.fragments[0].handle(now, &fragment, &frame, place) {
+                Ok(None) => {}
+                Ok(Some(whole)) => {
+                    if let Some(held) = self.held.get_mut(place) {
+                        held.siblings = whole.places.into_iter().filter(|other| *other != place).collect();
+                    }
+                    let (key, said) = said(whole.ip, &whole.bytes);
+                    self.primary_said(place, key, said);
                 }
+                Err(cause) => self.diverge(None, cause),
+            },
+        }
+    }
+
+    fn primary_said(&mut self, place: u32, key: FlowKey, said: Said) {
+        let Some(at) = self.flows.find(key, &said) else { return self.diverge(None, Cause::BoundReached) };
+        let Some(flow) = self.flows.get_mut(at) else { return };
+        let siblings = self.held.get_mut(place).map_or(Vec::new(), |held| held.siblings.clone());
+        for place in siblings.into_iter().chain([place]) {
+            if let Some(held) = self.held.get_mut(place) {
+                held.flow = Some(at);
+                flow.held += 1;
+                flow.held_bytes += cost_bytes(&held.frame);
             }
         }
+        let full = flow.held_bytes > self.config.max_flow_bytes;
+        let before = flow.secondary_bytes();
+        let verdict = flow.primary(place, said, &mut self.explained);
+        let still_full = full && self.explained.is_empty();
+        self.settle(at, before, verdict.and(if still_full { Err(Cause::BoundReached) } else { Ok(()) }));
     }
 
     fn judge_secondary(&mut self, now: Instant, frame: &Bytes) {
-        let ip = match Packet::parse(frame) {
-            Packet::Ipv4(ip) => ip,
-            Packet::Arp => return,
+        let (key, said) = match Packet::parse_behind(frame, self.config.vnet_header_bytes) {
             Packet::Unparsable(_) => return self.stats.dropped_unparsable += 1,
+            Packet::Neighbour(identity) => (identity.into(), Said::Identity),
+            Packet::Ip(ip) => said(ip, frame),
+            Packet::Fragment(fragment) => {
+                let before = self.fragments[1].held_bytes();
+                let whole = self.fragments[1].handle(now, &fragment, frame, 0);
+                let sum = &mut self.stats.currently_secondary_bytes;
+                *sum = *sum + self.fragments[1].held_bytes() - before;
+                match whole {
+                    Ok(None) => return,
+                    Ok(Some(whole)) => said(whole.ip, &whole.bytes),
+                    Err(Cause::BoundReached) => return self.drop_at_bound(None),
+                    Err(_) => return self.stats.dropped_unparsable += 1,
+                }
+            }
         };
-        let Some(key) = FlowKey::of(&ip) else { return self.stats.dropped_unparsable += 1 };
-        let known = self.flows.get(&key).map_or(0, Connection::secondary_bytes);
-        let full = !self.flows.contains_key(&key) && self.flows.len() >= self.config.max_flows;
-        if full || known + cost_bytes(frame) > self.config.max_flow_bytes {
-            self.stats.dropped_bound += 1;
-            return self.ask(self.epoch, Cause::BoundReached);
+        let Some(at) = self.flows.find(key, &said) else { return self.drop_at_bound(None) };
+        let Some(flow) = self.flows.get_mut(at) else { return };
+        let before = flow.secondary_bytes();
+        if before + cost_bytes(frame) > self.config.max_flow_bytes {
+            return self.drop_at_bound(Some(at));
         }
-        let connection = self.flows.entry(key).or_insert_with(|| Connection::new(&ip.transport));
-        let mut explained = Vec::new();
-        let verdict = connection.secondary(now, &ip.transport, frame, &mut explained);
-        self.settle(key, known, &explained, verdict);
+        let verdict = flow.secondary(now, said, frame.len(), &mut self.explained);
+        self.settle(at, before, verdict);
     }
 
-    /// Carries out what a flow decided, and brings the sums and the index up to date.
-    fn settle(&mut self, key: FlowKey, secondary_bytes: usize, explained: &[u64], verdict: Result<(), Cause>) {
-        for serial in explained {
-            if let Some(held) = self.held.remove(serial) {
-                self.unaccount_held(&held.frame);
-                if let Some(flow) = held.flow.and_then(|key| self.flows.get_mut(&key)) {
-                    flow.held_bytes -= cost_bytes(&held.frame);
-                }
-                self.stats.compared += 1;
-                self.release(held.frame);
+    fn drop_at_bound(&mut self, flow: Option<u32>) {
+        self.stats.dropped_bound += 1;
+        self.diverge(flow, Cause::BoundReached);
+    }
+
+    /// Carries out what a flow decided, and brings the sums up to date.
+    fn settle(&mut self, at: u32, secondary_bytes: usize, verdict: Result<(), Cause>) {
+        let mut explained = std::mem::take(&mut self.explained);
+        for place in explained.drain(..) {
+            let Some(mut held) = self.held.remove(place) else { continue };
+            let siblings = std::mem::take(&mut held.siblings);
+            if siblings.is_empty() {
+                self.release_explained(held);
+            } else {
+                let mut all: Vec<_> = siblings.into_iter().filter_map(|place| self.held.remove(place)).collect();
+                all.push(held);
+                all.sort_by_key(|held| held.number);
+                all.into_iter().for_each(|held| self.release_explained(held));
             }
         }
-        if let Some(flow) = self.flows.get_mut(&key) {
-            let since = flow.secondary_since();
-            if flow.indexed_since != since {
-                flow.indexed_since.map(|since| self.waiting.remove(&(since, key)));
-                self.waiting.extend(since.map(|since| (since, key)));
-                flow.indexed_since = since;
-            }
+        self.explained = explained;
+        if let Some(flow) = self.flows.get_mut(at) {
             let sum = &mut self.stats.currently_secondary_bytes;
             *sum = *sum + flow.secondary_bytes() - secondary_bytes;
-            if flow.idle() {
-                self.flows.remove(&key);
-            }
         }
         if let Err(cause) = verdict {
-            self.ask(self.epoch, cause);
+            self.diverge(Some(at), cause);
         }
+        self.flows.settle(at);
+    }
+
+    fn release_explained(&mut self, held: Held) {
+        self.unaccount_held(&held.frame);
+        if let Some(flow) = held.flow.and_then(|at| self.flows.get_mut(at)) {
+            flow.held -= 1;
+            flow.held_bytes -= cost_bytes(&held.frame);
+            flow.record.compared += 1;
+            flow.record.compared_bytes += held.frame.len() as u64;
+        }
+        self.stats.compared += 1;
+        self.release(held.frame);
     }
 
     fn release_held(&mut self) {
-        for held in std::mem::take(&mut self.held).into_values() {
+        while let Some(held) = self.held.oldest().and_then(|place| self.held.remove(place)) {
             self.unaccount_held(&held.frame);
             self.release(held.frame);
         }
-    }
-
-    /// Keeps what the network has been shown, of so many flows that new ones find room. To forget is safe: what is
-    /// forgotten must be explained again.
-    fn forget_flows(&mut self) {
-        let room = self.config.max_flows / 2;
-        if self.flows.len() > room {
-            self.flows.retain(|_, flow| flow.active());
-        }
-        self.flows.retain(|_, flow| flow.checkpoint());
-        if self.flows.len() > room {
-            self.flows.clear();
-        }
+        self.fragments.iter_mut().for_each(Reassembler::clear);
     }
 
     /// Judges what waited for the epoch that has just begun. Its age counts from here: guest B could not speak before.
@@ -439,6 +491,24 @@ impl Comparator {
                 self.stats.currently_secondary_bytes -= cost_bytes(&frame.frame);
                 self.judge_secondary(now, &frame.frame);
             }
+        }
+    }
+}
+
+/// What an IP packet says, and in which flow. `bytes` are what its ranges are offsets in.
+fn said(ip: Ip, bytes: &Bytes) -> (FlowKey, Said) {
+    let key = FlowKey::of(&ip);
+    match ip.transport {
+        Transport::Tcp(tcp) if tcp.payload.is_empty() => (key, Said::Segment(tcp, Bytes::new())),
+        Transport::Tcp(tcp) => {
+            let payload = bytes.slice(tcp.payload.clone());
+            (key, Said::Segment(tcp, payload))
+        }
+        Transport::Udp { payload, .. }
+        | Transport::Icmp { message: payload, .. }
+        | Transport::Other { payload, .. } => {
+            let payload = bytes.slice(payload);
+            (key.within(&payload), Said::Datagram(payload))
         }
     }
 }

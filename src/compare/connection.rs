@@ -1,175 +1,114 @@
-//! A flow: its key, and the queues of both guests.
+//! A flow: what both guests said in it and have not had explained, and its record.
 //!
-//! The table that holds flows is a `BTreeMap`: no hash to flood, and the same order in every run of the simulator.
-//! (`net/colo.c` hashes with a fixed seed and wipes the table, queued packets included, at 16,385 flows.)
+//! ```text
+//!             said by A · said by B                    differs · reused
+//!   following ─────────────────────▶ following        ─────────────────▶ stuck ── checkpoint ──▶ following
+//! ```
 //!
-//! Datagrams (UDP, ICMP) are whole or nothing: one leaves when the secondary's queue holds an equal one, wherever
-//! it stands. A partner that is late is waited for; the n-th datagram of one guest against a different n-th of the
-//! other is a difference at once. ICMP is keyed by peer and echo identifier, so two pings are two flows.
+//! A flow that is stuck lets nothing leave before the next checkpoint. Others go on: what leaves in them is explained by
+//! guest B's present state, whatever it said elsewhere, and a client that has been shown nothing of the difference
+//! cannot tell.
 
 use super::compare::Cause;
-use super::packet::{Ipv4, Transport};
-use super::tcp::{TcpFlow, Verdict};
+use super::datagrams::{Announcements, Datagrams};
+use super::key::FlowKey;
+use super::packet::Tcp;
+use super::record::Record;
+use super::tcp::TcpFlow;
 use crate::clock::Instant;
+use crate::mutant::{self, Mutant};
 use bytes::Bytes;
-use std::collections::VecDeque;
 
 /// What holding a frame costs beside its bytes: counted, so that tiny frames cannot hide.
 pub const FRAME_OVERHEAD_BYTES: usize = 128;
 
-/// Who talks to whom, in the guest's direction.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct FlowKey {
-    /// The guest's address.
-    pub src: [u8; 4],
-    /// The peer's address.
-    pub dst: [u8; 4],
-    /// IP protocol number.
-    pub protocol: u8,
-    /// The guest's port, or an ICMP echo identifier.
-    pub src_port: u16,
-    /// The peer's port, or one more than the type of an ICMP message that is no echo.
-    pub dst_port: u16,
-}
-
-impl FlowKey {
-    /// The key of a packet sent by the guest, if its protocol has flows.
-    #[must_use]
-    pub fn of(ip: &Ipv4) -> Option<Self> {
-        let (protocol, src_port, dst_port) = match &ip.transport {
-            Transport::Tcp(tcp) => (6, tcp.src_port, tcp.dst_port),
-            Transport::Udp { src_port, dst_port, .. } => (17, *src_port, *dst_port),
-            Transport::Icmp { echo_id: Some(id), .. } => (1, *id, 0),
-            Transport::Icmp { kind, echo_id: None, .. } => (1, 0, u16::from(*kind) + 1),
-            Transport::Other(_) => return None,
-        };
-        Some(Self { src: ip.src, dst: ip.dst, protocol, src_port, dst_port })
-    }
-
-    /// The same flow, from a packet sent by the peer.
-    #[must_use]
-    pub fn reversed(self) -> Self {
-        Self { src: self.dst, dst: self.src, src_port: self.dst_port, dst_port: self.src_port, ..self }
-    }
-}
-
-/// A datagram of the primary that waits: ordinal, serial number, payload.
-type Held = (u64, u64, Bytes);
-/// A datagram of the secondary that no one asked for yet: ordinal, arrival, payload.
-type Spare = (u64, Instant, Bytes);
-
-/// The state of one UDP or ICMP flow within an epoch.
-#[derive(Debug, Default)]
-struct Datagrams {
-    held: VecDeque<Held>,
-    spare: VecDeque<Spare>,
-    spare_bytes: usize,
-    sent: [u64; 2],
-}
-
-impl Datagrams {
-    fn push_primary(&mut self, serial: u64, payload: Bytes) -> Verdict {
-        let ordinal = self.sent[0];
-        self.sent[0] += 1;
-        if let Some(at) = self.spare.iter().position(|spare| spare.2 == payload) {
-            if let Some((_, _, found)) = self.spare.remove(at) {
-                self.spare_bytes -= found.len() + FRAME_OVERHEAD_BYTES;
-            }
-            return Verdict::Release(serial);
-        }
-        self.held.push_back((ordinal, serial, payload));
-        self.heads()
-    }
-
-    fn push_secondary(&mut self, now: Instant, payload: &[u8]) -> Verdict {
-        let ordinal = self.sent[1];
-        self.sent[1] += 1;
-        if let Some(at) = self.held.iter().position(|held| held.2 == payload) {
-            return self.held.remove(at).map_or(Verdict::Wait, |(_, serial, _)| Verdict::Release(serial));
-        }
-        self.spare_bytes += payload.len() + FRAME_OVERHEAD_BYTES;
-        self.spare.push_back((ordinal, now, Bytes::copy_from_slice(payload)));
-        self.heads()
-    }
-
-    /// Two first datagrams left over with the same number never meet their equal.
-    fn heads(&self) -> Verdict {
-        match (self.held.front(), self.spare.front()) {
-            (Some(held), Some(spare)) if held.0 == spare.0 => Verdict::Differs,
-            _ => Verdict::Wait,
-        }
-    }
+/// What a packet says, behind its flow's key.
+#[derive(Debug)]
+pub(super) enum Said {
+    /// A TCP segment and its payload.
+    Segment(Tcp, Bytes),
+    /// The payload of a datagram.
+    Datagram(Bytes),
+    /// What the key says already.
+    Identity,
 }
 
 #[derive(Debug)]
 enum Kind {
     Tcp(Box<TcpFlow>),
     Datagrams(Datagrams),
+    Identity(Announcements),
 }
 
 /// A flow's state.
 #[derive(Debug)]
 pub(super) struct Connection {
+    /// Its name.
+    pub(super) key: FlowKey,
     kind: Kind,
-    /// Cost of the primary's frames that wait.
+    /// Frames of the primary that wait.
+    pub(super) held: usize,
+    /// What they cost.
     pub(super) held_bytes: usize,
     /// The flow cannot be compared before the next checkpoint.
-    pub(super) stuck: bool,
-    /// What the comparator's ageing index says about this flow.
-    pub(super) indexed_since: Option<Instant>,
+    stuck: bool,
+    /// The flow was used in this epoch.
+    pub(super) touched: bool,
+    /// What the table's ageing queue says about this flow.
+    pub(super) queued: Option<Instant>,
+    /// What happened to it so far.
+    pub(super) record: Record,
 }
 
 impl Connection {
-    /// The empty state of a flow whose packets look like `transport`.
-    pub(super) fn new(transport: &Transport) -> Self {
-        let kind = match transport {
-            Transport::Tcp(_) => Kind::Tcp(Box::default()),
-            _ => Kind::Datagrams(Datagrams::default()),
+    /// The empty state of a flow in which such things are said.
+    pub(super) fn new(key: FlowKey, said: &Said) -> Self {
+        let kind = match said {
+            Said::Segment(..) => Kind::Tcp(Box::default()),
+            Said::Datagram(_) => Kind::Datagrams(Datagrams::new(key.is_dhcp())),
+            Said::Identity => Kind::Identity(Announcements::default()),
         };
-        Self { kind, held_bytes: 0, stuck: false, indexed_since: None }
+        let record = Record::default();
+        Self { key, kind, held: 0, held_bytes: 0, stuck: false, touched: false, queued: None, record }
     }
 
-    /// Queues a packet of the primary and judges. Serial numbers to release are pushed to `out`.
-    pub(super) fn primary(
-        &mut self,
-        serial: u64,
-        transport: &Transport,
-        frame: &Bytes,
-        out: &mut Vec<u64>,
-    ) -> Result<(), Cause> {
-        let verdict = match (&mut self.kind, transport) {
-            (Kind::Tcp(flow), Transport::Tcp(tcp)) => {
+    /// Queues what the primary said in the frame at `place` and judges. What leaves is pushed to `out`.
+    pub(super) fn primary(&mut self, place: u32, said: Said, out: &mut Vec<u32>) -> Result<(), Cause> {
+        let verdict = match (&mut self.kind, said) {
+            (Kind::Tcp(flow), Said::Segment(tcp, payload)) => {
                 // A flow that is stuck still learns what will have been shown when the checkpoint lets it go.
-                let one_life = flow.push_primary(serial, tcp, frame);
-                if self.stuck { Ok(()) } else { one_life.and_then(|()| drain(flow, out)) }
+                let one_life = flow.push_primary(place, &tcp, payload);
+                if self.stuck { Ok(()) } else { one_life.and_then(|()| flow.drain(out)) }
             }
-            (Kind::Datagrams(flow), Transport::Udp { payload: range, .. } | Transport::Icmp { message: range, .. })
-                if !self.stuck =>
-            {
-                collect(flow.push_primary(serial, frame.slice(range.clone())), out)
+            (Kind::Datagrams(flow), Said::Datagram(payload)) if !self.stuck => flow.push_primary(place, payload, out),
+            (Kind::Identity(flow), Said::Identity) => {
+                flow.push_primary(place, out);
+                Ok(())
             }
             _ => Ok(()),
         };
         self.settle(verdict)
     }
 
-    /// Takes a packet of the secondary and judges, as [`Connection::primary`] does.
+    /// Takes what the secondary said in a frame of so many bytes and judges, as [`Connection::primary`] does.
     pub(super) fn secondary(
         &mut self,
         now: Instant,
-        transport: &Transport,
-        frame: &[u8],
-        out: &mut Vec<u64>,
+        said: Said,
+        frame_bytes: usize,
+        out: &mut Vec<u32>,
     ) -> Result<(), Cause> {
         if self.stuck {
             return Ok(());
         }
-        let verdict = match (&mut self.kind, transport) {
-            (Kind::Tcp(flow), Transport::Tcp(tcp)) => {
-                flow.push_secondary(now, tcp, frame).and_then(|()| drain(flow, out))
+        let verdict = match (&mut self.kind, said) {
+            (Kind::Tcp(flow), Said::Segment(tcp, payload)) => {
+                flow.push_secondary(now, &tcp, &payload, frame_bytes).and_then(|()| flow.drain(out))
             }
-            (Kind::Datagrams(flow), Transport::Udp { payload: range, .. } | Transport::Icmp { message: range, .. }) => {
-                collect(flow.push_secondary(now, frame.get(range.clone()).unwrap_or_default()), out)
+            (Kind::Datagrams(flow), Said::Datagram(payload)) => flow.push_secondary(now, &payload, out),
+            (Kind::Identity(flow), Said::Identity) => {
+                flow.push_secondary(out);
+                Ok(())
             }
             _ => Ok(()),
         };
@@ -177,11 +116,12 @@ impl Connection {
     }
 
     fn settle(&mut self, verdict: Result<(), Cause>) -> Result<(), Cause> {
-        if verdict.is_err() {
+        if verdict.is_err() && !mutant::active(Mutant::LeaveAfterDivergence) {
             self.stuck = true;
             match &mut self.kind {
                 Kind::Tcp(flow) => flow.forget_secondary(),
-                Kind::Datagrams(flow) => *flow = Datagrams::default(),
+                Kind::Datagrams(flow) => flow.clear(),
+                Kind::Identity(_) => {}
             }
         }
         verdict
@@ -189,33 +129,36 @@ impl Connection {
 
     /// Begins the next epoch. `false`: nothing is worth keeping.
     pub(super) fn checkpoint(&mut self) -> bool {
-        (self.held_bytes, self.stuck, self.indexed_since) = (0, false, None);
-        match &mut self.kind {
+        (self.held, self.held_bytes) = (0, 0);
+        (self.stuck, self.touched, self.queued) = (false, false, None);
+        let known = match &mut self.kind {
             Kind::Tcp(flow) => flow.checkpoint(),
-            Kind::Datagrams(_) => false,
-        }
-    }
-
-    /// Whether the flow is as good as unknown: nothing waits and nothing is remembered.
-    pub(super) fn idle(&self) -> bool {
-        match &self.kind {
-            Kind::Tcp(_) => false,
+            Kind::Identity(flow) => flow.checkpoint(),
             Kind::Datagrams(flow) => {
-                !self.stuck && flow.held.is_empty() && flow.spare.is_empty() && flow.sent[0] == flow.sent[1]
+                flow.clear();
+                false
             }
-        }
+        };
+        known || self.record.diverged > 0
     }
 
-    /// Whether the primary used the flow in this epoch.
-    pub(super) fn active(&self) -> bool {
-        matches!(&self.kind, Kind::Tcp(flow) if flow.spoke())
+    /// Whether forgetting the flow loses nothing that was said in this epoch. What the network has been shown may be
+    /// forgotten: it must be explained again.
+    pub(super) fn forgettable(&self) -> bool {
+        !self.touched || (self.held == 0 && !self.stuck && matches!(&self.kind, Kind::Datagrams(flow) if flow.idle()))
+    }
+
+    /// Whether the flow was one transaction, and that is over.
+    pub(super) fn over(&self) -> bool {
+        self.key.transaction != 0 && self.touched && self.record.diverged == 0 && self.forgettable()
     }
 
     /// What the secondary's unmatched packets cost.
     pub(super) fn secondary_bytes(&self) -> usize {
         match &self.kind {
             Kind::Tcp(flow) => flow.secondary_bytes(),
-            Kind::Datagrams(flow) => flow.spare_bytes,
+            Kind::Datagrams(flow) => flow.spare_bytes(),
+            Kind::Identity(_) => 0,
         }
     }
 
@@ -223,25 +166,8 @@ impl Connection {
     pub(super) fn secondary_since(&self) -> Option<Instant> {
         match &self.kind {
             Kind::Tcp(flow) => flow.secondary_since(),
-            Kind::Datagrams(flow) => flow.spare.front().map(|spare| spare.1),
-        }
-    }
-}
-
-fn collect(verdict: Verdict, out: &mut Vec<u64>) -> Result<(), Cause> {
-    match verdict {
-        Verdict::Release(serial) => out.push(serial),
-        Verdict::Wait => {}
-        Verdict::Differs => return Err(Cause::PayloadDiffers),
-    }
-    Ok(())
-}
-
-fn drain(flow: &mut TcpFlow, out: &mut Vec<u64>) -> Result<(), Cause> {
-    loop {
-        match flow.judge() {
-            Verdict::Wait => return Ok(()),
-            verdict => collect(verdict, out)?,
+            Kind::Datagrams(flow) => flow.spare_since(),
+            Kind::Identity(_) => None,
         }
     }
 }

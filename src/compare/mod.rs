@@ -14,15 +14,28 @@
 //! only frames of one epoch can speak about each other.
 
 pub mod buffer;
+mod checksum;
 #[expect(clippy::module_inception, reason = "the field's word for it: colo-compare")]
 pub mod compare;
 pub mod connection;
+mod datagrams;
+mod fragments;
+mod ipv6;
+pub mod key;
+mod line;
+pub mod neighbour;
 pub mod packet;
 mod ranges;
+mod record;
 pub mod rewriter;
+mod table;
 mod tcp;
 pub mod wire;
 
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod rules;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -30,4 +43,6 @@ mod tests;
 
 pub use buffer::{EpochBuffer, Proxy};
 pub use compare::{Cause, Comparator, Config, Output, Stats};
+pub use key::FlowKey;
+pub use record::FlowReport;
 pub use rewriter::Rewriter;

@@ -16,6 +16,14 @@ impl Ranges {
         if start >= end {
             return;
         }
+        // A stream that grows.
+        if let Some(last) = self.0.last_mut()
+            && last.0 <= start
+            && start <= last.1
+        {
+            last.1 = last.1.max(end);
+            return;
+        }
         let first = self.0.partition_point(|range| range.1 < start);
         let last = self.0.partition_point(|range| range.0 <= end);
         let joined =

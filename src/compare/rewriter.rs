@@ -20,8 +20,10 @@
 //! and the first of the new. Not covered: TCP timestamps (TSecr), connections opened by the guest (they pass
 //! untouched). Source: `net/filter-rewriter.c`; RFC 9293, RFC 2018 for SACK.
 
-use super::connection::{FRAME_OVERHEAD_BYTES, FlowKey};
-use super::packet::{Ipv4, Packet, Tcp, Transport, be32, tcp_replace};
+use super::checksum::tcp_replace;
+use super::connection::FRAME_OVERHEAD_BYTES;
+use super::key::FlowKey;
+use super::packet::{Ip, Packet, Tcp, Transport, be32};
 use crate::clock::Instant;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -129,10 +131,10 @@ pub struct Rewriter {
 }
 
 fn tcp_of(frame: &[u8]) -> Option<(FlowKey, Tcp)> {
-    let Packet::Ipv4(ip) = Packet::parse(frame) else { return None };
-    let key = FlowKey::of(&ip)?;
+    let Packet::Ip(ip) = Packet::parse(frame) else { return None };
+    let key = FlowKey::of(&ip);
     match ip {
-        Ipv4 { transport: Transport::Tcp(tcp), .. } => Some((key, tcp)),
+        Ip { transport: Transport::Tcp(tcp), .. } => Some((key, tcp)),
         _ => None,
     }
 }
@@ -350,7 +352,7 @@ impl Rewriter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compare::testing::Seg;
+    use crate::compare::testing::{Seg, in_ipv6, tagged};
     use proptest::prelude::*;
     use smoltcp::wire::TcpControl;
 
@@ -393,6 +395,38 @@ mod tests {
         assert_eq!(more.ack, Some(SVM.wrapping_add(500)));
         assert_eq!(more.sack, Some((SVM.wrapping_add(600), SVM.wrapping_add(700))));
         assert_eq!(outbound(&mut rewriter, syn_ack(SVM)).seq, PVM, "a retransmitted SYN-ACK, known by now");
+    }
+
+    #[test]
+    fn tags_and_ipv6_make_no_difference() {
+        let (mut rewriter, mut alike) = (Rewriter::new(), established());
+        let behind = |frame: &[u8], inbound: bool| {
+            let mut other = tagged(&[5], &in_ipv6(6, &frame[34..]));
+            if inbound {
+                other[26..58].rotate_left(16);
+            }
+            other
+        };
+        for (segment, from_client) in [
+            (Seg::syn(CLIENT_ISN), true),
+            (syn_ack(SVM), false),
+            (Seg::data(CLIENT_ISN + 1, b"").ack(PVM + 1), true),
+            (Seg::data(SVM + 1, b"hello").ack(CLIENT_ISN + 1), false),
+        ] {
+            let mut plain = if from_client { segment.clone().inbound() } else { segment.clone() }.frame();
+            let mut other = behind(&plain, from_client);
+            if from_client {
+                rewriter.from_network(Instant::ZERO, &mut other);
+                alike.from_network(Instant::ZERO, &mut plain);
+            } else {
+                rewriter.from_guest(Instant::ZERO, &mut other);
+                alike.from_guest(Instant::ZERO, &mut plain);
+            }
+            if segment.control == TcpControl::None {
+                assert_eq!(other[58..], plain[34..], "{:?}", segment.payload);
+            }
+        }
+        assert_eq!(rewriter.needed(), 1);
     }
 
     #[test]

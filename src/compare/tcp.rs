@@ -25,16 +25,26 @@
 //! data which the state it has just loaded never received.
 //!
 //! The trap: a second connection on the same addresses and ports within one epoch. Which life a segment of the other
-//! guest belongs to cannot be told, so such a flow is held until the checkpoint. Windows and options are not
-//! compared. Sources: `net/colo-compare.c` (colo_compare_tcp) for the behaviour, RFC 9293 3.4 for the arithmetic.
+//! guest belongs to cannot be told, so such a flow is held until the checkpoint.
+//!
+//! **Not compared, by rule.** *Options*: a timestamp counts its sender's own ticks, SACK blocks repeat what the client
+//! sent, and those of a SYN are what both guests are configured to offer; a client follows each of them however it
+//! changes. *Windows*: an offer that guest B makes smaller costs the client a retransmission. So an empty segment that
+//! acknowledges no more than was shown (a window update, a duplicate ACK, a keep-alive) leaves as soon as all before it
+//! in its flow have left, heard of guest B or not. *Urgent pointer*: the bytes it points at are compared.
+//! *Minimum ACK*: an ACK leaves when guest B has acknowledged as far; one it delays is waited for until it ages.
+//! *SYN, FIN or RST of guest B alone* age like bytes of its own.
+//!
+//! Sources: `net/colo-compare.c` (colo_compare_tcp) for the behaviour, RFC 9293 3.4 for the arithmetic.
 
 use super::compare::Cause;
 use super::connection::FRAME_OVERHEAD_BYTES;
 use super::packet::Tcp;
 use super::ranges::Ranges;
 use crate::clock::Instant;
-use bytes::Bytes;
-use std::collections::{BTreeMap, VecDeque};
+use crate::mutant::{self, Mutant};
+use bytes::{Buf, Bytes};
+use std::collections::VecDeque;
 
 /// Whether `a` is after `b` in sequence space.
 fn after(a: u32, b: u32) -> bool {
@@ -49,10 +59,13 @@ fn later(a: Option<u32>, b: Option<u32>) -> Option<u32> {
     }
 }
 
+/// Payloads up to this are copied rather than kept with their frame.
+const COPIED_BYTES: usize = 4096;
+
 /// A segment of the primary that waits.
 #[derive(Debug)]
 struct Segment {
-    serial: u64,
+    place: u32,
     seq: u32,
     ack: Option<u32>,
     syn: bool,
@@ -88,6 +101,35 @@ impl Shown {
     }
 }
 
+/// Bytes of the secondary that the primary has not sent.
+#[derive(Debug)]
+struct Piece {
+    at: i64,
+    since: Instant,
+    bytes: Bytes,
+    /// How much memory the bytes keep alive.
+    backing_bytes: usize,
+}
+
+impl Piece {
+    /// Of a frame's payload: a copy, unless that is large and most of what is kept alive, else the count of bytes
+    /// held would be a lie.
+    fn new(at: i64, since: Instant, bytes: Bytes, backing_bytes: usize) -> Self {
+        if bytes.len() > COPIED_BYTES && bytes.len() * 2 >= backing_bytes {
+            return Self { at, since, bytes, backing_bytes };
+        }
+        Self { at, since, backing_bytes: bytes.len(), bytes: Bytes::copy_from_slice(&bytes) }
+    }
+
+    fn end(&self) -> i64 {
+        self.at + self.bytes.len() as i64
+    }
+
+    fn cost_bytes(&self) -> usize {
+        self.bytes.len() + FRAME_OVERHEAD_BYTES
+    }
+}
+
 /// What the secondary sent in this epoch and the primary has not.
 #[derive(Debug, Default)]
 struct Secondary {
@@ -98,47 +140,63 @@ struct Secondary {
     ack: Option<u32>,
     fin: Option<i64>,
     rst: bool,
-    bytes: BTreeMap<i64, (Instant, Bytes)>,
+    /// When it first said SYN, FIN or RST.
+    flag_since: Option<Instant>,
+    /// Sorted and disjoint.
+    pieces: VecDeque<Piece>,
     cost_bytes: usize,
 }
 
-fn cost_bytes(piece: &Bytes) -> usize {
-    piece.len() + FRAME_OVERHEAD_BYTES
-}
-
 impl Secondary {
-    fn store(&mut self, now: Instant, at: i64, piece: Bytes) {
-        if !piece.is_empty() {
-            self.cost_bytes += cost_bytes(&piece);
-            self.bytes.insert(at, (now, piece));
+    /// The first piece that ends behind `at`.
+    fn behind(&self, at: i64) -> usize {
+        match self.pieces.front() {
+            Some(front) if front.end() > at => 0,
+            _ => self.pieces.partition_point(|piece| piece.end() <= at),
         }
     }
 
-    /// Takes the piece that holds `at`, from `at` on. What precedes it has been passed by.
-    fn take(&mut self, at: i64) -> Option<(Instant, Bytes)> {
-        let (&start, (_, piece)) = self.bytes.range(..=at).next_back()?;
-        if start + piece.len() as i64 <= at {
-            return None;
+    /// The piece that holds `at`.
+    fn holding(&self, at: i64) -> Option<usize> {
+        let index = self.behind(at);
+        self.pieces.get(index).filter(|piece| piece.at <= at).map(|_| index)
+    }
+
+    /// Drops the bytes of a piece before `until`: they have been explained or passed by.
+    fn consume(&mut self, index: usize, until: i64) {
+        let Some(piece) = self.pieces.get_mut(index) else { return };
+        let before = piece.cost_bytes();
+        if piece.end() <= until {
+            self.pieces.remove(index);
+            self.cost_bytes -= before;
+            return;
         }
-        let (since, mut piece) = self.bytes.remove(&start)?;
-        self.cost_bytes -= cost_bytes(&piece);
-        Some((since, piece.split_off((at - start) as usize)))
+        piece.bytes.advance((until - piece.at) as usize);
+        piece.at = until;
+        if piece.bytes.len() * 2 < piece.backing_bytes {
+            piece.bytes = Bytes::copy_from_slice(&piece.bytes);
+            piece.backing_bytes = piece.bytes.len();
+        }
+        self.cost_bytes -= before - piece.cost_bytes();
     }
 
     /// Keeps the parts of a payload that are new. The first copy of a byte wins: it was the one produced first.
-    fn absorb(&mut self, now: Instant, mut at: i64, payload: &[u8], shown: &Ranges) {
+    fn absorb(&mut self, now: Instant, mut at: i64, payload: &Bytes, frame_bytes: usize, shown: &Ranges) {
         let (start, end) = (at, at + payload.len() as i64);
         while at < end {
-            let mine = self.bytes.range(..=at).next_back().map(|(from, (_, piece))| from + piece.len() as i64);
-            if let Some(known) = shown.end_of(at).or(mine.filter(|known| *known > at)) {
+            let index = self.behind(at);
+            let next = self.pieces.get(index);
+            let mine = next.filter(|piece| piece.at <= at).map(Piece::end);
+            if let Some(known) = shown.end_of(at).or(mine) {
                 at = known;
                 continue;
             }
-            let next = self.bytes.range(at..).next().map(|(from, _)| *from);
+            let next = next.map(|piece| piece.at);
             let stop = [next, shown.next_start(at)].into_iter().flatten().fold(end, i64::min);
-            // A copy: a slice would keep the whole frame alive and make the byte count a lie.
-            let piece = Bytes::copy_from_slice(&payload[(at - start) as usize..(stop - start) as usize]);
-            self.store(now, at, piece);
+            let bytes = payload.slice((at - start) as usize..(stop - start) as usize);
+            let piece = Piece::new(at, now, bytes, frame_bytes);
+            self.cost_bytes += piece.cost_bytes();
+            self.pieces.insert(index, piece);
             at = stop;
         }
     }
@@ -152,14 +210,20 @@ impl Segment {
                 self.checked = end;
                 continue;
             }
-            let Some((since, mut theirs)) = secondary.take(self.checked) else { break };
+            let Some(index) = secondary.holding(self.checked) else { break };
+            let piece = &secondary.pieces[index];
+            if mutant::active(Mutant::CutMatters) && piece.at != self.start {
+                return false;
+            }
+            let theirs = &piece.bytes[(self.checked - piece.at) as usize..];
             let mine = &self.payload[(self.checked - self.start) as usize..];
             let len = mine.len().min(theirs.len());
-            if mine[..len] != theirs[..len] {
+            let looked_at = len - usize::from(mutant::active(Mutant::OverlookByte));
+            if mine[..looked_at] != theirs[..looked_at] {
                 return false;
             }
             self.checked += len as i64;
-            secondary.store(since, self.checked, theirs.split_off(len));
+            secondary.consume(index, self.checked);
         }
         // The secondary's stream ended: before these bytes, or not where this one ends.
         secondary.fin.is_none_or(|fin| (self.checked >= self.end || self.end <= fin) && (!self.fin || self.end == fin))
@@ -176,17 +240,6 @@ impl Segment {
     }
 }
 
-/// What the head of the queue may do.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Verdict {
-    /// The frame with this serial number leaves.
-    Release(u64),
-    /// Not explained yet.
-    Wait,
-    /// The guests said different things.
-    Differs,
-}
-
 /// The state of one TCP flow.
 #[derive(Debug, Default)]
 pub(super) struct TcpFlow {
@@ -196,6 +249,8 @@ pub(super) struct TcpFlow {
     spoke: bool,
     /// The primary began a new life in this epoch.
     opened: bool,
+    /// The primary reset the connection in this epoch.
+    reset: bool,
     secondary: Secondary,
     /// The reference that sequence numbers are stretched around.
     near: Option<i64>,
@@ -209,7 +264,7 @@ impl TcpFlow {
     }
 
     /// Queues a segment of the primary. An error: it begins a second life within the epoch.
-    pub(super) fn push_primary(&mut self, serial: u64, tcp: &Tcp, frame: &Bytes) -> Result<(), Cause> {
+    pub(super) fn push_primary(&mut self, place: u32, tcp: &Tcp, payload: Bytes) -> Result<(), Cause> {
         let mut clear = true;
         if tcp.has(Tcp::SYN) && self.shown.isn != Some(tcp.seq) {
             let again = self.held.iter().any(|held| held.syn && held.seq == tcp.seq);
@@ -224,9 +279,9 @@ impl TcpFlow {
             // A reset takes its number from whatever segment provoked it.
             self.near = Some(start);
         }
-        let payload = frame.slice(tcp.payload.clone());
+        self.reset |= tcp.has(Tcp::RST);
         self.held.push_back(Segment {
-            serial,
+            place,
             seq: tcp.seq,
             ack: (tcp.has(Tcp::ACK) && !tcp.has(Tcp::RST)).then_some(tcp.ack),
             syn: tcp.has(Tcp::SYN),
@@ -241,7 +296,16 @@ impl TcpFlow {
     }
 
     /// Takes what a segment of the secondary says. An error: it begins a second life within the epoch.
-    pub(super) fn push_secondary(&mut self, now: Instant, tcp: &Tcp, frame: &[u8]) -> Result<(), Cause> {
+    pub(super) fn push_secondary(
+        &mut self,
+        now: Instant,
+        tcp: &Tcp,
+        payload: &Bytes,
+        frame_bytes: usize,
+    ) -> Result<(), Cause> {
+        if tcp.has(Tcp::SYN | Tcp::FIN | Tcp::RST) {
+            self.secondary.flag_since.get_or_insert(now);
+        }
         if tcp.has(Tcp::RST) {
             // Its ACK is not counted: a guest that resets holds no data for anyone.
             self.secondary.rst = true;
@@ -259,29 +323,29 @@ impl TcpFlow {
         let start = self.stretch(tcp.seq);
         self.near.get_or_insert(start);
         if tcp.has(Tcp::FIN) {
-            self.secondary.fin = Some(start + tcp.payload.len() as i64);
+            self.secondary.fin = Some(start + payload.len() as i64);
         }
-        let payload = frame.get(tcp.payload.clone()).unwrap_or_default();
-        self.secondary.absorb(now, start, payload, &self.shown.bytes);
+        self.secondary.absorb(now, start, payload, frame_bytes, &self.shown.bytes);
         Ok(())
     }
 
-    /// Judges the head of the queue; a released head is gone from it.
-    pub(super) fn judge(&mut self) -> Verdict {
-        let Some(head) = self.held.front_mut() else { return Verdict::Wait };
+    /// Judges the queue from its head on. What leaves is pushed to `out`. An error: the guests said different things.
+    pub(super) fn drain(&mut self, out: &mut Vec<u32>) -> Result<(), Cause> {
         // One guest began a new life and the other has not: it cannot speak for this one yet.
         let mut silent = Secondary::default();
         let secondary = if self.opened == self.secondary.syn { &mut self.secondary } else { &mut silent };
-        if !head.check_bytes(&self.shown, secondary) {
-            return Verdict::Differs;
+        while let Some(head) = self.held.front_mut() {
+            if !head.check_bytes(&self.shown, secondary) {
+                return Err(Cause::PayloadDiffers);
+            }
+            if !head.explained(&self.shown, secondary) {
+                break;
+            }
+            out.push(head.place);
+            self.shown.add(head);
+            self.held.pop_front();
         }
-        if !head.explained(&self.shown, secondary) {
-            return Verdict::Wait;
-        }
-        self.held.pop_front().map_or(Verdict::Wait, |head| {
-            self.shown.add(&head);
-            Verdict::Release(head.serial)
-        })
+        Ok(())
     }
 
     /// The epoch ended in an owned checkpoint: all that was held has left, and guest B is guest A as captured.
@@ -291,7 +355,7 @@ impl TcpFlow {
             self.shown.add(&segment);
         }
         self.forget_secondary();
-        (self.spoke, self.opened) = (false, false);
+        (self.spoke, self.opened, self.reset) = (false, false, false);
         self.shown != Shown::default()
     }
 
@@ -300,18 +364,18 @@ impl TcpFlow {
         self.secondary = Secondary::default();
     }
 
-    /// Whether the primary said anything in this epoch.
-    pub(super) fn spoke(&self) -> bool {
-        self.spoke
-    }
-
     /// What the secondary's unmatched bytes cost.
     pub(super) fn secondary_bytes(&self) -> usize {
         self.secondary.cost_bytes
     }
 
-    /// When the first byte arrived that the primary has not sent.
+    /// When the first thing arrived that the primary has not said: a byte, or a SYN, FIN or RST.
     pub(super) fn secondary_since(&self) -> Option<Instant> {
-        self.secondary.bytes.first_key_value().map(|(_, (since, _))| *since)
+        let said = &self.secondary;
+        let alone = (said.syn && !self.opened)
+            || (said.rst && !self.reset)
+            || (said.fin.is_some() && said.fin != self.shown.fin && self.held.iter().all(|held| !held.fin));
+        let flag = said.flag_since.filter(|_| alone);
+        said.pieces.front().map(|piece| piece.since).into_iter().chain(flag).min()
     }
 }

@@ -1,11 +1,14 @@
 //! Frames for tests, built and checked by another implementation: smoltcp's wire module.
 
+use super::{Cause, Comparator, Config, Output};
+use crate::clock::Instant;
 use bytes::Bytes;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
     EthernetAddress, EthernetFrame, EthernetProtocol, EthernetRepr, Icmpv4Packet, Icmpv4Repr, IpAddress, IpProtocol,
     Ipv4Packet, Ipv4Repr, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber, UdpPacket, UdpRepr,
 };
+use std::time::Duration;
 
 pub(crate) const GUEST: [u8; 4] = [10, 0, 0, 2];
 pub(crate) const CLIENT: [u8; 4] = [10, 0, 0, 9];
@@ -25,6 +28,47 @@ fn ipv4(src: [u8; 4], dst: [u8; 4], protocol: IpProtocol, len: usize, fill: impl
     ip.emit(&mut packet, &ChecksumCapabilities::default());
     fill(packet.payload_mut());
     frame
+}
+
+pub(crate) const GUEST6: [u8; 16] = [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
+pub(crate) const CLIENT6: [u8; 16] = [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9];
+
+/// An IPv6 packet of the guest with whatever is behind its header.
+pub(crate) fn in_ipv6(next_header: u8, behind: &[u8]) -> Vec<u8> {
+    let mut frame = vec![0; 12];
+    frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+    frame.extend((behind.len() as u16).to_be_bytes());
+    frame.extend([next_header, 64]);
+    frame.extend([GUEST6, CLIENT6].concat());
+    frame.extend(behind);
+    frame
+}
+
+/// A TCP segment from the guest to the client, without an IP header.
+pub(crate) fn tcp6(seq: u32, payload: &[u8]) -> Vec<u8> {
+    [&Seg::data(seq, b"").frame()[34..], payload].concat()
+}
+
+/// An ICMPv6 message of the guest.
+pub(crate) fn icmp6(message: &[u8]) -> Vec<u8> {
+    in_ipv6(58, message)
+}
+
+/// An ARP packet: operation, sender, target. Hardware addresses are the test's convention.
+pub(crate) fn arp(operation: u8, sender: [u8; 4], target: [u8; 4]) -> Vec<u8> {
+    let hardware = [2, 0, 0, 0, 0, 2];
+    [&[0xff; 6][..], &hardware, &[8, 6, 0, 1, 8, 0, 6, 4, 0, operation], &hardware, &sender, &[0; 6], &target].concat()
+}
+
+/// A frame with tags, the outer first.
+pub(crate) fn tagged(tags: &[u16], frame: &[u8]) -> Vec<u8> {
+    let mut out = frame[..12].to_vec();
+    for (at, tag) in tags.iter().enumerate() {
+        out.extend(if at + 1 < tags.len() { [0x88, 0xa8] } else { [0x81, 0x00] });
+        out.extend(tag.to_be_bytes());
+    }
+    out.extend(&frame[12..]);
+    out
 }
 
 /// A TCP segment, from the guest's port 80 to the client's 40000 unless told otherwise.
@@ -151,4 +195,94 @@ pub(crate) fn icmp_echo_reply(ident: u16, data: &[u8]) -> Vec<u8> {
     ipv4(GUEST, CLIENT, IpProtocol::Icmp, repr.buffer_len(), |bytes| {
         repr.emit(&mut Icmpv4Packet::new_unchecked(bytes), &ChecksumCapabilities::default());
     })
+}
+
+/// An IPv4 or IPv6 frame without extension headers, cut behind so many bytes of its payload each.
+pub(crate) fn fragments(frame: &[u8], id: u8, cuts: &[usize]) -> Vec<Vec<u8>> {
+    let v6 = frame[12] == 0x86;
+    let (header, payload) = frame.split_at(if v6 { 54 } else { 34 });
+    let ends = cuts.iter().copied().chain([payload.len()]);
+    let starts = [0].into_iter().chain(cuts.iter().copied());
+    let part = |(start, end): (usize, usize)| {
+        let (mut out, more) = (header.to_vec(), end < payload.len());
+        if v6 {
+            out[18..20].copy_from_slice(&((end - start + 8) as u16).to_be_bytes());
+            let next = std::mem::replace(&mut out[20], 44);
+            out.extend([next, 0]);
+            out.extend((start as u16 | u16::from(more)).to_be_bytes());
+            out.extend([0, 0, 0, id]);
+        } else {
+            out[16..18].copy_from_slice(&((end - start + 20) as u16).to_be_bytes());
+            out[18..20].copy_from_slice(&[0, id]);
+            out[20..22].copy_from_slice(&((start / 8) as u16 | u16::from(more) << 13).to_be_bytes());
+        }
+        out.extend(&payload[start..end]);
+        out
+    };
+    starts.zip(ends).map(part).collect()
+}
+
+/// A UDP datagram of the guest over IPv6; its checksum is not looked at.
+pub(crate) fn udp6(port: u16, payload: &[u8]) -> Vec<u8> {
+    in_ipv6(17, &udp(port, payload)[34..])
+}
+
+/// A comparator, its clock, and what it asked for.
+pub(crate) struct Trace {
+    pub(crate) comparator: Comparator,
+    pub(crate) now: Instant,
+    pub(crate) asked: Vec<(u64, Cause)>,
+}
+
+impl Trace {
+    pub(crate) fn new() -> Self {
+        Self::with(Config::default())
+    }
+
+    pub(crate) fn with(config: Config) -> Self {
+        Self { comparator: Comparator::new(config), now: Instant::ZERO, asked: vec![] }
+    }
+
+    /// Frames released since the last call.
+    pub(crate) fn out(&mut self) -> Vec<Bytes> {
+        let mut frames = vec![];
+        while let Some(output) = self.comparator.poll_output() {
+            match output {
+                Output::Release(frame) => frames.push(frame),
+                Output::Diverged { epoch, cause } => self.asked.push((epoch, cause)),
+            }
+        }
+        frames
+    }
+
+    pub(crate) fn p_raw(&mut self, epoch: u64, frame: impl Into<Bytes>) -> usize {
+        self.comparator.handle_primary(self.now, epoch, frame.into());
+        self.out().len()
+    }
+
+    pub(crate) fn s_raw(&mut self, epoch: u64, frame: impl Into<Bytes>) -> usize {
+        self.comparator.handle_secondary(self.now, epoch, frame.into());
+        self.out().len()
+    }
+
+    pub(crate) fn p(&mut self, epoch: u64, segment: Seg) -> usize {
+        self.p_raw(epoch, segment.frame())
+    }
+
+    pub(crate) fn s(&mut self, epoch: u64, segment: Seg) -> usize {
+        self.s_raw(epoch, segment.frame())
+    }
+
+    pub(crate) fn checkpoint(&mut self, epoch: u64) -> Vec<Bytes> {
+        self.comparator.checkpoint(self.now, epoch);
+        self.out()
+    }
+
+    pub(crate) fn wait(&mut self, millis: u64) -> usize {
+        self.now += Duration::from_millis(millis);
+        if self.comparator.poll_timeout().is_some_and(|at| at <= self.now) {
+            self.comparator.handle_timeout(self.now);
+        }
+        self.out().len()
+    }
 }

@@ -331,7 +331,8 @@ fn monitor(pieces: Pieces) -> Said {
 }
 
 fn packets(pieces: Pieces) -> Said {
-    vec![brief(&packet::Packet::parse(&all(pieces)))]
+    let frame = all(pieces);
+    vec![brief(&packet::Packet::parse(&frame)), brief(&packet::Packet::parse_behind(&frame, 12))]
 }
 
 /// An input as steps: who speaks, in which epoch, how long after the last, and what (le16 length, frame).

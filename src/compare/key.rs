@@ -1,0 +1,147 @@
+//! A flow's name: who talks to whom, and about what.
+//!
+//! ```text
+//! TCP, UDP   VLANs, addresses, protocol, ports
+//! DNS, DHCP  the same, and the transaction: each question, each answer is a flow of its own
+//! ICMP       VLANs, addresses, protocol; the echo's identifier, or the type
+//! Identity   VLANs, address, hardware address
+//! Other      VLANs, addresses, protocol
+//! ```
+//!
+//! Within a flow order is kept; between flows there is none. That is why a resolver's answers are matched by their
+//! identifier: two guests may well answer two questions in different order.
+
+use super::neighbour::Identity;
+use super::packet::{ETHERTYPE_ARP, Ip, PROTOCOL_ICMPV6, Transport, Vlans, be16, be32};
+use core::net::{IpAddr, Ipv4Addr};
+use std::fmt;
+use std::hash::{Hash, Hasher};
+
+const PORT_DNS: u16 = 53;
+const PORTS_DHCP: [u16; 2] = [67, 68];
+const DHCP_OPTIONS_AT: usize = 240;
+const DHCP_MESSAGE_TYPE: u8 = 53;
+
+/// Who talks to whom, in the guest's direction.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct FlowKey {
+    /// The VLANs of its frames, the outer first.
+    pub vlans: Vlans,
+    /// The guest's address.
+    pub src: IpAddr,
+    /// The peer's address.
+    pub dst: IpAddr,
+    /// IP protocol number; [`FlowKey::IDENTITY`] for address resolution and neighbour discovery.
+    pub protocol: u16,
+    /// The guest's port, or an ICMP echo identifier.
+    pub src_port: u16,
+    /// The peer's port, or one more than the type of an ICMP message that is no echo.
+    pub dst_port: u16,
+    /// A DNS or DHCP transaction, a hardware address, or 0.
+    pub transaction: u64,
+}
+
+impl FlowKey {
+    /// The protocol of an identity: an EtherType, so no IP protocol.
+    pub const IDENTITY: u16 = ETHERTYPE_ARP;
+
+    /// The key of a packet sent by the guest. Transactions need the payload: [`FlowKey::within`].
+    #[must_use]
+    pub fn of(ip: &Ip) -> Self {
+        let icmp = if ip.src.is_ipv4() { 1 } else { PROTOCOL_ICMPV6 };
+        let (protocol, src_port, dst_port) = match &ip.transport {
+            Transport::Tcp(tcp) => (6, tcp.src_port, tcp.dst_port),
+            Transport::Udp { src_port, dst_port, .. } => (17, *src_port, *dst_port),
+            Transport::Icmp { echo_id: Some(id), .. } => (icmp, *id, 0),
+            Transport::Icmp { kind, echo_id: None, .. } => (icmp, 0, u16::from(*kind) + 1),
+            Transport::Other { protocol, .. } => (*protocol, 0, 0),
+        };
+        let protocol = u16::from(protocol);
+        Self { vlans: ip.vlans, src: ip.src, dst: ip.dst, protocol, src_port, dst_port, transaction: 0 }
+    }
+
+    /// The key of the transaction within this flow that a datagram belongs to.
+    #[must_use]
+    pub fn within(self, payload: &[u8]) -> Self {
+        let ports = [self.src_port, self.dst_port];
+        let transaction = match self.protocol {
+            17 if ports.contains(&PORT_DNS) => be16(payload, 0).map(u64::from),
+            17 if ports.iter().all(|port| PORTS_DHCP.contains(port)) => dhcp_transaction(payload),
+            _ => None,
+        };
+        Self { transaction: transaction.unwrap_or(0), ..self }
+    }
+
+    /// Whether the flow is a DHCP exchange, whose message says for how long its sender has been trying.
+    pub(super) fn is_dhcp(&self) -> bool {
+        self.protocol == 17 && [self.src_port, self.dst_port].iter().all(|port| PORTS_DHCP.contains(port))
+    }
+
+    /// The same flow, from a packet sent by the peer.
+    #[must_use]
+    pub fn reversed(self) -> Self {
+        Self { src: self.dst, dst: self.src, src_port: self.dst_port, dst_port: self.src_port, ..self }
+    }
+}
+
+/// All of the key in few words: the derived one feeds a hasher a field at a time, lengths and variants too.
+impl Hash for FlowKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        match (self.src, self.dst) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                state.write_u64(u64::from(src.to_bits()) << 32 | u64::from(dst.to_bits()))
+            }
+            (src, dst) => [src, dst].into_iter().for_each(|address| match address {
+                IpAddr::V4(address) => state.write_u32(address.to_bits()),
+                IpAddr::V6(address) => state.write_u128(address.to_bits()),
+            }),
+        }
+        let [outer, inner, source, destination] =
+            [self.vlans[0], self.vlans[1], self.src_port, self.dst_port].map(u64::from);
+        state.write_u64(outer << 48 | inner << 32 | source << 16 | destination);
+        // A transaction has 48 bits at most; one that had more would still be told by equality.
+        state.write_u64(self.transaction << 16 | u64::from(self.protocol));
+    }
+}
+
+impl From<Identity> for FlowKey {
+    fn from(said: Identity) -> Self {
+        let hardware = said.hardware.iter().fold(0, |all, byte| all << 8 | u64::from(*byte));
+        Self {
+            vlans: said.vlans,
+            src: said.address,
+            dst: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            protocol: Self::IDENTITY,
+            src_port: 0,
+            dst_port: 0,
+            transaction: hardware,
+        }
+    }
+}
+
+impl fmt::Display for FlowKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.protocol {
+            Self::IDENTITY => write!(f, "identity {}", self.src)?,
+            6 => write!(f, "tcp {} {} > {} {}", self.src, self.src_port, self.dst, self.dst_port)?,
+            17 => write!(f, "udp {} {} > {} {}", self.src, self.src_port, self.dst, self.dst_port)?,
+            other => write!(f, "protocol {other} {} > {}", self.src, self.dst)?,
+        }
+        self.vlans.iter().filter(|vlan| **vlan != 0).try_for_each(|vlan| write!(f, " vlan {vlan}"))
+    }
+}
+
+/// The exchange and the step in it.
+fn dhcp_transaction(payload: &[u8]) -> Option<u64> {
+    let xid = be32(payload, 4)?;
+    let mut options = payload.get(DHCP_OPTIONS_AT..)?;
+    let kind = loop {
+        match *options {
+            [0, ..] => options = &options[1..],
+            [DHCP_MESSAGE_TYPE, 1, kind, ..] => break kind,
+            [1..=254, length, ..] => options = options.get(2 + usize::from(length)..)?,
+            _ => break 0,
+        }
+    };
+    Some(u64::from(xid) << 8 | u64::from(kind))
+}

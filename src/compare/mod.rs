@@ -17,6 +17,7 @@ pub mod buffer;
 #[expect(clippy::module_inception, reason = "the field's word for it: colo-compare")]
 pub mod compare;
 pub mod connection;
+pub mod notify;
 pub mod packet;
 mod ranges;
 pub mod rewriter;

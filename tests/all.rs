@@ -6,6 +6,7 @@
 
 mod cli;
 mod common;
+mod compare_command;
 mod demo;
 mod device_model;
 mod full_disk;

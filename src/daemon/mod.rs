@@ -5,7 +5,7 @@
 //!  engine    the thread that owns the guest and its machine; pair/ is what it runs, without any wire
 //!  links     the four connections of a pair        address, frames   where they lead and how they are framed
 //!  guest     the guest and its host-side devices   nbd               the replica's server
-//!  check     whether this host is able
+//!  check     whether this host is able              compare           the comparator behind QEMU's sockets
 //!  arbiter, fence   who may go on alone            control, status   what an operator asks and hears
 //!  switch, edge     the demo's network
 //! ```
@@ -13,6 +13,7 @@
 pub mod address;
 pub mod arbiter;
 pub mod check;
+pub mod compare;
 pub mod control;
 pub mod edge;
 pub mod engine;

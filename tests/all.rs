@@ -7,6 +7,8 @@
 mod cli;
 mod common;
 mod compare_command;
+mod compare_differential;
+mod compare_qemu;
 mod demo;
 mod device_model;
 mod full_disk;

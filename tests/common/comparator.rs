@@ -1,5 +1,6 @@
 //! A comparator behind its four sockets: `xl-colo compare`, or a `colo-compare` of a stock QEMU's without a machine.
 
+use super::frames::arp;
 use super::{LOOK, Listening, PATIENCE, XL_COLO, installed};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -91,6 +92,23 @@ impl Comparator {
         Peer::connect(&self.path(port))
     }
 
+    /// The peers of all four ports, when each has been taken. Until then QEMU loses what it has to say to one.
+    pub fn connect_all(&self) -> [Peer; 4] {
+        let [mut primary, secondary, mut out, mut notify] =
+            ["primary-in", "secondary-in", "outdev", "notify-dev"].map(|port| self.connect(port));
+        notify.send(b"COLO_USERSPACE_PROXY_INIT");
+        assert_eq!(notify.hear(), b"COLO_COMPARE_GET_XEN_INIT");
+        // ARP passes at once.
+        let mut probes = 0;
+        while !out.has_something() {
+            probes += 1;
+            primary.send(&arp(probes));
+            std::thread::sleep(LOOK);
+        }
+        while out.hear() != arp(probes) {}
+        [primary, secondary, out, notify]
+    }
+
     /// Ends it as an operator does; its exit code.
     pub fn end(&mut self) -> Option<i32> {
         rustix::process::kill_process(rustix::process::Pid::from_child(&self.process.0), rustix::process::Signal::TERM)
@@ -151,6 +169,14 @@ impl Peer {
         let mut message = vec![0; length];
         self.0.read_exact(&mut message).expect("the whole message in time");
         (header, message)
+    }
+
+    /// Whether there is something to be heard.
+    fn has_something(&self) -> bool {
+        self.0.set_nonblocking(true).unwrap();
+        let peeked = rustix::net::recv(&self.0, &mut [0; 1], rustix::net::RecvFlags::PEEK);
+        self.0.set_nonblocking(false).unwrap();
+        peeked.is_ok()
     }
 
     /// Waits until the other end hangs up.

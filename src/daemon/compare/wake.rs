@@ -23,10 +23,12 @@ impl Wake {
         Ok(Self { event, woken, end, report })
     }
 
+    /// Call it when all is in place that is to be seen.
     pub(super) fn wake(&self) {
-        self.woken.store(true, Ordering::Release);
         // Full means readable, which is all that is wanted.
         let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
+        // Behind the write: whoever sees this empties the descriptor, and would leave a later write there for good.
+        self.woken.store(true, Ordering::Release);
     }
 
     /// Whether somebody woke since the last time.
@@ -35,8 +37,9 @@ impl Wake {
         if !self.woken.load(Ordering::Relaxed) {
             return false;
         }
+        self.woken.swap(false, Ordering::AcqRel);
         let _ = rustix::io::read(&self.event, &mut [0; 8]);
-        self.woken.swap(false, Ordering::AcqRel)
+        true
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {

@@ -336,18 +336,16 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
                     fds.push(PollFd::from_borrowed_fd(peer.as_fd(), flags));
                 }
             }
-            let forever = until.is_none_or(|until| until > AWAKE);
-            while self.quick && forever && begun.elapsed() < AWAKE {
-                if poll(&mut fds, Some(&Timespec::default()))? > 0 {
-                    return Ok(());
-                }
+            let mut ready = 0;
+            let soon = until.is_some_and(|until| until <= AWAKE);
+            while self.quick && !soon && ready == 0 && begun.elapsed() < AWAKE {
+                ready = look(&mut fds, Some(&Timespec::default()))?;
                 std::thread::yield_now();
             }
-            // Up to the next microsecond, or it would be asked in vain.
-            let left = until.map(|until| Timespec::try_from(until + Duration::from_micros(1)).unwrap_or_default());
-            match poll(&mut fds, left.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+            if ready == 0 {
+                // Up to the next microsecond, or it would be asked in vain.
+                let left = until.map(|until| Timespec::try_from(until + Duration::from_micros(1)).unwrap_or_default());
+                look(&mut fds, left.as_ref())?;
             }
             self.quick = begun.elapsed() < AWAKE;
             gone = outdev.and_then(|at| fds.get(at)).is_some_and(|fd| fd.revents().intersects(!PollFlags::OUT));
@@ -410,6 +408,14 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             "outdev_waiting_bytes": self.outbox.waiting_bytes(),
             "flows": stats.flows,
         })
+    }
+}
+
+/// How many of these have something, when one has or the time is over.
+fn look(fds: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> io::Result<usize> {
+    match poll(fds, timeout) {
+        Err(rustix::io::Errno::INTR) => Ok(0),
+        looked => Ok(looked?),
     }
 }
 

@@ -365,7 +365,10 @@ fn every_file_is_compiled() {
     let mut tests = tree("tests");
     // What is fed to decoders is compiled by nobody.
     tests.retain(|path, _| !path.starts_with("tests/corpus/"));
-    assert_tidy(dead_files(&tests, &["tests/all.rs", "tests/bench/checkpoint.rs", "tests/bench/replica.rs"]));
+    assert_tidy(dead_files(
+        &tests,
+        &["tests/all.rs", "tests/bench/checkpoint.rs", "tests/bench/compare.rs", "tests/bench/replica.rs"],
+    ));
 }
 
 #[test]

@@ -172,7 +172,7 @@ impl Peer {
     }
 
     /// Whether there is something to be heard.
-    fn has_something(&self) -> bool {
+    pub fn has_something(&self) -> bool {
         self.0.set_nonblocking(true).unwrap();
         let peeked = rustix::net::recv(&self.0, &mut [0; 1], rustix::net::RecvFlags::PEEK);
         self.0.set_nonblocking(false).unwrap();

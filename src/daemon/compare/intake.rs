@@ -115,12 +115,12 @@ impl Intake {
         let Some(block) = block else {
             let taken = walk(&self.buffer, self.vnet, |at, head| {
                 let message = Bytes::copy_from_slice(&self.buffer[at..at + head.message_bytes()]);
-                each(frame(message, head));
+                each(frame(&message, 0, head));
             })?;
             self.buffer.drain(..taken);
             return Ok(());
         };
-        let taken = walk(&block, self.vnet, |at, head| each(frame(block.slice(at..at + head.message_bytes()), head)))?;
+        let taken = walk(&block, self.vnet, |at, head| each(frame(&block, at, head)))?;
         self.buffer.extend_from_slice(&block[taken..]);
         self.lent.push_back(block);
         Ok(())
@@ -144,14 +144,13 @@ impl Intake {
     }
 }
 
-fn frame(mut message: Bytes, head: Head) -> Frame {
-    if head.words_bytes == 4 {
-        let bytes = message.split_off(head.words_bytes);
-        Frame { message: Bytes::new(), bytes }
-    } else {
-        let bytes = message.slice(head.words_bytes + head.vnet_bytes..);
-        Frame { message, bytes }
-    }
+/// The frame of the message at `at`.
+fn frame(block: &Bytes, at: usize, head: Head) -> Frame {
+    let end = at + head.message_bytes();
+    let bytes = block.slice(end - head.frame_bytes..end);
+    // Without a header the length is all there is, and it is no work to write it anew.
+    let message = if head.words_bytes == 4 { Bytes::new() } else { block.slice(at..end) };
+    Frame { message, bytes }
 }
 
 /// Visits each whole message with a frame in it; returns where the first that is not whole begins.

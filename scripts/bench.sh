@@ -5,6 +5,7 @@
 #   bench.sh disk         threads against io_uring, both of fio's, on a file: what our server need not use
 #   bench.sh nbd          our NBD server against qemu-nbd and nbdkit (10 minutes)
 #   bench.sh replica      a protected disk against a pair of QEMUs: writes, checkpoints, takeovers (10 minutes)
+#   bench.sh compare      our comparator against QEMU's and against a plain relay, and the engine alone (2 minutes)
 #   bench.sh xen          our engine against Xen's own, for xl save and for Remus, on nested Xen hosts (20 minutes)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,7 +16,7 @@ readonly IDLE_AIM_PERCENT=5
 readonly START_SECONDS=60
 
 usage() {
-	sed -n '2,8s/^# //p' "${BASH_SOURCE[0]}" >&2
+	sed -n '2,9s/^# //p' "${BASH_SOURCE[0]}" >&2
 	exit 2
 }
 
@@ -105,6 +106,13 @@ replica)
 	program=$(cargo bench --bench replica --no-run --message-format=json 2>/dev/null |
 		sed -nE 's/.*"executable":"([^"]*replica-[^"]*)".*/\1/p' | tail -n 1)
 	exec scripts/bench-replica "$program"
+	;;
+compare)
+	cargo build --release --quiet
+	# A copy: building the bench builds the program again, with the mutants in.
+	mkdir -p target/bench
+	cp "$BINARY" target/bench/xl-colo
+	exec cargo bench --quiet --bench compare -- "$PWD/target/bench/xl-colo"
 	;;
 xen)
 	cargo build --release --quiet --features xen

@@ -11,6 +11,7 @@ use crate::colo::arbiter::Policy;
 use crate::colo::hello::{Mode, ResumeOrder};
 use crate::daemon::address::Address;
 use crate::daemon::arbiter::Arbiter;
+use crate::daemon::compare::port::PortAddress;
 use crate::daemon::control;
 use crate::daemon::nbd::tls::Credentials;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -18,6 +19,8 @@ use std::path::PathBuf;
 
 /// The command failed.
 pub const EXIT_FAILED: u8 = 1;
+/// The command line is wrong.
+pub const EXIT_USAGE: u8 = 2;
 /// The demo lost something.
 pub const EXIT_LOST: u8 = 3;
 /// This machine cannot give what was asked.
@@ -64,6 +67,8 @@ pub enum Command {
     Nbd(NbdArgs),
     /// Give an order to a QMP monitor, ours or a QEMU's; or be one, for a replica whose primary is a QEMU
     Qmp(QmpArgs),
+    /// Compare the packets of two guests behind QEMU's chardev sockets, in the place of its colo-compare object
+    Compare(CompareArgs),
     /// Cleans up behind a killed host; started by it
     #[cfg(feature = "xen")]
     #[command(hide = true)]
@@ -189,6 +194,46 @@ pub struct QmpArgs {
     /// Its arguments, as a JSON object
     #[arg(value_name = "JSON", default_value = "{}")]
     pub arguments: String,
+}
+
+/// Arguments of `compare`: the names, defaults and refusals are those of colo-compare's properties.
+///
+/// A port is unix:PATH or tcp:HOST:PORT and listens; with ,server=off it connects, again and again. It has one peer at a
+/// time; the next one waits. What differs from QEMU: IPv6, VLANs and fragments are compared too, and what cannot be
+/// is held and asks for a checkpoint; no frame of the primary's is ever dropped, the guest waits instead; an oversized frame
+/// closes the connection, and the port takes the next peer; DO_CHECKPOINT is said once for each checkpoint. Without
+/// notify_dev what differs is held until the end. SIGTERM sends on what is held, as deleting QEMU's object does, and
+/// SIGUSR1 prints one line of JSON that says how it stands.
+#[derive(Args, Debug)]
+pub struct CompareArgs {
+    /// Where the primary's frames come from
+    #[arg(long, alias = "primary_in", value_name = "PORT")]
+    pub primary_in: Option<PortAddress>,
+    /// Where the secondary's frames come from
+    #[arg(long, alias = "secondary_in", value_name = "PORT")]
+    pub secondary_in: Option<PortAddress>,
+    /// Where frames go that may leave
+    #[arg(long, value_name = "PORT")]
+    pub outdev: Option<PortAddress>,
+    /// Where a toolstack is asked for checkpoints, and says that one was made (libxl's userspace proxy)
+    #[arg(long, alias = "notify_dev", value_name = "PORT")]
+    pub notify_dev: Option<PortAddress>,
+    /// Frames come with their virtio-net headers, and leave with them
+    #[arg(long, alias = "vnet_hdr_support")]
+    pub vnet_hdr_support: bool,
+    /// How long a frame waits for its like, exactly, before a checkpoint is asked for
+    #[arg(long, alias = "compare_timeout", value_name = "MS", default_value_t = 3000)]
+    pub compare_timeout: u32,
+    /// Taken for the sake of scripts: nothing is scanned for, a frame is noticed when it has waited long enough
+    #[arg(long, alias = "expired_scan_cycle", value_name = "MS", default_value_t = 1000)]
+    pub expired_scan_cycle: u32,
+    /// What a connection may hold, in packets of 4 KiB; all connections together four times that. Full asks for a
+    /// checkpoint, and nothing is dropped
+    #[arg(long, alias = "max_queue_size", value_name = "PACKETS", default_value_t = 1024)]
+    pub max_queue_size: u32,
+    /// Log each peer on standard error; XEN_COLO_LOG says more exactly what
+    #[arg(short, long)]
+    pub verbose: bool,
 }
 
 /// Which host a command is for.

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 use xen_colo::cli::{
-    self, ArbiterArgs, CheckArgs, Cli, Command, HostArgs, HostRef, NbdArgs, ProtectArgs, QmpArgs, ReceiveArgs,
-    StatusArgs,
+    self, ArbiterArgs, CheckArgs, Cli, Command, CompareArgs, HostArgs, HostRef, NbdArgs, ProtectArgs, QmpArgs,
+    ReceiveArgs, StatusArgs,
 };
 use xen_colo::daemon::address::Address;
 use xen_colo::daemon::control::{self, Protect, Request};
@@ -29,7 +29,12 @@ fn main() -> ExitCode {
     if let Command::SaveHelper(args) = cli.command {
         return save_helper(&args.arguments);
     }
-    let level = if matches!(&cli.command, Command::Nbd(args) if args.verbose) { "xen_colo=debug" } else { "warn" };
+    let verbose = match &cli.command {
+        Command::Nbd(args) => args.verbose,
+        Command::Compare(args) => args.verbose,
+        _ => false,
+    };
+    let level = if verbose { "xen_colo=debug" } else { "warn" };
     let filter = EnvFilter::try_from_env("XEN_COLO_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     #[cfg(feature = "xen")]
@@ -54,6 +59,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Arbiter(args) => serve_arbiter(args).await,
         Command::Nbd(args) => serve_nbd(args).await,
         Command::Qmp(args) => qmp(args).await,
+        Command::Compare(args) => compare_packets(args).await,
         Command::Protect(args) => protect(args).await,
         Command::Status(args) => show_status(args).await,
         Command::Check(args) => check_host(args).await,
@@ -148,6 +154,37 @@ async fn qmp(args: QmpArgs) -> ExitCode {
             say::out(&value);
             ExitCode::SUCCESS
         }
+        Err(error) => fail(cli::EXIT_FAILED, &error),
+    }
+}
+
+async fn compare_packets(args: CompareArgs) -> ExitCode {
+    use xen_colo::daemon::compare::{self, BadConfig, CompareError, Config};
+    let (Some(primary_in), Some(secondary_in), Some(outdev)) = (args.primary_in, args.secondary_in, args.outdev) else {
+        return fail(cli::EXIT_USAGE, &"colo compare needs 'primary_in' ,'secondary_in','outdev' property set");
+    };
+    let config = Config {
+        primary_in,
+        secondary_in,
+        outdev,
+        notify_dev: args.notify_dev,
+        vnet_hdr_support: args.vnet_hdr_support,
+        compare_timeout: Duration::from_millis(args.compare_timeout.into()),
+        max_queue_size: args.max_queue_size as usize,
+    };
+    let scanned = if args.expired_scan_cycle == 0 { Err(BadConfig::NotPositive("expired_scan_cycle")) } else { Ok(()) };
+    if let Err(error) = config.check().and(scanned) {
+        return fail(cli::EXIT_USAGE, &error);
+    }
+    let opened = |opened: &compare::Opened| {
+        say::out(opened);
+    };
+    let report = |status: &serde_json::Value| {
+        say::out(status);
+    };
+    match compare::run(config, opened, report).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error @ CompareError::Listen { .. }) => fail(cli::EXIT_ENVIRONMENT, &error),
         Err(error) => fail(cli::EXIT_FAILED, &error),
     }
 }

@@ -6,6 +6,9 @@
 
 mod cli;
 mod common;
+mod compare_command;
+mod compare_differential;
+mod compare_qemu;
 mod demo;
 mod device_model;
 mod disk_link;

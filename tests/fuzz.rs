@@ -106,6 +106,8 @@ fuzzed! {
     welcomes => "welcome",
     tagged_frames => "tagged",
     chardev_frames => "chardev",
+    vnet_frames => "vnet",
+    notify_words => "notify",
     switch_frames => "switch",
     migration_image => "image",
     save_helper_words => "helper",

@@ -367,7 +367,13 @@ fn every_file_is_compiled() {
     tests.retain(|path, _| !path.starts_with("tests/corpus/"));
     assert_tidy(dead_files(
         &tests,
-        &["tests/all.rs", "tests/bench/checkpoint.rs", "tests/bench/judge.rs", "tests/bench/replica.rs"],
+        &[
+            "tests/all.rs",
+            "tests/bench/checkpoint.rs",
+            "tests/bench/compare.rs",
+            "tests/bench/judge.rs",
+            "tests/bench/replica.rs",
+        ],
     ));
 }
 

@@ -24,6 +24,7 @@ mod ipv6;
 pub mod key;
 mod line;
 pub mod neighbour;
+pub mod notify;
 pub mod packet;
 mod ranges;
 mod record;

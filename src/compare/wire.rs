@@ -1,9 +1,13 @@
 //! Frames on a byte stream: QEMU's chardev framing, and our packet link's, which adds the epoch.
 //!
 //! ```text
-//!   QEMU   be32 length │ frame                     length counts the frame
-//!   link   be32 length │ be64 epoch │ frame        length counts both
+//!   QEMU         be32 length │ frame                                             length counts the frame
+//!   QEMU, vnet   be32 length │ be32 header length │ virtio-net header │ frame    length counts header and frame
+//!   link         be32 length │ be64 epoch │ frame                                length counts both
 //! ```
+//!
+//! The second is spoken where both ends have `vnet_hdr_support` on. Where only one has, nothing in the protocol says
+//! so: what gives it away is a header longer than its message, or a length above the limit.
 //!
 //! A decoder takes from the front of the caller's buffer and wants at most one whole message in it. An oversized
 //! or impossible length is an error that sticks: on a stream, whoever lost the boundary has lost it for good, so the
@@ -35,6 +39,61 @@ pub enum WireError {
         /// What the length said.
         bytes: usize,
     },
+    /// A virtio-net header longer than the message it is in.
+    #[error("a virtio-net header of {vnet_bytes} bytes in {bytes}: is vnet_hdr_support on at both ends?")]
+    VnetHeader {
+        /// What the header's length said.
+        vnet_bytes: usize,
+        /// What the message's length said.
+        bytes: usize,
+    },
+}
+
+/// The words at the front of a message in QEMU's framing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Head {
+    /// Bytes of the words themselves.
+    pub words_bytes: usize,
+    /// Bytes of the virtio-net header behind them.
+    pub vnet_bytes: usize,
+    /// Bytes of the frame behind that.
+    pub frame_bytes: usize,
+}
+
+impl Head {
+    /// Reads the words at the front of `input`, or nothing until they are there. With `vnet` there are two of them.
+    pub fn read(input: &[u8], vnet: bool) -> Result<Option<Self>, WireError> {
+        let Some((length, rest)) = input.split_first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
+        let bytes = u32::from_be_bytes(*length) as usize;
+        check(bytes)?;
+        if !vnet {
+            return Ok(Some(Self { words_bytes: LENGTH_BYTES, vnet_bytes: 0, frame_bytes: bytes }));
+        }
+        let Some(length) = rest.first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
+        let vnet_bytes = u32::from_be_bytes(*length) as usize;
+        match bytes.checked_sub(vnet_bytes) {
+            Some(frame_bytes) => Ok(Some(Self { words_bytes: 2 * LENGTH_BYTES, vnet_bytes, frame_bytes })),
+            None => Err(WireError::VnetHeader { vnet_bytes, bytes }),
+        }
+    }
+
+    /// Bytes of the whole message.
+    #[must_use]
+    pub fn message_bytes(self) -> usize {
+        self.words_bytes + self.vnet_bytes + self.frame_bytes
+    }
+}
+
+/// Appends `frame` behind its virtio-net header in QEMU's framing with `vnet_hdr_support`.
+pub fn encode_vnet(header: &[u8], frame: &[u8], out: &mut BytesMut) -> Result<(), WireError> {
+    let bytes = header.len() + frame.len();
+    check(bytes)?;
+    out.reserve(2 * LENGTH_BYTES + bytes);
+    out.put_u32(bytes as u32);
+    out.put_u32(header.len() as u32);
+    out.put_slice(header);
+    out.put_slice(frame);
+    Ok(())
 }
 
 /// Appends `frame` in QEMU's framing.
@@ -101,6 +160,41 @@ impl Decoder {
     }
 }
 
+/// Decodes QEMU's framing with `vnet_hdr_support`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct VnetDecoder {
+    failed: Option<WireError>,
+}
+
+impl VnetDecoder {
+    /// Takes the next virtio-net header and its frame from the front of `input`, or nothing until more bytes come.
+    pub fn decode(&mut self, input: &mut BytesMut) -> Result<Option<(Bytes, Bytes)>, WireError> {
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
+        loop {
+            let head = match Head::read(input, true) {
+                Ok(Some(head)) => head,
+                Ok(None) => return Ok(None),
+                Err(error) => {
+                    self.failed = Some(error);
+                    return Err(error);
+                }
+            };
+            if input.len() < head.message_bytes() {
+                input.reserve(head.message_bytes() - input.len());
+                return Ok(None);
+            }
+            input.advance(head.words_bytes);
+            let header = input.split_to(head.vnet_bytes).freeze();
+            let frame = input.split_to(head.frame_bytes).freeze();
+            if !frame.is_empty() {
+                return Ok(Some((header, frame)));
+            }
+        }
+    }
+}
+
 /// Decodes the packet link's framing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TaggedDecoder {
@@ -150,7 +244,20 @@ mod tests {
                 input.extend_from_slice(piece);
                 while let Some((epoch, frame)) = decoder.decode(&mut input).unwrap() { got.push((epoch, frame.to_vec())); }
             }
-            prop_assert_eq!(got, frames);
+            prop_assert_eq!(&got, &frames);
+            let mut vnet = BytesMut::new();
+            for (epoch, frame) in &frames {
+                encode_vnet(&epoch.to_be_bytes()[..frame.len() % 9], frame, &mut vnet).unwrap();
+            }
+            let (mut input, mut decoder, mut got) = (BytesMut::new(), VnetDecoder::default(), vec![]);
+            for piece in vnet.chunks(cut) {
+                input.extend_from_slice(piece);
+                while let Some((header, frame)) = decoder.decode(&mut input).unwrap() {
+                    got.push((header.to_vec(), frame.to_vec()));
+                }
+            }
+            let header = |epoch: u64, len: usize| epoch.to_be_bytes()[..len % 9].to_vec();
+            prop_assert_eq!(got, frames.into_iter().map(|(e, f)| (header(e, f.len()), f)).collect::<Vec<_>>());
         }
 
         #[test]
@@ -158,6 +265,8 @@ mod tests {
             let (mut one, mut two) = (BytesMut::from(&bytes[..]), BytesMut::from(&bytes[..]));
             while let Ok(Some(_)) = Decoder::default().decode(&mut one) {}
             while let Ok(Some(_)) = TaggedDecoder::default().decode(&mut two) {}
+            let mut three = BytesMut::from(&bytes[..]);
+            while let Ok(Some(_)) = VnetDecoder::default().decode(&mut three) {}
         }
     }
 
@@ -167,6 +276,20 @@ mod tests {
         encode(b"ab", &mut out).unwrap();
         encode_tagged(0x0102, b"c", &mut out).unwrap();
         assert_eq!(&out[..], b"\0\0\0\x02ab\0\0\0\x09\0\0\0\0\0\0\x01\x02c");
+        out.clear();
+        encode_vnet(b"hd", b"c", &mut out).unwrap();
+        assert_eq!(&out[..], b"\0\0\0\x03\0\0\0\x02hdc");
+    }
+
+    #[test]
+    fn an_end_without_vnet_headers_is_found_out() {
+        let mut plain = BytesMut::new();
+        encode(&[0x52, 0x54, 0, 0x12, 0x34, 0x56, 0, 0], &mut plain).unwrap();
+        let error = WireError::VnetHeader { vnet_bytes: 0x5254_0012, bytes: 8 };
+        let mut decoder = VnetDecoder::default();
+        assert_eq!(decoder.decode(&mut plain), Err(error));
+        assert_eq!(decoder.decode(&mut BytesMut::new()), Err(error), "for good");
+        assert!(error.to_string().contains("vnet_hdr_support"));
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //!  engine    the thread that owns the guest and its machine; pair/ is what it runs, without any wire
 //!  links     the four connections of a pair        address, frames   where they lead and how they are framed
 //!  guest     the guest and its host-side devices   nbd               the replica's server
-//!  check     whether this host is able          remus, receive    xl's way to protect a guest, and its far end
+//!  check     whether this host is able              compare           the comparator behind QEMU's sockets
+//!  remus, receive   xl's way to protect a guest, and its far end
 //!  arbiter, fence   who may go on alone            control, status   what an operator asks and hears
 //!  qmp       the same orders over QEMU's monitor protocol, and a replica alone for a QEMU that is the primary
 //!  switch, edge     the demo's network
@@ -14,6 +15,7 @@
 pub mod address;
 pub mod arbiter;
 pub mod check;
+pub mod compare;
 pub mod control;
 pub mod edge;
 pub mod engine;

@@ -4,6 +4,7 @@
 //!  world    switch, edge and arbiter in this process; the hosts are children     load    clients that remember promises
 //!  host     one `xl-colo host` child: status, orders, signals                    peer    a scripted host, one step at a time
 //!  conversation  our NBD client on a socket
+//!  comparator    one behind its four sockets, ours or QEMU's        frames     what guests send through it
 //!  wire     a proxy that can go silent, close, and heal
 //! ```
 //!
@@ -11,7 +12,9 @@
 //! [`WORLDS_MAX`] worlds run at once: hosts that starve each other lose heartbeats, which is right of them and
 //! proves nothing.
 
+pub mod comparator;
 pub mod conversation;
+pub mod frames;
 pub mod host;
 pub mod load;
 pub mod peer;

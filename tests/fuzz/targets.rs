@@ -6,7 +6,7 @@ use std::fmt::{Debug, Display};
 use std::time::Duration;
 use xen_colo::clock::Instant;
 use xen_colo::colo::{hello, message, stream};
-use xen_colo::compare::{Comparator, Config, Output, Rewriter, packet, rewriter, wire};
+use xen_colo::compare::{Comparator, Config, Output, Rewriter, notify, packet, rewriter, wire};
 use xen_colo::daemon::{control, frames};
 use xen_colo::disk::{DiskError, MemoryDisk};
 use xen_colo::hypervisor::vmstate;
@@ -33,7 +33,7 @@ pub(super) struct Target {
     pub(super) run: fn(Pieces) -> Said,
 }
 
-pub(super) const TARGETS: [Target; 18] = [
+pub(super) const TARGETS: [Target; 20] = [
     Target { name: "nbd-server", run: nbd_server },
     Target { name: "nbd-client", run: nbd_client },
     Target {
@@ -58,6 +58,20 @@ pub(super) const TARGETS: [Target; 18] = [
         run: |pieces| {
             let mut decoder = wire::Decoder::default();
             decoded(pieces, move |input| decoder.decode(input))
+        },
+    },
+    Target {
+        name: "vnet",
+        run: |pieces| {
+            let mut decoder = wire::VnetDecoder::default();
+            decoded(pieces, move |input| decoder.decode(input))
+        },
+    },
+    Target {
+        name: "notify",
+        run: |pieces| {
+            let mut decoder = notify::Decoder::default();
+            decoded(pieces, move |input| decoder.instruction(input))
         },
     },
     Target { name: "switch", run: |pieces| decoded(pieces, frames::decode) },

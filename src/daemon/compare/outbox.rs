@@ -1,0 +1,196 @@
+//! Frames towards `outdev`, kept until they are written whole.
+//!
+//! Small frames are copied together, large ones are written from where they are, all with one call. When the peer is
+//! lost in the middle of a frame the next one gets that frame from its beginning. What the system had taken from us
+//! is lost with the peer: nothing in the protocol says what arrived.
+
+use super::port::Socket;
+use crate::compare::wire::Head;
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+
+/// With so much waiting, no input is read.
+const FULL_BYTES: usize = 1 << 20;
+/// Up to here a frame is copied.
+const COPY_BYTES: usize = 4096;
+/// Frames are copied together up to here.
+const PIECE_BYTES: usize = 128 << 10;
+/// Slices in one call.
+const SLICES_MAX: usize = 64;
+
+#[derive(Debug)]
+enum Piece {
+    /// Whole messages, one behind the other.
+    Many(Vec<u8>),
+    /// One message: its length, unless the bytes have it, and its bytes.
+    One(Option<[u8; 4]>, Bytes),
+}
+
+impl Piece {
+    fn parts(&self) -> [&[u8]; 2] {
+        match self {
+            Self::Many(bytes) => [&[], bytes],
+            Self::One(length, bytes) => [length.as_ref().map_or(&[], |length| &length[..]), bytes],
+        }
+    }
+
+    fn len_bytes(&self) -> usize {
+        self.parts().iter().map(|part| part.len()).sum()
+    }
+}
+
+/// What waits to be written.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    vnet: bool,
+    pieces: VecDeque<Piece>,
+    /// Of the first piece.
+    written_bytes: usize,
+    waiting_bytes: usize,
+    spare: Vec<u8>,
+}
+
+impl Outbox {
+    pub(super) fn new(vnet: bool) -> Self {
+        Self { vnet, pieces: VecDeque::new(), written_bytes: 0, waiting_bytes: 0, spare: Vec::new() }
+    }
+
+    /// Adds a frame without its length, or with `vnet` a whole message.
+    pub(super) fn push(&mut self, bytes: Bytes) {
+        let length = (!self.vnet).then(|| (bytes.len() as u32).to_be_bytes());
+        self.waiting_bytes += length.map_or(0, |length| length.len()) + bytes.len();
+        if bytes.len() > COPY_BYTES {
+            return self.pieces.push_back(Piece::One(length, bytes));
+        }
+        if !matches!(self.pieces.back(), Some(Piece::Many(many)) if many.len() < PIECE_BYTES) {
+            self.pieces.push_back(Piece::Many(std::mem::take(&mut self.spare)));
+        }
+        if let Some(Piece::Many(many)) = self.pieces.back_mut() {
+            many.extend_from_slice(length.as_ref().map_or(&[], |length| &length[..]));
+            many.extend_from_slice(&bytes);
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.waiting_bytes >= FULL_BYTES
+    }
+
+    pub(super) fn waiting_bytes(&self) -> usize {
+        self.waiting_bytes
+    }
+
+    /// Writes until nothing waits or the peer takes no more; whether something was written.
+    pub(super) fn write(&mut self, socket: &mut Socket) -> io::Result<bool> {
+        let mut any = false;
+        while !self.pieces.is_empty() {
+            let mut skip = self.written_bytes;
+            let mut slices = [IoSlice::new(&[]); SLICES_MAX];
+            let parts = self.pieces.iter().take(SLICES_MAX / 2).flat_map(Piece::parts);
+            let mut used = 0;
+            for part in parts {
+                let skipped = skip.min(part.len());
+                skip -= skipped;
+                slices[used] = IoSlice::new(&part[skipped..]);
+                used += 1;
+            }
+            match socket.write_vectored(&slices[..used]) {
+                Ok(bytes) => self.advance(bytes),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+            any = true;
+        }
+        Ok(any)
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.waiting_bytes -= bytes;
+        self.written_bytes += bytes;
+        while let Some(first) = self.pieces.front()
+            && self.written_bytes >= first.len_bytes()
+        {
+            self.written_bytes -= first.len_bytes();
+            if let Some(Piece::Many(mut many)) = self.pieces.pop_front() {
+                many.clear();
+                self.spare = many;
+            }
+        }
+    }
+
+    /// Another peer: the message that was under way begins again.
+    pub(super) fn begin_again(&mut self) {
+        let begun = match self.pieces.front() {
+            Some(Piece::Many(many)) => {
+                let mut at = 0;
+                // What is in a piece was framed here, so there is a message at every step.
+                while let Ok(Some(head)) = Head::read(&many[at..], self.vnet)
+                    && at + head.message_bytes() <= self.written_bytes
+                {
+                    at += head.message_bytes();
+                }
+                at
+            }
+            _ => 0,
+        };
+        self.waiting_bytes += self.written_bytes - begun;
+        self.written_bytes = begun;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    fn frame(n: usize) -> Vec<u8> {
+        vec![n as u8; [1, 60, 4096, 4097, 60_000][n % 5]]
+    }
+
+    /// What a peer reads before it goes away, cut to whole frames, and how much it was in all.
+    fn frames(mut bytes: &[u8]) -> Vec<Vec<u8>> {
+        let mut found = Vec::new();
+        while let Some((length, rest)) = bytes.split_first_chunk::<4>()
+            && let Some((frame, rest)) = rest.split_at_checked(u32::from_be_bytes(*length) as usize)
+        {
+            found.push(frame.to_vec());
+            bytes = rest;
+        }
+        found
+    }
+
+    #[test]
+    fn a_lost_peer_s_last_frame_is_sent_again_whole() {
+        let (sent, mut outbox) = ((0..200).map(frame).collect::<Vec<_>>(), Outbox::new(false));
+        for frame in &sent {
+            outbox.push(Bytes::copy_from_slice(frame));
+        }
+        let (total_bytes, mut at, mut peers) = (outbox.waiting_bytes(), 0, 0);
+        assert!(outbox.is_full());
+        while !outbox.is_empty() {
+            let (near, mut far) = UnixStream::pair().unwrap();
+            near.set_nonblocking(true).unwrap();
+            let mut near = Socket::Unix(near);
+            outbox.begin_again();
+            assert!(outbox.write(&mut near).unwrap());
+            // The system has taken it: what a peer that goes away has not read is lost, so this one reads all.
+            drop(near);
+            let mut heard = Vec::new();
+            far.read_to_end(&mut heard).unwrap();
+            for frame in frames(&heard) {
+                assert_eq!(frame, sent[at], "frame {at}, at peer {peers}");
+                at += 1;
+            }
+            peers += 1;
+        }
+        assert_eq!(at, sent.len());
+        assert!(peers > 5, "{peers} peers for {total_bytes} bytes: none was lost in the middle");
+        assert_eq!(outbox.waiting_bytes(), 0);
+    }
+}

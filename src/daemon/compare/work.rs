@@ -1,0 +1,435 @@
+//! The thread that reads, compares and writes.
+//!
+//! ```text
+//!   loop:  new peers, orders ─▶ primary_in, unless something is full ─▶ secondary_in ─▶ notify_dev ─▶ time
+//!          ─▶ outputs ─▶ outdev ─▶ nothing moved? wait
+//! ```
+//!
+//! Whoever waits for one frame at a time is waited for awake for a while, as at the NBD server: going to sleep and being
+//! woken costs more than comparing.
+//!
+//! The trap: a frame that leaves must take its virtio-net header with it, and the comparator knows frames only. It gives
+//! back the very bytes it was given, so where they lie in memory names their message.
+
+use super::Config;
+use super::intake::{Frame, Intake, Taken};
+use super::outbox::Outbox;
+use super::port::Socket;
+use super::wake::Wake;
+use crate::compare::notify::{self, Instruction};
+use crate::compare::{Cause, Comparator, Output};
+use crate::daemon::engine_clock;
+use bytes::{Bytes, BytesMut};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::HashMap;
+use std::io::{self, IoSlice};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::{Duration, Instant};
+
+/// How long to stay awake for what may come.
+const AWAKE: Duration = Duration::from_micros(50);
+/// How long the end may take: what is held is written out by then, or lost.
+const END: Duration = Duration::from_secs(2);
+/// Reads of each input at a checkpoint, each up to the socket's own buffer.
+const DRAIN_READS: usize = 256;
+/// Words for a toolstack that does not read them.
+const NOTICES_MAX_BYTES: usize = 4096;
+
+const PRIMARY_IN: usize = 0;
+const SECONDARY_IN: usize = 1;
+const OUTDEV: usize = 2;
+const NOTIFY_DEV: usize = 3;
+
+/// A socket, its peer if there is one, and the way to ask for the next.
+#[derive(Debug)]
+pub(super) struct Port {
+    name: &'static str,
+    want: Sender<()>,
+    peer: Option<Socket>,
+}
+
+impl Port {
+    pub(super) fn new(name: &'static str, want: Sender<()>) -> Self {
+        Self { name, want, peer: None }
+    }
+
+    fn ask(&self) {
+        // The thread at the other end ends with the process.
+        let _ = self.want.send(());
+    }
+
+    /// The peer is gone, or must go.
+    fn hang_up(&mut self, why: &dyn std::fmt::Display) {
+        if self.peer.take().is_some() {
+            tracing::warn!("{}: closed: {why}", self.name);
+            self.ask();
+        }
+    }
+}
+
+/// What is said to the toolstack.
+#[derive(Debug, Default)]
+struct Notify {
+    decoder: notify::Decoder,
+    input: BytesMut,
+    output: Vec<u8>,
+    /// A checkpoint is wanted, and this peer has not been told.
+    owed: bool,
+}
+
+/// A comparator at work.
+pub(super) struct Work<R> {
+    ports: Vec<Port>,
+    peers: Receiver<(usize, Socket)>,
+    wake: Arc<Wake>,
+    report: R,
+    comparator: Comparator,
+    epoch: u64,
+    primary: Intake,
+    secondary: Intake,
+    outbox: Outbox,
+    /// The messages of the primary's frames, with `vnet`, by where the frames lie.
+    messages: Option<HashMap<usize, Bytes>>,
+    notify: Notify,
+    /// Why a checkpoint is wanted in this epoch.
+    cause: Option<String>,
+    quick: bool,
+}
+
+impl<R: FnMut(&serde_json::Value)> Work<R> {
+    pub(super) fn new(
+        config: &Config,
+        ports: Vec<Port>,
+        peers: Receiver<(usize, Socket)>,
+        wake: Arc<Wake>,
+        report: R,
+    ) -> Self {
+        let vnet = config.vnet_hdr_support;
+        Self {
+            ports,
+            peers,
+            wake,
+            report,
+            comparator: Comparator::new(config.limits()),
+            epoch: 0,
+            primary: Intake::new(vnet),
+            secondary: Intake::new(vnet),
+            outbox: Outbox::new(vnet),
+            messages: vnet.then(HashMap::new),
+            notify: Notify::default(),
+            cause: None,
+            quick: false,
+        }
+    }
+
+    pub(super) fn run(mut self) -> io::Result<()> {
+        self.ports.iter().for_each(Port::ask);
+        loop {
+            if self.wake.take() {
+                while let Ok((number, socket)) = self.peers.try_recv() {
+                    self.take_peer(number, socket);
+                }
+                if self.wake.end.load(Ordering::Acquire) {
+                    return self.end();
+                }
+                if self.wake.report.swap(false, Ordering::AcqRel) {
+                    let status = self.status();
+                    (self.report)(&status);
+                }
+            }
+            let mut moved = false;
+            if !self.outbox.is_full() {
+                moved |= self.comparator.ready() && self.read_primary();
+                moved |= self.read_secondary(false);
+            }
+            moved |= self.read_notify();
+            if self.comparator.poll_timeout().is_some_and(|at| at <= engine_clock()) {
+                self.comparator.handle_timeout(engine_clock());
+            }
+            self.outputs();
+            moved |= self.write();
+            self.write_notices();
+            if !moved {
+                self.wait()?;
+            }
+        }
+    }
+
+    fn take_peer(&mut self, number: usize, socket: Socket) {
+        match number {
+            PRIMARY_IN => self.primary.reset(),
+            SECONDARY_IN => self.secondary.reset(),
+            OUTDEV => self.outbox.begin_again(),
+            _ => self.notify = Notify { owed: self.cause.is_some(), ..Notify::default() },
+        }
+        if let Some(port) = self.ports.get_mut(number) {
+            tracing::debug!(port = port.name, "a peer came");
+            port.peer = Some(socket);
+        }
+    }
+
+    fn read_primary(&mut self) -> bool {
+        let Self { comparator, messages, epoch, .. } = self;
+        let now = engine_clock();
+        read(&mut self.ports[PRIMARY_IN], &mut self.primary, |frame| {
+            if let Some(messages) = messages {
+                messages.insert(frame.bytes.as_ptr() as usize, frame.message);
+            }
+            comparator.handle_primary(now, *epoch, frame.bytes);
+        })
+    }
+
+    fn read_secondary(&mut self, stale: bool) -> bool {
+        let Self { comparator, epoch, .. } = self;
+        let now = engine_clock();
+        read(&mut self.ports[SECONDARY_IN], &mut self.secondary, |frame| {
+            if !stale {
+                comparator.handle_secondary(now, *epoch, frame.bytes);
+            }
+        })
+    }
+
+    fn read_notify(&mut self) -> bool {
+        let Some(Port { peer: Some(peer), .. }) = self.ports.get(NOTIFY_DEV) else { return false };
+        let mut buffer = [0; 512];
+        match rustix::io::read(peer, &mut buffer) {
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return false,
+            Ok(0) => self.ports[NOTIFY_DEV].hang_up(&"the peer left"),
+            Err(error) => self.ports[NOTIFY_DEV].hang_up(&error),
+            Ok(bytes) => {
+                self.notify.input.extend_from_slice(&buffer[..bytes]);
+                self.instructions();
+            }
+        }
+        true
+    }
+
+    fn instructions(&mut self) {
+        loop {
+            match self.notify.decoder.instruction(&mut self.notify.input) {
+                Ok(None) => return,
+                Ok(Some(Instruction::Init)) => self.say(notify::COLO_COMPARE_GET_XEN_INIT),
+                Ok(Some(Instruction::Checkpoint)) => self.checkpoint(),
+                Ok(Some(Instruction::Unsupported)) => {
+                    tracing::warn!("COLO compare got unsupported instruction");
+                    continue;
+                }
+                Err(error) => return self.ports[NOTIFY_DEV].hang_up(&error),
+            }
+            if std::mem::take(&mut self.notify.owed) && self.cause.is_some() {
+                self.say(notify::DO_CHECKPOINT);
+            }
+        }
+    }
+
+    /// Both guests stand still, and the secondary is what the primary was: nothing either has said waits any longer.
+    fn checkpoint(&mut self) {
+        for _ in 0..DRAIN_READS {
+            if self.outbox.is_full() || !self.comparator.ready() || !self.read_primary() {
+                break;
+            }
+        }
+        for _ in 0..DRAIN_READS {
+            if !self.read_secondary(true) {
+                break;
+            }
+        }
+        // Requests made until now are answered by this checkpoint.
+        self.outputs();
+        self.comparator.checkpoint(engine_clock(), self.epoch);
+        self.epoch += 1;
+        self.cause = None;
+        self.notify.owed = false;
+        tracing::debug!(epoch = self.epoch, "a checkpoint was made");
+        self.outputs();
+    }
+
+    fn outputs(&mut self) {
+        while let Some(output) = self.comparator.poll_output() {
+            match output {
+                Output::Release(frame) => match &mut self.messages {
+                    None => self.outbox.push(frame),
+                    Some(messages) => match messages.remove(&(frame.as_ptr() as usize)) {
+                        Some(message) => self.outbox.push(message),
+                        None => unreachable!("the comparator gives back the bytes it was given"),
+                    },
+                },
+                Output::Diverged { cause, .. } => self.diverged(&cause),
+            }
+        }
+    }
+
+    fn diverged(&mut self, cause: &Cause) {
+        self.cause = Some(cause.to_string());
+        match self.ports.get(NOTIFY_DEV) {
+            None => {
+                tracing::warn!(epoch = self.epoch, %cause, "held until a checkpoint, and no notify_dev to ask for one")
+            }
+            Some(Port { peer: None, .. }) => {
+                tracing::warn!(epoch = self.epoch, %cause, "held until a checkpoint, and nobody at notify_dev");
+                self.notify.owed = true;
+            }
+            Some(_) => {
+                tracing::info!(epoch = self.epoch, %cause, "asked for a checkpoint");
+                self.say(notify::DO_CHECKPOINT);
+            }
+        }
+    }
+
+    fn say(&mut self, word: &[u8]) {
+        if self.notify.output.len() > NOTICES_MAX_BYTES {
+            return self.ports[NOTIFY_DEV].hang_up(&"the peer does not read what it asked for");
+        }
+        self.notify.output.extend(notify::encode(word));
+    }
+
+    fn write_notices(&mut self) {
+        let Some(port) = self.ports.get_mut(NOTIFY_DEV) else { return };
+        let Some(peer) = &mut port.peer else { return };
+        while !self.notify.output.is_empty() {
+            match peer.write_vectored(&[IoSlice::new(&self.notify.output)]) {
+                Ok(bytes) => drop(self.notify.output.drain(..bytes)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => return port.hang_up(&error),
+            }
+        }
+    }
+
+    fn write(&mut self) -> bool {
+        let port = &mut self.ports[OUTDEV];
+        let Some(peer) = &mut port.peer else { return false };
+        match self.outbox.write(peer) {
+            Ok(written) => written,
+            Err(error) => {
+                port.hang_up(&error);
+                true
+            }
+        }
+    }
+
+    /// Until something can be read or written, it is time, or somebody wakes us.
+    fn wait(&mut self) -> io::Result<()> {
+        let (in_, none) = (PollFlags::IN, PollFlags::empty());
+        let open = !self.outbox.is_full();
+        let wanted = [
+            if open && self.comparator.ready() { in_ } else { none },
+            if open { in_ } else { none },
+            if self.outbox.is_empty() { in_ } else { in_ | PollFlags::OUT },
+            if self.notify.output.is_empty() { in_ } else { in_ | PollFlags::OUT },
+        ];
+        let begun = Instant::now();
+        let until = self.comparator.poll_timeout().map(|at| at.since(engine_clock()));
+        let gone;
+        {
+            let mut fds = vec![PollFd::from_borrowed_fd(self.wake.fd(), in_)];
+            let mut outdev = None;
+            for (number, (port, flags)) in self.ports.iter().zip(wanted).enumerate() {
+                // Without flags it would say only that the peer has left, again and again.
+                if let (Some(peer), false) = (&port.peer, flags.is_empty()) {
+                    if number == OUTDEV {
+                        outdev = Some(fds.len());
+                    }
+                    fds.push(PollFd::from_borrowed_fd(peer.as_fd(), flags));
+                }
+            }
+            let mut ready = 0;
+            let soon = until.is_some_and(|until| until <= AWAKE);
+            while self.quick && !soon && ready == 0 && begun.elapsed() < AWAKE {
+                ready = look(&mut fds, Some(&Timespec::default()))?;
+                std::thread::yield_now();
+            }
+            if ready == 0 {
+                // Up to the next microsecond, or it would be asked in vain.
+                let left = until.map(|until| Timespec::try_from(until + Duration::from_micros(1)).unwrap_or_default());
+                look(&mut fds, left.as_ref())?;
+            }
+            self.quick = begun.elapsed() < AWAKE;
+            gone = outdev.and_then(|at| fds.get(at)).is_some_and(|fd| fd.revents().intersects(!PollFlags::OUT));
+        }
+        if gone {
+            self.look_at_outdev();
+        }
+        Ok(())
+    }
+
+    /// Nobody has anything to say on outdev: it is read to learn that the peer has left before a frame is lost on it.
+    fn look_at_outdev(&mut self) {
+        let port = &mut self.ports[OUTDEV];
+        let Some(peer) = &port.peer else { return };
+        match rustix::io::read(peer, &mut [0; 4096]) {
+            Ok(0) => port.hang_up(&"the peer left"),
+            Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+            Err(error) => port.hang_up(&error),
+        }
+    }
+
+    /// As when QEMU's object is deleted: whoever ends the comparator wants the guest to speak for itself.
+    fn end(mut self) -> io::Result<()> {
+        self.comparator.release_all();
+        self.outputs();
+        let begun = Instant::now();
+        while !self.outbox.is_empty() && self.ports[OUTDEV].peer.is_some() && begun.elapsed() < END {
+            if !self.write()
+                && let Some(peer) = &self.ports[OUTDEV].peer
+            {
+                let mut fds = [PollFd::from_borrowed_fd(peer.as_fd(), PollFlags::OUT)];
+                poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 100_000_000 }))?;
+            }
+        }
+        match self.outbox.waiting_bytes() {
+            0 => Ok(()),
+            bytes => Err(io::Error::other(format!(
+                "{bytes} bytes of the primary's frames are lost: outdev did not take them"
+            ))),
+        }
+    }
+
+    fn status(&self) -> serde_json::Value {
+        let stats = self.comparator.stats();
+        let connected: HashMap<_, _> = self.ports.iter().map(|port| (port.name, port.peer.is_some())).collect();
+        serde_json::json!({
+            "checkpoints": self.epoch,
+            "wanted": self.cause,
+            "connected": connected,
+            "compared": stats.compared,
+            "released": stats.released,
+            "held": stats.held,
+            "secondary": stats.secondary,
+            "dropped_bound": stats.dropped_bound,
+            "dropped_unparsable": stats.dropped_unparsable,
+            "diverged": stats.diverged,
+            "currently_held": stats.currently_held,
+            "currently_held_bytes": stats.currently_held_bytes,
+            "currently_secondary_bytes": stats.currently_secondary_bytes,
+            "outdev_waiting_bytes": self.outbox.waiting_bytes(),
+            "flows": stats.flows,
+        })
+    }
+}
+
+/// How many of these have something, when one has or the time is over.
+fn look(fds: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> io::Result<usize> {
+    match poll(fds, timeout) {
+        Err(rustix::io::Errno::INTR) => Ok(0),
+        looked => Ok(looked?),
+    }
+}
+
+/// Reads a port once; whether something happened.
+fn read(port: &mut Port, intake: &mut Intake, each: impl FnMut(Frame)) -> bool {
+    let Some(peer) = &port.peer else { return false };
+    match intake.read(peer, each) {
+        Ok(Taken::Nothing) => return false,
+        Ok(Taken::Some) => {}
+        Ok(Taken::Closed(0)) => port.hang_up(&"the peer left"),
+        Ok(Taken::Closed(bytes)) => {
+            port.hang_up(&format!("the peer left inside a frame ({bytes} bytes of it had come)"))
+        }
+        Err(error) => port.hang_up(&error),
+    }
+    true
+}

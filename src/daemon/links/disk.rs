@@ -11,7 +11,7 @@
 //! the pair.
 //!
 //! The trap is a write that is under way on the connection that was lost, and is carried out after a newer one that came
-//! over the next. [`serve`] is one task: it lets go of the old connection before it reads from the next.
+//! over the next. `serve` is one task: it lets go of the old connection before it reads from the next.
 //! Source: [`crate::nbd::session`], "A server that is slow to let go".
 
 use super::super::address::Link;

@@ -12,6 +12,7 @@ mod compare_qemu;
 mod demo;
 mod device_model;
 mod disk_link;
+mod diverging;
 mod full_disk;
 mod fuzz;
 mod garbage;

@@ -5,9 +5,13 @@
 
 use crate::colo::failover::{ExitReason, FailoverStatus};
 use crate::colo::hello::Mode;
+use crate::compare::FlowReport;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
+
+/// Flows that a status tells of.
+pub const FLOWS_MAX: usize = 8;
 
 /// How safe the guest is, as seen from this host.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -54,6 +58,38 @@ impl PairRole {
             Self::Primary => "primary",
             Self::Secondary => "secondary",
         }
+    }
+}
+
+/// A flow in which the two guests said different things.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Flow {
+    /// Who talks to whom, and about what.
+    pub flow: String,
+    /// Frames of the primary that left because the secondary explained them.
+    pub compared: u64,
+    /// Frames of the primary that wait now.
+    pub held: usize,
+    /// Epochs in which the flow was a reason for a checkpoint.
+    pub diverged: u64,
+    /// Why it last was.
+    pub last_cause: String,
+    /// It was so in at least three of the last sixteen epochs.
+    pub keeps_diverging: bool,
+}
+
+impl From<FlowReport> for Flow {
+    fn from(report: FlowReport) -> Self {
+        let FlowReport { key, compared, held, diverged, last_cause, keeps_diverging, .. } = report;
+        Self { flow: key.to_string(), compared, held, diverged, last_cause: last_cause.to_string(), keeps_diverging }
+    }
+}
+
+impl fmt::Display for Flow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let often = if self.keeps_diverging { ", KEEPS DIVERGING" } else { "" };
+        let Self { flow, diverged, last_cause, .. } = self;
+        write!(f, "{flow}: diverged in {diverged} epochs, last because {last_cause}{often}")
     }
 }
 
@@ -216,6 +252,9 @@ pub struct Status {
     pub copied_pages: (u64, u64),
     /// Packets.
     pub packets: Packets,
+    /// The flows that diverged, worst first, at most [`FLOWS_MAX`].
+    #[serde(default)]
+    pub flows: Vec<Flow>,
     /// Its disks together.
     pub disk: Disk,
     /// Each of its disks.
@@ -320,6 +359,9 @@ impl fmt::Display for Status {
                 "packets     {} compared, {} released, {} held, {} waiting",
                 packets.compared, packets.released, packets.held, packets.waiting
             )?;
+        }
+        for flow in &self.flows {
+            writeln!(f, "flow        {flow}")?;
         }
         if self.protection == Protection::TakenOver && self.disk.waiting_bytes > 0 {
             writeln!(f, "merging     {} KiB still to be written to the disk image", self.disk.waiting_bytes >> 10)?;

@@ -38,11 +38,13 @@ pub struct Plan {
     pub guest_mib: u64,
     /// How many disks it has.
     pub disks: usize,
+    /// How often, in percent, its copies answer differently.
+    pub diverge: u8,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { fence: true, policies: ["arbiter".into(), "arbiter".into()], guest_mib: 16, disks: 1 }
+        Self { fence: true, policies: ["arbiter".into(), "arbiter".into()], guest_mib: 16, disks: 1, diverge: 0 }
     }
 }
 
@@ -111,6 +113,7 @@ impl World {
             }
             if name == "a" {
                 command.args(["--guest", "web", "--guest-mib", &plan.guest_mib.to_string(), "--disk-mib", "64"]);
+                command.args(["--diverge", &plan.diverge.to_string()]);
             }
             Host::start(name, dir.path(), command)
         };

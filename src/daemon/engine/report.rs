@@ -6,7 +6,7 @@ use crate::colo::hello::disk_name;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
 use crate::daemon::pair::primary::PrimarySide;
 use crate::daemon::pair::secondary::SecondarySide;
-use crate::daemon::status::{Checkpoints, Disk, Packets, PauseUs, Protection, Status};
+use crate::daemon::status::{Checkpoints, Disk, FLOWS_MAX, Packets, PauseUs, Protection, Status};
 use crate::replica::epochs::ReplicaStatus;
 use crate::replica::mirror::MirrorStatus;
 use crate::replica::state::{self, Standing};
@@ -78,6 +78,7 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         dropped_stale: packets.dropped_stale,
         dropped_network: status.packets.dropped_network,
     };
+    status.flows = side.flows(FLOWS_MAX).into_iter().map(Into::into).collect();
     let copying = stats.copy_begun.map(|begun| stats.disk_read_at.unwrap_or(now) - begun);
     let rate = |bytes: u64| {
         let copying_ms = copying.map_or(0, |copying| copying.as_millis() as u64);

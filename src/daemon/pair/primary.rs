@@ -155,6 +155,12 @@ impl PrimarySide {
         self.last_packets.unwrap_or_else(|| self.proxy.stats())
     }
 
+    /// The flows that diverged, worst first, at most `max`.
+    #[must_use]
+    pub fn flows(&self, max: usize) -> Vec<compare::FlowReport> {
+        self.proxy.flows(max)
+    }
+
     /// The guest.
     pub fn domain(&mut self) -> &mut dyn Domain {
         &mut *self.domain

@@ -6,6 +6,7 @@
 #   bench.sh nbd          our NBD server against qemu-nbd and nbdkit (10 minutes)
 #   bench.sh replica      a protected disk against a pair of QEMUs: writes, checkpoints, takeovers (10 minutes)
 #   bench.sh compare      our comparator against QEMU's and against a plain relay, and the engine alone (2 minutes)
+#   bench.sh demo         the embedded guest's service, protected against unprotected (3 minutes)
 #   bench.sh xen          our engine against Xen's own, for xl save and for Remus, on nested Xen hosts (20 minutes)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,7 +17,7 @@ readonly IDLE_AIM_PERCENT=5
 readonly START_SECONDS=60
 
 usage() {
-	sed -n '2,9s/^# //p' "${BASH_SOURCE[0]}" >&2
+	sed -n '2,10s/^# //p' "${BASH_SOURCE[0]}" >&2
 	exit 2
 }
 
@@ -100,6 +101,7 @@ case "${1:-}" in
 disk) disk ;;
 checkpoint) exec cargo bench --bench checkpoint ;;
 idle) idle ;;
+demo) exec cargo bench --quiet --bench demo ;;
 nbd) exec scripts/bench-nbd.sh ;;
 replica)
 	cargo build --release --quiet

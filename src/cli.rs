@@ -326,6 +326,12 @@ pub struct ProtectArgs {
     /// Memory in MiB that remembers sent pages, so that only what changed in them is sent again; 0: pages go whole
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(0..=1 << 20))]
     pub delta_mib: Option<u64>,
+    /// Let the secondary send digests instead of payloads, which saves most of what its guest's packets cost the link
+    #[arg(long)]
+    pub packet_digests: bool,
+    /// Compare however often the guests differ; otherwise output is buffered for a while when comparing does not pay
+    #[arg(long)]
+    pub stay_in_lock_step: bool,
     /// Return when the guest is protected, not when the copy has begun
     #[arg(long)]
     pub wait: bool,

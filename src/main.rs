@@ -332,6 +332,8 @@ async fn protect(args: ProtectArgs) -> ExitCode {
         heartbeat_misses: args.heartbeat_misses,
         delta_mib: args.delta_mib,
         release_at_once: false,
+        packet_digests: args.packet_digests,
+        stay_in_lock_step: args.stay_in_lock_step,
     });
     let code = order(&args.host, request).await;
     if !args.wait || code != ExitCode::SUCCESS {

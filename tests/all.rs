@@ -11,6 +11,7 @@ mod compare_differential;
 mod compare_qemu;
 mod demo;
 mod device_model;
+mod digests;
 mod disk_link;
 mod diverging;
 mod full_disk;

@@ -240,6 +240,12 @@ pub fn decode<T: DeserializeOwned>(input: &mut BytesMut) -> Result<Option<T>, He
 }
 
 impl Hello {
+    /// Whether the connector names a feature.
+    #[must_use]
+    pub fn wants(&self, feature: &str) -> bool {
+        self.features.iter().any(|named| named == feature)
+    }
+
     /// Checks what arithmetic and allocation later rely on.
     pub fn check(&self) -> Result<(), HelloError> {
         let refuse = |why: String| Err(HelloError::Refused(why));

@@ -22,6 +22,7 @@
 pub mod arbiter;
 pub mod delta;
 pub mod failover;
+pub mod fallback;
 pub mod heartbeat;
 pub mod hello;
 pub mod message;
@@ -65,6 +66,14 @@ pub enum Cause {
     MirrorOverflow,
     /// The operator asked.
     Command,
+}
+
+impl Cause {
+    /// Whether the two guests' output asked for it: what costs a checkpoint in lock-step alone.
+    #[must_use]
+    pub fn is_difference(self) -> bool {
+        matches!(self, Self::PayloadDiffers | Self::Aged | Self::OneSided | Self::Reused | Self::Unparsable)
+    }
 }
 
 impl std::fmt::Display for Cause {

@@ -4,12 +4,13 @@
 //! in           | on                         | does                                         | goes to
 //! -------------|----------------------------|----------------------------------------------|------------
 //! Joining      | first state whole          | Seal                                         | Receiving
-//! Running      | CHECKPOINT_REQUEST         | PauseGuest (COLO), CHECKPOINT_REPLY          | WaitVmstate
+//! Running      | CHECKPOINT_REQUEST         | PauseGuest (if it runs), CHECKPOINT_REPLY    | WaitVmstate
 //! WaitVmstate  | VMSTATE_SEND               | (pages are staged; the guest is untouched)   | Receiving
 //! Receiving    | whole                      | Seal                                         | Receiving
 //! Receiving    | sealed                     | VMSTATE_RECEIVED (not the first), Apply      | Loading
 //! Receiving    | sealing failed             | (never owned: the primary has the guest)     | Exited(Failed)
-//! Loading      | applied                    | RunGuest (COLO), CHECKPOINT_READY or LOADED  | Running
+//! Receiving    | the guest is to rest       | (nothing yet)                                | Receiving
+//! Loading      | applied                    | RunGuest (COLO, unless it is to rest), CHECKPOINT_READY or LOADED | Running
 //! Loading      | applying failed            | StopGuest                                    | Exited(Failed)
 //! Joining      | peer lost · failover       | StopGuest: there is no state to go on from   | Exited(NoState)
 //! Running, WaitVmstate, Receiving | peer lost · failover | DropStaged, PauseGuest, arbitrate   | Arbitrating
@@ -133,6 +134,8 @@ pub struct Secondary {
     parting: Parting,
     epoch: u64,
     first: bool,
+    /// The guest is not needed in the epoch that the checkpoint under way begins.
+    rests: bool,
     progress_at: Instant,
     dismissed_at: Instant,
     actions: VecDeque<Action>,
@@ -148,6 +151,7 @@ impl Secondary {
             parting: Parting::default(),
             epoch: 0,
             first: true,
+            rests: false,
             progress_at: now,
             dismissed_at: now,
             actions: VecDeque::new(),
@@ -228,9 +232,10 @@ impl Secondary {
         self.progress_at = now;
         match (self.state, message) {
             (State::Running, Message::CheckpointRequest) => {
-                if self.config.mode == Mode::Colo {
+                if self.config.mode == Mode::Colo && !self.rests {
                     self.actions.push_back(Action::PauseGuest);
                 }
+                self.rests = false;
                 self.actions.push_back(Action::Send(Message::CheckpointReply));
                 self.state = State::WaitVmstate;
             }
@@ -241,6 +246,12 @@ impl Secondary {
                 self.handle_loss(now, Loss::Violation(violation.to_string()));
             }
         }
+    }
+
+    /// The guest need not run in the epoch that the checkpoint under way begins: the primary's output waits for
+    /// checkpoints alone.
+    pub fn handle_rest(&mut self) {
+        self.rests = matches!(self.state, State::Joining | State::Receiving);
     }
 
     /// Pages and device state of a checkpoint are complete.
@@ -292,7 +303,7 @@ impl Secondary {
             self.begin_failover(now);
             return;
         }
-        if self.config.mode == Mode::Colo {
+        if self.config.mode == Mode::Colo && !self.rests {
             self.actions.push_back(Action::RunGuest);
         }
         let done = if self.first { Message::CheckpointReady } else { Message::VmstateLoaded };

@@ -32,6 +32,9 @@ pub const RECORD_ZERO_PAGES: u32 = 0x4000_0001;
 /// Ours: what makes pages of the last checkpoint into those of this one. Mandatory.
 pub const RECORD_PAGE_DELTAS: u32 = 0x4000_0004;
 
+/// Ours: until the next checkpoint the secondary's guest is not needed. Optional: one that runs all the same does no harm.
+pub const RECORD_GUEST_RESTS: u32 = record::OPTIONAL | 0x4000_0005;
+
 /// Most zero pages one record names.
 pub const ZERO_PAGES_PER_RECORD: usize = 16 * BATCH_PAGES;
 /// Largest device state accepted, in bytes.
@@ -80,6 +83,8 @@ pub enum Item {
     ZeroPages(Vec<Pfn>),
     /// Pages of the last state, changed.
     Deltas(DeltaBatch),
+    /// The guest is not to run in the epoch that this state begins.
+    GuestRests,
     /// The page records of this state are complete.
     PagesEnd,
     /// The device state: the last part of a checkpoint. After it the checkpoint is whole.
@@ -144,7 +149,7 @@ impl Decoder {
                 RECORD_PAGE_DATA => COUNT_BYTES + BATCH_PAGES * (8 + PAGE_SIZE),
                 RECORD_ZERO_PAGES => COUNT_BYTES + ZERO_PAGES_PER_RECORD * 8,
                 RECORD_PAGE_DELTAS => COUNT_BYTES + BATCH_PAGES * (8 + DELTA_MAX_BYTES),
-                RECORD_CHECKPOINT => 0,
+                RECORD_CHECKPOINT | RECORD_GUEST_RESTS => 0,
                 // Bit 31 marks a record that a reader may skip; bounded, since it is buffered whole.
                 _ if header.is_optional() => 1 << 20,
                 unknown => return Err(StreamError::UnknownRecord(unknown)),
@@ -160,6 +165,7 @@ impl Decoder {
                 RECORD_PAGE_DATA => Some(self.page_data(body)?),
                 RECORD_ZERO_PAGES => Some(self.zero_pages(body)?),
                 RECORD_PAGE_DELTAS => Some(self.page_deltas(body)?),
+                RECORD_GUEST_RESTS => Some(Item::GuestRests),
                 RECORD_CHECKPOINT => {
                     self.mode = Mode::Messages;
                     Some(Item::PagesEnd)
@@ -284,6 +290,11 @@ fn put_pfns(pfns: impl Iterator<Item = Pfn>, count: usize, out: &mut BytesMut) {
     }
 }
 
+/// Appends the record that lets the secondary's guest rest.
+pub fn encode_guest_rests(out: &mut BytesMut) {
+    record::put(RECORD_GUEST_RESTS, &[], out);
+}
+
 /// Appends the record that closes a run of page records.
 pub fn encode_pages_end(out: &mut BytesMut) {
     record::put(RECORD_CHECKPOINT, &[], out);
@@ -329,6 +340,7 @@ mod tests {
         Message::CheckpointRequest.encode(&mut out);
         Message::VmstateSend.encode(&mut out);
         put(&batch(&[(9, 9)]), &mut out);
+        encode_guest_rests(&mut out);
         encode_pages_end(&mut out);
         encode_device_state(b"", &mut out);
         let expected = [
@@ -339,6 +351,7 @@ mod tests {
             Item::Message(Message::CheckpointRequest),
             Item::Message(Message::VmstateSend),
             Item::Pages(batch(&[(9, 9)])),
+            Item::GuestRests,
             Item::PagesEnd,
             Item::DeviceState(vec![]),
         ];

@@ -145,6 +145,13 @@ impl Proxy {
         }
     }
 
+    /// Whether frames of `epoch` and later are compared. Only a comparator compares any.
+    pub fn set_comparing(&mut self, epoch: u64, comparing: bool) {
+        if let Self::Colo(comparator) = self {
+            comparator.set_comparing(epoch, comparing);
+        }
+    }
+
     /// The secondary owns the checkpoint that ended `epoch`.
     pub fn checkpoint(&mut self, now: Instant, epoch: u64) {
         match self {

@@ -37,6 +37,7 @@ use crate::mutant::{self, Mutant};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::fmt;
+use std::ops::Range;
 use std::time::Duration;
 
 /// Limits, with QEMU's names where QEMU has the property. There is no expired_scan_cycle: [`Comparator::poll_timeout`]
@@ -127,6 +128,8 @@ pub struct Stats {
     pub dropped_stale: u64,
     /// Frames of the secondary dropped because a bound was reached.
     pub dropped_bound: u64,
+    /// Frames of the secondary dropped because their epoch is not compared.
+    pub dropped_unasked: u64,
     /// Frames of the secondary dropped because they say nothing that can be compared.
     pub dropped_unparsable: u64,
     /// Checkpoints asked for.
@@ -167,6 +170,8 @@ pub struct Comparator {
     config: Config,
     /// The only epoch whose frames are compared: one more than the last that ended.
     epoch: u64,
+    /// Epochs in which nothing is compared: what the primary says waits for checkpoints alone.
+    buffered: Range<u64>,
     /// The highest epoch seen on a frame of the primary.
     primary_epoch: u64,
     /// By arrival.
@@ -194,6 +199,7 @@ impl Comparator {
         Self {
             config,
             epoch: 0,
+            buffered: 0..0,
             primary_epoch: 0,
             held: Line::new(),
             next_number: 0,
@@ -233,11 +239,25 @@ impl Comparator {
             self.stats.dropped_bound += 1;
             // Not for the tag's epoch: that number is the peer's, and asking is once an epoch.
             self.ask(self.primary_epoch.max(self.epoch), Cause::BoundReached);
+        } else if self.buffered.contains(&epoch) {
+            self.stats.dropped_unasked += 1;
         } else if epoch == self.epoch {
             self.judge_secondary(now, &frame);
         } else {
             self.stats.currently_secondary_bytes += cost_bytes(&frame);
             self.later.push_back(Later { epoch, primary: false, frame });
+        }
+    }
+
+    /// Whether the frames of `epoch` and of all that follow are compared, or only wait for checkpoints, as in Remus. An
+    /// epoch of which a frame has come must stay what it was.
+    pub fn set_comparing(&mut self, epoch: u64, comparing: bool) {
+        let buffers = self.buffered.end == u64::MAX;
+        match comparing {
+            true if buffers => self.buffered.end = epoch,
+            // The range before is over: a checkpoint is captured when the one before it is owned.
+            false if !buffers => self.buffered = epoch..u64::MAX,
+            _ => {}
         }
     }
 
@@ -258,6 +278,9 @@ impl Comparator {
 
     /// Asks for a checkpoint if something has waited too long.
     pub fn handle_timeout(&mut self, now: Instant) {
+        if self.buffers() {
+            return;
+        }
         let timeout = self.config.compare_timeout;
         let before = self.fragments[1].held_bytes();
         self.fragments[1].forget_old(now, timeout);
@@ -273,7 +296,7 @@ impl Comparator {
     /// When to call [`Comparator::handle_timeout`]: not at all while an answer is awaited.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        if self.asked >= Some(self.epoch) {
+        if self.asked >= Some(self.epoch) || self.buffers() {
             return None;
         }
         let held = self.held.oldest().and_then(|place| self.held.get(place)).map(|held| held.since);
@@ -318,6 +341,10 @@ impl Comparator {
         Stats { flows: self.flows.len(), ..self.stats }
     }
 
+    fn buffers(&self) -> bool {
+        self.buffered.contains(&self.epoch)
+    }
+
     fn ask(&mut self, epoch: u64, cause: Cause) {
         if self.asked < Some(epoch) {
             self.asked = Some(epoch);
@@ -343,6 +370,9 @@ impl Comparator {
 
     /// The current epoch cannot go on: because of a flow, if it can be told.
     fn diverge(&mut self, flow: Option<u32>, cause: Cause) {
+        if self.buffers() {
+            return;
+        }
         if let Some(flow) = flow.and_then(|flow| self.flows.get_mut(flow)) {
             flow.record.diverge(self.epoch, cause);
         }
@@ -382,7 +412,11 @@ impl Comparator {
 
     fn primary_said(&mut self, place: u32, key: FlowKey, said: Said) {
         let Some(at) = self.flows.find(key, &said) else { return self.diverge(None, Cause::BoundReached) };
+        let buffers = self.buffers();
         let Some(flow) = self.flows.get_mut(at) else { return };
+        if buffers {
+            flow.stick();
+        }
         let siblings = self.held.get_mut(place).map_or(Vec::new(), |held| held.siblings.clone());
         for place in siblings.into_iter().chain([place]) {
             if let Some(held) = self.held.get_mut(place) {

@@ -72,6 +72,11 @@ impl Connection {
         Self { key, kind, held: 0, held_bytes: 0, stuck: false, touched: false, queued: None, record }
     }
 
+    /// Lets nothing leave before the next checkpoint.
+    pub(super) fn stick(&mut self) {
+        self.stuck = true;
+    }
+
     /// Queues what the primary said in the frame at `place` and judges. What leaves is pushed to `out`.
     pub(super) fn primary(&mut self, place: u32, said: Said, out: &mut Vec<u32>) -> Result<(), Cause> {
         let verdict = match (&mut self.kind, said) {

@@ -19,6 +19,7 @@ mod checksum;
 pub mod compare;
 pub mod connection;
 mod datagrams;
+pub mod digest;
 mod fragments;
 mod ipv6;
 pub mod key;

@@ -290,3 +290,32 @@ proptest! {
         prop_assert_eq!(t.p_raw(0, frame.clone()) + t.s_raw(0, frame), 1);
     }
 }
+
+#[test]
+fn a_buffered_epoch_waits_for_its_checkpoint_and_what_it_showed_is_known() {
+    let mut t = Trace::new();
+    t.comparator.set_comparing(1, false);
+    assert_eq!(t.p(0, Seg::data(100, b"compared")) + t.s(0, Seg::data(100, b"compared")), 1);
+    t.checkpoint(0);
+    t.s(1, Seg::data(108, b"DIFFERS"));
+    assert_eq!(t.p(1, Seg::data(108, b"differs")) + t.p_raw(1, vec![0xff; 60]) + t.s(1, Seg::data(108, b"differs")), 0);
+    assert_eq!((t.wait(60_000), t.comparator.poll_timeout()), (0, None), "nothing ages");
+    assert_eq!(t.comparator.stats().dropped_unasked, 2);
+    t.comparator.set_comparing(2, true);
+    assert_eq!(t.p(2, Seg::data(115, b"again")), 0);
+    assert_eq!(t.checkpoint(1).len(), 2);
+    assert_eq!(t.p(2, Seg::data(108, b"differs")), 0, "behind what waits in its flow");
+    assert_eq!(t.s(2, Seg::data(115, b"again")), 2);
+    assert_eq!(t.asked, []);
+    assert!(t.comparator.flows(8).is_empty(), "a difference that nobody looked for is none");
+}
+
+#[test]
+fn a_buffered_epoch_still_has_a_bound() {
+    let mut t = Trace::with(Config { max_queue_bytes: 1000, ..Config::default() });
+    t.comparator.set_comparing(0, false);
+    while t.comparator.ready() {
+        assert_eq!(t.p(0, Seg::data(100, b"more")), 0);
+    }
+    assert_eq!(t.asked, [(0, Cause::BoundReached)]);
+}

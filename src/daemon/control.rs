@@ -55,6 +55,12 @@ pub struct Protect {
     /// Lets the guest's packets leave before the peer owns what they tell. Remus only, and unsafe: for measuring.
     #[serde(default)]
     pub release_at_once: bool,
+    /// Lets the secondary send digests instead of payloads, if it can: saves half of the packet link, costs hashing.
+    #[serde(default)]
+    pub packet_digests: bool,
+    /// Goes on comparing however often the guests differ, instead of buffering for a while. COLO only.
+    #[serde(default)]
+    pub stay_in_lock_step: bool,
 }
 
 /// What a host is asked.

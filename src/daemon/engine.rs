@@ -11,12 +11,14 @@
 //! fell asleep. Before *any* input is applied the heartbeat's lease is checked against the clock; when it is over,
 //! the peer is lost first, and everything else comes after.
 
+mod digests;
 mod effects;
 mod leaving;
 mod moments;
 mod orders;
 mod report;
 
+use self::digests::Digests;
 pub use self::leaving::Vacancy;
 use self::moments::Moment;
 use super::address::Address;
@@ -160,6 +162,7 @@ pub struct Engine {
     links: Option<Links>,
     peer: Option<String>,
     mode: Option<Mode>,
+    digests: Digests,
     answers: mpsc::Receiver<Answer>,
     answers_sender: mpsc::Sender<Answer>,
     holder: Option<Register>,
@@ -191,6 +194,7 @@ impl Engine {
             links: None,
             peer: None,
             mode: None,
+            digests: Digests::Off,
             answers,
             answers_sender,
             holder: None,
@@ -292,7 +296,7 @@ impl Engine {
         // The links tell nobody when they have drained, and the first copy waits for that.
         let copying = matches!(&self.role, Role::Primary(role) if role.side.wants_copy());
         let look_again = (copying && !self.links_take_more()).then(|| engine_clock() + Duration::from_millis(1));
-        side.into_iter().chain(look_again).min()
+        side.into_iter().chain(look_again).chain(self.digests.poll_timeout()).min()
     }
 
     fn links_take_more(&self) -> bool {
@@ -408,11 +412,7 @@ impl Engine {
                     role.side.recycle(batch);
                 }
             }
-            Input::SecondaryOrMirrored(epoch, frame) => match &mut self.role {
-                Role::Primary(role) => role.side.handle_secondary_frame(now, epoch, frame),
-                Role::Secondary(role) => role.side.handle_mirrored_frame(now, epoch, frame),
-                Role::Empty | Role::Running(_) => {}
-            },
+            Input::SecondaryOrMirrored(tag, frame) => self.packet_arrived(now, tag, frame),
             Input::Work => match &mut self.role {
                 Role::Primary(role) => role.side.copy_some(now),
                 Role::Secondary(role) => _ = role.side.work(now),
@@ -445,6 +445,7 @@ impl Engine {
             }
             _ => {}
         }
+        self.carry_digests(now);
         // Before the word that the guest is given up: who hears it may knock at once.
         self.tell_vacancy();
         self.flush();
@@ -479,6 +480,7 @@ impl Engine {
                         return;
                     }
                     let Some((epoch, frame)) = role.guest.queue.pop() else { return };
+                    self.digests.see_primary(epoch, &frame);
                     role.side.handle_guest_frame(now, epoch, frame);
                 }
                 Role::Secondary(role) => {
@@ -538,6 +540,7 @@ impl Engine {
         match PrimarySide::new(now, config, domain, guest.mirrors.clone(), guest.epoch.clone(), clock, targets) {
             Ok(side) => {
                 self.role = Role::Primary(Box::new(PrimaryRole { side, guest }));
+                self.digests = Digests::of_primary(links.digests);
                 self.adopt(links, peer, mode);
                 Reply::done()
             }
@@ -563,6 +566,7 @@ impl Engine {
         match SecondarySide::new(now, config, domain, replicas, guest.epoch.clone(), guest.geometry.mac, clock) {
             Ok(side) => {
                 self.role = Role::Secondary(Box::new(SecondaryRole { side, guest }));
+                self.digests = Digests::of_secondary(links.digests);
                 self.adopt(links, peer, mode);
             }
             Err(error) => tracing::error!(%error, "this host cannot stand by"),

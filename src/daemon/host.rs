@@ -31,6 +31,7 @@ use crate::colo::hello::{
     self, Channel, DiskCheckpoint, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome, disk_name,
 };
 use crate::colo::primary;
+use crate::compare::digest::Key;
 use crate::hypervisor::embedded::MachineConfig;
 use crate::page::PAGE_SIZE;
 use crate::replica::mirror::{Holds, MirrorHandle, Target, resync};
@@ -55,6 +56,8 @@ pub(super) const BLANK_DISK: &str = "blank-disk";
 pub(super) const VACANT: &str = "vacant";
 /// The feature of a host that can take page deltas.
 const PAGE_DELTAS: &str = "page-deltas";
+/// The feature of a primary that wants digests instead of payloads, and of a secondary that sends them.
+const PACKET_DIGESTS: &str = "packet-digests";
 /// The feature of a host that can tell the hashes of its disk.
 const CHUNK_HASHES: &str = "chunk-hashes";
 /// Memory in MiB for what was sent of a guest's pages, by default.
@@ -348,6 +351,8 @@ async fn knock(
     getrandom::fill(&mut session).map_err(|error| format!("no randomness for a session number: {error}"))?;
     let interval_ms = protect.heartbeat_interval_ms.unwrap_or(INTERVAL_DEFAULT_MS);
     let misses = protect.heartbeat_misses.unwrap_or(MISSES_DEFAULT);
+    let wanted = [(true, PAGE_DELTAS), (protect.packet_digests && protect.mode == Mode::Colo, PACKET_DIGESTS)];
+    let features: Vec<String> = wanted.iter().filter(|(wants, _)| *wants).map(|(_, name)| (*name).to_owned()).collect();
     let word = |generation, channel, disk| Hello {
         protocol: PROTOCOL_VERSION,
         channel,
@@ -357,7 +362,7 @@ async fn knock(
         generation,
         from: config.name.clone(),
         mode: protect.mode,
-        features: vec![PAGE_DELTAS.into()],
+        features: features.clone(),
         geometry: geometry.clone(),
         heartbeat_interval_ms: interval_ms,
         heartbeat_misses: misses,
@@ -394,12 +399,14 @@ async fn knock(
     let sent_pages =
         welcome.has(PAGE_DELTAS).then(|| SentPages::new(usize::try_from(delta_pages).unwrap_or(usize::MAX)));
     let side = Side::Primary { nbd, sent_pages, hashes };
-    let links = links::start(stream, packets, heartbeat_link, heartbeat, side);
+    let mut links = links::start(stream, packets, heartbeat_link, heartbeat, side);
+    links.digests = welcome.has(PACKET_DIGESTS).then(|| Key::of_session(session));
     let claim = Claim { guest: guest.to_owned(), expected: generation, holder: config.name.clone() };
     let mut machine = primary::Config::new(protect.mode, claim);
     machine.resume = protect.resume;
     machine.policy = config.policy.clone();
     machine.release_at_once = protect.release_at_once;
+    machine.fall_back = !protect.stay_in_lock_step;
     if let Some(delay_ms) = protect.checkpoint_delay_ms {
         machine.checkpoint_delay = Duration::from_millis(delay_ms);
     }

@@ -112,6 +112,8 @@ pub enum StreamOut {
     Message(Message),
     /// Pages, encoded by the writer so that the engine does not wait for it.
     Pages(PageBatch),
+    /// The word that the guest may rest.
+    GuestRests,
     /// The end of the pages and the device state.
     Devices(Vec<u8>),
 }
@@ -136,6 +138,8 @@ pub struct Links {
     pub packets_in: mpsc::Receiver<(u64, Bytes)>,
     /// To the packet link.
     pub packets_out: Outbox<(u64, Bytes)>,
+    /// The key of the packet link's digests, if both hosts agreed on them.
+    pub digests: Option<crate::compare::digest::Key>,
     /// Answers to disk writes; never any on the secondary.
     pub disk_in: mpsc::Receiver<DiskAnswer>,
     /// Disk writes, by disk; none on the secondary.
@@ -285,6 +289,7 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
         stream_out,
         packets_in,
         packets_out,
+        digests: None,
         disk_in,
         disk_out,
         hashes_in,
@@ -347,6 +352,7 @@ async fn write_stream(
     while let Some((bytes, out)) = outgoing.recv().await {
         match out {
             StreamOut::Message(message) => message.encode(&mut buffer),
+            StreamOut::GuestRests => stream::encode_guest_rests(&mut buffer),
             StreamOut::Devices(blob) => {
                 stream::encode_pages_end(&mut buffer);
                 stream::encode_device_state(&blob, &mut buffer);

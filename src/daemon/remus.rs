@@ -112,6 +112,8 @@ impl Config {
             heartbeat_misses: None,
             delta_mib: self.uncompressed.then_some(0),
             release_at_once: self.no_network,
+            packet_digests: false,
+            stay_in_lock_step: false,
         }
     }
 }

@@ -93,6 +93,49 @@ impl fmt::Display for Flow {
     }
 }
 
+/// Whether a pair in lock-step compares its guests' output ([`crate::colo::fallback`]).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct LockStep {
+    /// The guests differ so often that output is buffered as in Remus instead, and the secondary's guest rests.
+    pub buffering: bool,
+    /// How often it came to that.
+    pub given_up: u64,
+    /// When it is tried again at the earliest, in ms from now, while output is buffered.
+    pub tried_again_in_ms: Option<u64>,
+}
+
+impl fmt::Display for LockStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.tried_again_in_ms {
+            Some(ms) => write!(f, "GIVEN UP for now: the guests differ too often; output waits for checkpoints, ")
+                .and_then(|()| write!(f, "and lock-step is tried again in {ms} ms"))?,
+            None => write!(f, "output is compared again")?,
+        }
+        write!(f, " (given up {} times)", self.given_up)
+    }
+}
+
+/// What digests in the place of payloads did on the packet link ([`crate::compare::digest`]).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Digests {
+    /// Frames that came as digests, on the primary.
+    pub summaries: Option<u64>,
+    /// Those of them whose bytes had to be asked for.
+    pub looked_into: Option<u64>,
+    /// Bytes that did not have to travel, on the secondary.
+    pub saved_bytes: Option<u64>,
+}
+
+impl fmt::Display for Digests {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.summaries, self.looked_into, self.saved_bytes) {
+            (Some(summaries), Some(looked), _) => write!(f, "{summaries} frames came as digests, {looked} looked into"),
+            (.., Some(saved_bytes)) => write!(f, "{} KiB of payload did not have to travel", saved_bytes >> 10),
+            _ => write!(f, "on"),
+        }
+    }
+}
+
 /// Checkpoints that were owned.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Checkpoints {
@@ -252,6 +295,12 @@ pub struct Status {
     pub copied_pages: (u64, u64),
     /// Packets.
     pub packets: Packets,
+    /// Whether lock-step pays, on a primary in lock-step.
+    #[serde(default)]
+    pub lock_step: Option<LockStep>,
+    /// Digests on the packet link, where both hosts agreed on them.
+    #[serde(default)]
+    pub digests: Option<Digests>,
     /// The flows that diverged, worst first, at most [`FLOWS_MAX`].
     #[serde(default)]
     pub flows: Vec<Flow>,
@@ -359,6 +408,12 @@ impl fmt::Display for Status {
                 "packets     {} compared, {} released, {} held, {} waiting",
                 packets.compared, packets.released, packets.held, packets.waiting
             )?;
+        }
+        if let Some(digests) = self.digests {
+            writeln!(f, "digests     {digests}")?;
+        }
+        if let Some(lock_step) = self.lock_step.filter(|it| it.given_up > 0) {
+            writeln!(f, "lock-step   {lock_step}")?;
         }
         for flow in &self.flows {
             writeln!(f, "flow        {flow}")?;

@@ -193,6 +193,8 @@ impl World for Pair {
             heartbeat_misses: None,
             delta_mib: None,
             release_at_once: false,
+            packet_digests: false,
+            stay_in_lock_step: false,
         };
         self.ask("a", &Request::Protect(protect)).await.map(drop)
     }

@@ -53,6 +53,8 @@ pub fn protect(peer: &Address, mode: Mode) -> Protect {
         heartbeat_misses: Some(10),
         delta_mib: None,
         release_at_once: false,
+        packet_digests: false,
+        stay_in_lock_step: false,
     }
 }
 

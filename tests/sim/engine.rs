@@ -161,6 +161,11 @@ impl World {
                     self.step(Step::PagesSent);
                 }
             }
+            Effect::GuestRests => {
+                let mut bytes = BytesMut::new();
+                stream::encode_guest_rests(&mut bytes);
+                self.stream(bytes);
+            }
             Effect::Devices(blob) => {
                 let mut bytes = BytesMut::new();
                 stream::encode_pages_end(&mut bytes);

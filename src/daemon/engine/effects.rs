@@ -8,6 +8,7 @@ use crate::daemon::links::{DiskWrite, StreamOut, lock};
 use crate::daemon::pair::{primary, secondary};
 use crate::daemon::{engine_clock, fence};
 use crate::page::PAGE_SIZE;
+use crate::record;
 use bytes::Bytes;
 
 /// Bytes that may wait for the packet link.
@@ -54,6 +55,7 @@ impl Engine {
                 match effect {
                     Effect::Message(message) => links.stream_out.send(12, StreamOut::Message(message)),
                     Effect::Pages(batch) => links.stream_out.send(batch.len() * PAGE_SIZE, StreamOut::Pages(batch)),
+                    Effect::GuestRests => links.stream_out.send(record::Header::BYTES, StreamOut::GuestRests),
                     Effect::Devices(blob) => links.stream_out.send(blob.len(), StreamOut::Devices(blob)),
                     Effect::DiskWrite { disk, seq, offset, payload } => {
                         if let Some(link) = links.disk_out.get(disk) {
@@ -92,7 +94,8 @@ impl Engine {
                 if let Some(links) = &self.links
                     && links.packets_out.waiting_bytes() < PACKETS_BACKLOG_BYTES
                 {
-                    links.packets_out.send(frame.len(), (epoch, frame));
+                    let (tag, message) = self.digests.summarize(epoch, frame);
+                    links.packets_out.send(message.len(), (tag, message));
                 }
             }
         }

@@ -197,6 +197,7 @@ impl Engine {
             lost_at_unix_us: self.lost_at_unix_us,
             decided_at_unix_us: self.decided_at_unix_us,
             bytes_sent: self.sent_bytes_before,
+            digests: self.digests.report(),
             ..Status::default()
         };
         status.packets.dropped_network = self.dropped_network;

@@ -6,7 +6,7 @@ use crate::colo::hello::disk_name;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
 use crate::daemon::pair::primary::PrimarySide;
 use crate::daemon::pair::secondary::SecondarySide;
-use crate::daemon::status::{Checkpoints, Disk, FLOWS_MAX, Packets, PauseUs, Protection, Status};
+use crate::daemon::status::{Checkpoints, Disk, FLOWS_MAX, LockStep, Packets, PauseUs, Protection, Status};
 use crate::replica::epochs::ReplicaStatus;
 use crate::replica::mirror::MirrorStatus;
 use crate::replica::state::{self, Standing};
@@ -78,6 +78,11 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         dropped_stale: packets.dropped_stale,
         dropped_network: status.packets.dropped_network,
     };
+    status.lock_step = side.fallback().filter(|_| machine.is_protected()).map(|fallback| LockStep {
+        buffering: fallback.tried_again_at().is_some(),
+        given_up: fallback.count(),
+        tried_again_in_ms: fallback.tried_again_at().map(|at| (at - now).as_millis() as u64),
+    });
     status.flows = side.flows(FLOWS_MAX).into_iter().map(Into::into).collect();
     let copying = stats.copy_begun.map(|begun| stats.disk_read_at.unwrap_or(now) - begun);
     let rate = |bytes: u64| {

@@ -1,10 +1,11 @@
 //! The acceptor's part: who knocks, what is made for them, and when their links are one session.
 
-use super::{BLANK_DISK, CHUNK_HASHES, HELLO_DEADLINE, PAGE_DELTAS, Shared, VACANT, read_word};
+use super::{BLANK_DISK, CHUNK_HASHES, HELLO_DEADLINE, PACKET_DIGESTS, PAGE_DELTAS, Shared, VACANT, read_word};
 use crate::colo::arbiter::Claim;
 use crate::colo::heartbeat::Heartbeat;
 use crate::colo::hello::{self, Channel, DiskCheckpoint, Hello, PROTOCOL_VERSION, Welcome, disk_name};
 use crate::colo::secondary;
+use crate::compare::digest::Key;
 use crate::daemon::address::{Link, Listener};
 use crate::daemon::engine::{HostInput, Vacancy};
 use crate::daemon::guest::Guest;
@@ -95,8 +96,14 @@ pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
                     Ok(made) => {
                         let blank = made.as_ref().is_some_and(|(_, is_blank)| *is_blank);
                         let vacant = *shared.vacancy.borrow() == Vacancy::Vacant;
-                        let features =
-                            [(true, PAGE_DELTAS), (true, CHUNK_HASHES), (blank, BLANK_DISK), (vacant, VACANT)];
+                        let digests = word.wants(PACKET_DIGESTS);
+                        let features = [
+                            (true, PAGE_DELTAS),
+                            (true, CHUNK_HASHES),
+                            (digests, PACKET_DIGESTS),
+                            (blank, BLANK_DISK),
+                            (vacant, VACANT),
+                        ];
                         let features = features.into_iter().filter(|(has, _)| *has);
                         let welcome = Welcome {
                             protocol: PROTOCOL_VERSION,
@@ -251,7 +258,8 @@ fn join(shared: &Shared, session: Session) -> Option<(HostInput, Begun)> {
     let interval = Duration::from_millis(word.heartbeat_interval_ms);
     let heartbeat = Heartbeat::new(engine_clock(), interval, word.heartbeat_misses, generation);
     let side = Side::Secondary { nr_pages: word.geometry.nr_pages, nbd: servers, hashes };
-    let links = links::start(stream, packets, beats, heartbeat, side);
+    let mut links = links::start(stream, packets, beats, heartbeat, side);
+    links.digests = word.wants(PACKET_DIGESTS).then(|| Key::of_session(word.session));
     let claim = Claim { guest: word.guest.clone(), expected: generation, holder: shared.config.name.clone() };
     let mut config = secondary::Config::new(word.mode, claim);
     config.policy = shared.config.policy.clone();

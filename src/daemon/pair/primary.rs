@@ -11,6 +11,7 @@
 //! where they are emitted, the mirror's writes where they are made. All three change inside the capture, while
 //! the guest stands still; that is the only moment at which they can change together.
 
+mod capture;
 mod out;
 
 pub use self::out::{Effect, Stats};
@@ -19,6 +20,7 @@ use super::{Clock, cause_of};
 use crate::bitmap::Bitmap;
 use crate::clock::Instant;
 use crate::colo::arbiter::Answer;
+use crate::colo::fallback::{Fallback, Release};
 use crate::colo::hello::Mode;
 use crate::colo::message::Message;
 use crate::colo::primary::{Action, Config, Primary, State};
@@ -40,8 +42,6 @@ use std::time::Duration;
 const CONVERGED_PAGES: u64 = 512;
 /// Rounds over dirty memory after which the first copy is captured whatever is left.
 const COPY_ROUNDS_MAX: u32 = 8;
-/// Pages that may become dirty between finding room for a capture and the suspend, before the room is too small.
-const ROOM_MARGIN_PAGES: usize = 256;
 /// How long Remus lets output wait before it asks for a checkpoint, at least.
 const OUTPUT_DELAY: Duration = Duration::from_millis(5);
 
@@ -59,6 +59,8 @@ pub struct PrimarySide {
     machine: Primary,
     mode: Mode,
     release_at_once: bool,
+    /// Whether lock-step pays, if it is asked.
+    fallback: Option<Fallback>,
     domain: Box<dyn Domain>,
     mirrors: Mirrors,
     /// The mirrors count on from protection to protection; this is where they stood when this one began.
@@ -109,6 +111,7 @@ impl PrimarySide {
         Ok(Self {
             mode: config.mode,
             release_at_once: config.release_at_once,
+            fallback: (config.mode == Mode::Colo && config.fall_back).then(Fallback::default),
             generation: config.claim.expected,
             machine: Primary::new(now, config),
             domain,
@@ -135,6 +138,17 @@ impl PrimarySide {
     #[must_use]
     pub fn releases_at_once(&self) -> bool {
         self.release_at_once
+    }
+
+    /// Whether lock-step pays, of a pair in lock-step that asks.
+    #[must_use]
+    pub fn fallback(&self) -> Option<&Fallback> {
+        self.fallback.as_ref()
+    }
+
+    /// Whether output leaves by checkpoints alone, so that none may be long in coming.
+    fn waits_for_checkpoints(&self) -> bool {
+        self.mode == Mode::Remus || self.fallback.as_ref().is_some_and(|it| it.release() == Release::Buffered)
     }
 
     /// The machine, for looking.
@@ -230,7 +244,7 @@ impl PrimarySide {
         if self.machine.state() == State::Exited(Exit::Stopped) {
             return;
         }
-        if self.mode == Mode::Remus && self.machine.is_replicating() && epoch == self.machine.epoch() {
+        if self.waits_for_checkpoints() && self.machine.is_replicating() && epoch == self.machine.epoch() {
             // A guest that takes long to stop must not be stopped most of the time.
             self.output_due.get_or_insert(now + OUTPUT_DELAY.max(self.last_pause));
         }
@@ -467,6 +481,9 @@ impl PrimarySide {
             Action::SendPages => {
                 let pages = std::mem::take(&mut self.capture);
                 self.effects.push_back(Effect::Pages(pages));
+                if self.mode == Mode::Colo && self.waits_for_checkpoints() {
+                    self.effects.push_back(Effect::GuestRests);
+                }
             }
             Action::SendDevices => self.effects.push_back(Effect::Devices(std::mem::take(&mut self.devices))),
             Action::Release { epoch } => {
@@ -487,66 +504,6 @@ impl PrimarySide {
                 self.mirrors.detach();
                 self.end(Exit::Stopped);
             }
-        }
-        Ok(())
-    }
-
-    /// Finds room for what is dirty so far while the guest still runs. Memory that is new to this process is faulted
-    /// in page by page, which takes longer than the copy it is for.
-    fn make_room(&mut self) -> Result<(), DomainError> {
-        self.domain.take_dirty(&mut self.dirty)?;
-        let pages = self.dirty.count() as usize + ROOM_MARGIN_PAGES;
-        self.capture.clear();
-        self.capture.pfns.reserve(pages);
-        if self.capture.bytes.capacity() < pages * PAGE_SIZE {
-            self.capture.bytes.resize(pages * PAGE_SIZE, 0);
-            self.capture.bytes.clear();
-        }
-        Ok(())
-    }
-
-    /// The pause: nothing of the wire and nothing that allocates is in it.
-    fn capture(&mut self, resume: bool) -> Result<(), DomainError> {
-        self.make_room()?;
-        let begun = (self.clock)();
-        self.domain.suspend()?;
-        let suspended = (self.clock)();
-        let epoch = self.machine.epoch();
-        self.epoch.store(epoch, Ordering::SeqCst);
-        let ended = self.mirrors.mark();
-        assert_eq!(ended + 1, self.disk_epoch_base + epoch, "packets and disk are marked together");
-        self.domain.take_dirty(&mut self.dirty)?;
-        let listed = (self.clock)();
-        self.capture.pfns.extend(self.dirty.iter());
-        self.domain.read_pages(&self.capture.pfns, &mut self.capture.bytes)?;
-        let copied = (self.clock)();
-        let devices = self.domain.save_devices()?;
-        let saved = (self.clock)();
-        self.suspended_at = Some(begun);
-        if resume {
-            self.resume()?;
-        }
-        tracing::debug!(
-            pages = self.capture.len(),
-            suspend_us = (suspended - begun).as_micros(),
-            dirty_us = (listed - suspended).as_micros(),
-            copy_us = (copied - listed).as_micros(),
-            devices_us = (saved - copied).as_micros(),
-            resume_us = ((self.clock)() - saved).as_micros(),
-            "captured"
-        );
-        self.dirty.clear_all();
-        self.output_due = None;
-        self.stats.pages += self.capture.len() as u64;
-        self.devices = devices;
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), DomainError> {
-        self.domain.resume()?;
-        if let Some(begun) = self.suspended_at.take() {
-            self.last_pause = (self.clock)() - begun;
-            self.stats.pause.add(self.last_pause);
         }
         Ok(())
     }

@@ -266,6 +266,7 @@ impl SecondarySide {
                 self.stage(now, pfns.len());
                 self.staged.zero.extend(pfns);
             }
+            (State::Joining | State::Receiving, Item::GuestRests) => self.machine.handle_rest(),
             (State::Joining | State::Receiving, Item::PagesEnd) => {}
             (State::Joining | State::Receiving, Item::DeviceState(blob)) => {
                 self.staged.devices = blob;

@@ -17,6 +17,8 @@ pub enum Effect {
     Message(Message),
     /// Pages on the stream. Give the buffer back with [`super::PrimarySide::recycle`].
     Pages(PageBatch),
+    /// The word on the stream that the secondary's guest may rest until the next checkpoint.
+    GuestRests,
     /// The end of the pages, and the device state, on the stream.
     Devices(Vec<u8>),
     /// A frame to the network.

@@ -260,6 +260,16 @@ fn packet(frame: &[u8], vnet_header_bytes: usize) -> Result<Packet, Reason> {
     }
 }
 
+/// The TCP segment that a first fragment begins, as far as it goes, if its whole header is there.
+pub(super) fn first_fragment(frame: &[u8], fragment: &Fragment) -> Option<Ip> {
+    if fragment.offset != 0 || fragment.protocol != PROTOCOL_TCP {
+        return None;
+    }
+    let tcp = tcp(frame.get(..fragment.payload.end)?, fragment.payload.start)?;
+    let Siblings { vlans, src, dst, .. } = fragment.of;
+    Some(Ip { vlans, src, dst, transport: Transport::Tcp(tcp) })
+}
+
 fn ipv4(frame: &[u8], at: usize, vlans: Vlans, segmented: bool) -> Result<Packet, Reason> {
     let header: &[u8; 20] = frame.get(at..at + 20).and_then(|bytes| bytes.try_into().ok()).ok_or(Reason::Truncated)?;
     let header_bytes = usize::from(header[0] & 0xf) * 4;

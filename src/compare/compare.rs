@@ -97,6 +97,12 @@ impl fmt::Display for Cause {
     }
 }
 
+/// Why a checkpoint is asked for, and which flow asks, in a sentence.
+#[must_use]
+pub fn asked_by(cause: Cause, flow: Option<FlowKey>) -> String {
+    flow.map_or_else(|| cause.to_string(), |flow| format!("{flow}: {cause}"))
+}
+
 /// What the machine wants done.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Output {
@@ -109,6 +115,8 @@ pub enum Output {
         epoch: u64,
         /// Why.
         cause: Cause,
+        /// In which flow, where it is one.
+        flow: Option<FlowKey>,
     },
 }
 
@@ -219,7 +227,7 @@ impl Comparator {
         }
         self.stats.held += u64::from(self.stats.currently_held > held);
         if !self.ready() {
-            self.ask(epoch, Cause::BoundReached);
+            self.ask(epoch, Cause::BoundReached, None);
         }
     }
 
@@ -232,7 +240,7 @@ impl Comparator {
         } else if self.stats.currently_secondary_bytes + cost_bytes(&frame) > self.config.max_queue_bytes {
             self.stats.dropped_bound += 1;
             // Not for the tag's epoch: that number is the peer's, and asking is once an epoch.
-            self.ask(self.primary_epoch.max(self.epoch), Cause::BoundReached);
+            self.ask(self.primary_epoch.max(self.epoch), Cause::BoundReached, None);
         } else if epoch == self.epoch {
             self.judge_secondary(now, &frame);
         } else {
@@ -318,11 +326,11 @@ impl Comparator {
         Stats { flows: self.flows.len(), ..self.stats }
     }
 
-    fn ask(&mut self, epoch: u64, cause: Cause) {
+    fn ask(&mut self, epoch: u64, cause: Cause, flow: Option<FlowKey>) {
         if self.asked < Some(epoch) {
             self.asked = Some(epoch);
             self.stats.diverged += 1;
-            self.outputs.push_back(Output::Diverged { epoch, cause });
+            self.outputs.push_back(Output::Diverged { epoch, cause, flow });
         }
     }
 
@@ -343,10 +351,12 @@ impl Comparator {
 
     /// The current epoch cannot go on: because of a flow, if it can be told.
     fn diverge(&mut self, flow: Option<u32>, cause: Cause) {
-        if let Some(flow) = flow.and_then(|flow| self.flows.get_mut(flow)) {
+        let flow = flow.and_then(|flow| self.flows.get_mut(flow));
+        let key = flow.map(|flow| {
             flow.record.diverge(self.epoch, cause);
-        }
-        self.ask(self.epoch, cause);
+            flow.key
+        });
+        self.ask(self.epoch, cause, key);
     }
 
     /// A frame of the current epoch, or of one that has ended: the latter is in the state the secondary owns.

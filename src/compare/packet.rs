@@ -26,6 +26,7 @@
 
 use super::ipv6;
 use super::neighbour::{self, Identity};
+use super::options::Offer;
 use core::net::{IpAddr, Ipv4Addr};
 use std::fmt;
 use std::ops::Range;
@@ -194,6 +195,8 @@ pub struct Tcp {
     pub header_at: usize,
     /// The options.
     pub options: Range<usize>,
+    /// What a SYN's options promise.
+    pub offer: Offer,
     /// The payload.
     pub payload: Range<usize>,
 }
@@ -342,6 +345,7 @@ fn tcp(packet: &[u8], at: usize) -> Option<Tcp> {
         flags: header[13],
         header_at: at,
         options: at + 20..payload_at,
+        offer: if header[13] & Tcp::SYN == 0 { Offer::default() } else { Offer::read(&packet[at + 20..payload_at]) },
         payload: payload_at..packet.len(),
     })
 }

@@ -239,6 +239,9 @@ pub struct Status {
     pub recovery_point_ms: Option<u64>,
     /// Checkpoints.
     pub checkpoints: Checkpoints,
+    /// Why the comparator last asked for a checkpoint, and in which flow.
+    #[serde(default)]
+    pub asked: Option<String>,
     /// Pauses.
     pub pause_us: PauseUs,
     /// Bytes sent to the peer.
@@ -348,6 +351,9 @@ impl fmt::Display for Status {
             let causes: Vec<_> = self.checkpoints.by_cause.iter().map(|(cause, n)| format!("{cause} {n}")).collect();
             let causes = if causes.is_empty() { String::new() } else { format!(" ({})", causes.join(", ")) };
             writeln!(f, "checkpoints {}{causes}", self.checkpoints.total)?;
+        }
+        if let Some(asked) = &self.asked {
+            writeln!(f, "last asked  {asked}")?;
         }
         if let PauseUs { p50: Some(p50), p99: Some(p99), max: Some(max) } = self.pause_us {
             writeln!(f, "pause       p50 {p50} µs, p99 {p99} µs, max {max} µs")?;

@@ -11,13 +11,10 @@
 
 use crate::compare::checksum::tcp_replace;
 use crate::compare::key::FlowKey;
+use crate::compare::options::{SACK, TIMESTAMPS, options};
 use crate::compare::packet::{Ip, Packet, Tcp, Transport, be32, first_fragment};
 use crate::mutant::{self, Mutant};
 
-const OPTION_END: u8 = 0;
-const OPTION_NOP: u8 = 1;
-const OPTION_SACK: u8 = 5;
-const OPTION_TIMESTAMPS: u8 = 8;
 const TIMESTAMPS_BYTES: usize = 10;
 const VNET_NEEDS_CSUM: u8 = 1;
 
@@ -40,25 +37,6 @@ pub(super) fn before(a: u32, b: u32) -> bool {
     (a.wrapping_sub(b) as i32) < 0
 }
 
-/// The options of a TCP header: kind, place and length of each, until the end or the first that makes no sense.
-fn options(bytes: &[u8]) -> impl Iterator<Item = (u8, usize, usize)> {
-    let mut at = 0;
-    std::iter::from_fn(move || {
-        loop {
-            match (*bytes.get(at)?, bytes.get(at + 1)) {
-                (OPTION_END, _) => return None,
-                (OPTION_NOP, _) => at += 1,
-                (kind, Some(&length)) if length >= 2 && at + usize::from(length) <= bytes.len() => {
-                    let (start, length) = (at, usize::from(length));
-                    at += length;
-                    return Some((kind, start, length));
-                }
-                _ => return None,
-            }
-        }
-    })
-}
-
 impl Segment {
     /// Reads the TCP segment in a frame behind a virtio-net header of so many bytes, if there is one.
     pub(super) fn read(frame: &[u8], vnet_header_bytes: usize) -> Option<Self> {
@@ -71,7 +49,7 @@ impl Segment {
         let Ip { transport: Transport::Tcp(tcp), .. } = ip else { return None };
         let header = frame.get(tcp.options.clone())?;
         let timestamps = options(header)
-            .find(|(kind, _, length)| (*kind, *length) == (OPTION_TIMESTAMPS, TIMESTAMPS_BYTES))
+            .find(|(kind, _, length)| (*kind, *length) == (TIMESTAMPS, TIMESTAMPS_BYTES))
             .and_then(|(_, at, _)| Some((be32(header, at + 2)?, be32(header, at + 6)?)));
         let partial_checksum =
             vnet_header_bytes >= 10 && frame.first().is_some_and(|flags| flags & VNET_NEEDS_CSUM != 0);
@@ -106,7 +84,7 @@ impl Segment {
             self.put(frame, ACK_AT, self.tcp.ack);
         }
         if !mutant::active(Mutant::LeaveSack) {
-            self.put_options(frame, OPTION_SACK, |_, edge| edge.wrapping_add(offset));
+            self.put_options(frame, SACK, |_, edge| edge.wrapping_add(offset));
         }
     }
 
@@ -116,7 +94,7 @@ impl Segment {
             && *own != clock
         {
             *own = clock;
-            self.put_options(frame, OPTION_TIMESTAMPS, |word, value| if word == 0 { clock } else { value });
+            self.put_options(frame, TIMESTAMPS, |word, value| if word == 0 { clock } else { value });
         }
     }
 
@@ -127,7 +105,7 @@ impl Segment {
             && !mutant::active(Mutant::LeaveEcho)
         {
             *own = echo;
-            self.put_options(frame, OPTION_TIMESTAMPS, |word, value| if word == 1 { echo } else { value });
+            self.put_options(frame, TIMESTAMPS, |word, value| if word == 1 { echo } else { value });
         }
     }
 

@@ -431,7 +431,10 @@ impl PrimarySide {
                 match output {
                     Output::Release(frame) => self.effects.push_back(Effect::ToNetwork(frame)),
                     // A checkpoint that was captured meanwhile has already ended the epoch in question.
-                    Output::Diverged { epoch, cause } if epoch == self.machine.epoch() => {
+                    Output::Diverged { epoch, cause, flow } if epoch == self.machine.epoch() => {
+                        let asked = compare::asked_by(cause, flow);
+                        tracing::debug!(epoch, asked, "a checkpoint was asked for");
+                        self.stats.asked = Some(asked);
                         self.machine.request_checkpoint(now, cause_of(cause));
                     }
                     Output::Diverged { .. } => {}

@@ -62,6 +62,8 @@ pub enum Mutant {
     LeaveAfterDivergence,
     /// A fragment that overlaps others is passed over.
     TakeOverlap,
+    /// What is held leaves when the packet link is lost.
+    OpenWithoutLink,
     /// SACK edges are not moved with the acknowledgement.
     LeaveSack,
     /// A client's echo of the guest's clock is not moved.

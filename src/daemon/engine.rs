@@ -11,6 +11,7 @@
 //! fell asleep. Before *any* input is applied the heartbeat's lease is checked against the clock; when it is over,
 //! the peer is lost first, and everything else comes after.
 
+mod degraded;
 mod effects;
 mod leaving;
 mod moments;
@@ -23,6 +24,7 @@ use super::address::Address;
 use super::arbiter::Arbiter;
 use super::control::{Answer as Reply, Asked, Protect};
 use super::guest::Guest;
+use super::links::packets::Told;
 use super::links::{DiskAnswer, Links, Outbox, StreamIn, lock};
 use super::pair::primary::PrimarySide;
 use super::pair::secondary::SecondarySide;
@@ -144,6 +146,7 @@ enum Input {
     Disk(DiskAnswer),
     Hash(usize, ChunkHash),
     Recycled(crate::page::PageBatch),
+    PacketLink(Told),
     SecondaryOrMirrored(u64, Bytes),
     GuestFrames,
     Network(Bytes),
@@ -165,6 +168,7 @@ pub struct Engine {
     holder: Option<Register>,
     /// Who waits for the end of the protection.
     unprotecting: Option<oneshot::Sender<Reply>>,
+    packet_link: degraded::PacketLink,
     /// Why a guest that was here is here no longer.
     left: Option<String>,
     /// Whether the guest was stopped by an order.
@@ -195,6 +199,7 @@ impl Engine {
             answers_sender,
             holder: None,
             unprotecting: None,
+            packet_link: degraded::PacketLink::default(),
             left: None,
             paused: false,
             moment: Moment::default(),
@@ -257,6 +262,7 @@ impl Engine {
             Some(answer) = links.disk_in.recv() => Input::Disk(answer),
             Some((disk, hash)) = links.hashes_in.recv(), if hashes_wanted => Input::Hash(disk, hash),
             Some(batch) = links.recycled.recv() => Input::Recycled(batch),
+            Some(told) = links.packet_link.recv() => Input::PacketLink(told),
             Some((epoch, frame)) = links.packets_in.recv() => Input::SecondaryOrMirrored(epoch, frame),
             () = frames => Input::GuestFrames,
             Some(frame) = self.parts.network_in.recv() => Input::Network(frame),
@@ -408,6 +414,7 @@ impl Engine {
                     role.side.recycle(batch);
                 }
             }
+            Input::PacketLink(told) => self.packet_link(now, told),
             Input::SecondaryOrMirrored(epoch, frame) => match &mut self.role {
                 Role::Primary(role) => role.side.handle_secondary_frame(now, epoch, frame),
                 Role::Secondary(role) => role.side.handle_mirrored_frame(now, epoch, frame),
@@ -574,5 +581,6 @@ impl Engine {
         (self.links, self.peer, self.mode) = (Some(links), Some(peer), Some(mode));
         (self.holder, self.left, self.lost_at_unix_us, self.decided_at_unix_us) = (None, None, None, None);
         (self.sent_bytes_before, self.moved_bytes, self.paused) = (0, 0, false);
+        self.packet_link = degraded::PacketLink::default();
     }
 }

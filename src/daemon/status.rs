@@ -213,6 +213,9 @@ pub struct Status {
     /// What makes it less safe than that, because somebody asked for it.
     #[serde(default)]
     pub risk: Option<String>,
+    /// What does not work as it should while the guest is protected, in a sentence.
+    #[serde(default)]
+    pub degraded: Option<String>,
     /// Why it is not protected, in a sentence.
     pub why: Option<String>,
     /// Which side of a pair it is, or was last.
@@ -249,6 +252,9 @@ pub struct Status {
     /// How often the connection of one of the disks was lost in this protection, and another took its place.
     #[serde(default)]
     pub disk_link_losses: u64,
+    /// The same of the packet link.
+    #[serde(default)]
+    pub packet_link_losses: u64,
     /// Pages captured or received.
     pub pages: u64,
     /// Pages of the first copy that are sent, and how many it has.
@@ -319,6 +325,9 @@ impl fmt::Display for Status {
         if let Some(risk) = &self.risk {
             writeln!(f, "UNSAFE      {risk}")?;
         }
+        if let Some(degraded) = &self.degraded {
+            writeln!(f, "DEGRADED    {degraded}")?;
+        }
         if let Some(why) = &self.why {
             writeln!(f, "because     {why}")?;
         }
@@ -375,6 +384,9 @@ impl fmt::Display for Status {
         write!(f, "sent        {} KiB", self.bytes_sent / 1024)?;
         if self.disk_link_losses > 0 {
             write!(f, "\ndisk links  lost {} times, and made again", self.disk_link_losses)?;
+        }
+        if self.packet_link_losses > 0 {
+            write!(f, "\npacket link lost {} times, and made again", self.packet_link_losses)?;
         }
         self.images(f)?;
         for error in &self.disk.errors {

@@ -11,6 +11,7 @@
 //! where they are emitted, the mirror's writes where they are made. All three change inside the capture, while
 //! the guest stands still; that is the only moment at which they can change together.
 
+mod link;
 mod out;
 
 pub use self::out::{Effect, Stats};
@@ -72,6 +73,8 @@ pub struct PrimarySide {
     devices: Vec<u8>,
     suspended_at: Option<Instant>,
     last_pause: Duration,
+    /// There is no packet link: nothing can be compared.
+    link_down: bool,
     output_due: Option<Instant>,
     generation: u64,
     error: Option<String>,
@@ -123,6 +126,7 @@ impl PrimarySide {
             devices: Vec::new(),
             suspended_at: None,
             last_pause: Duration::ZERO,
+            link_down: false,
             output_due: None,
             error: None,
             effects: VecDeque::new(),
@@ -219,7 +223,8 @@ impl PrimarySide {
         self.proxy.handle_timeout(now);
         if self.output_due.is_some_and(|due| due <= now) {
             self.output_due = None;
-            self.machine.request_checkpoint(now, Cause::OutputWaits);
+            let cause = if self.link_down { Cause::PacketLink } else { Cause::OutputWaits };
+            self.machine.request_checkpoint(now, cause);
         }
         self.machine.handle_timeout(now);
         self.pump(now);
@@ -230,7 +235,8 @@ impl PrimarySide {
         if self.machine.state() == State::Exited(Exit::Stopped) {
             return;
         }
-        if self.mode == Mode::Remus && self.machine.is_replicating() && epoch == self.machine.epoch() {
+        let by_checkpoints = self.mode == Mode::Remus || self.link_down;
+        if by_checkpoints && self.machine.is_replicating() && epoch == self.machine.epoch() {
             // A guest that takes long to stop must not be stopped most of the time.
             self.output_due.get_or_insert(now + OUTPUT_DELAY.max(self.last_pause));
         }

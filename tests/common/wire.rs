@@ -22,13 +22,18 @@ enum Flow {
     Closed,
 }
 
+struct Connection {
+    handle: AbortHandle,
+    stalled: Arc<AtomicBool>,
+}
+
 /// A proxy, until it is dropped.
 pub struct Wire {
     /// Where to connect instead of the target.
     pub address: Address,
     flow: watch::Sender<Flow>,
     carried: Arc<AtomicU64>,
-    connections: Arc<Mutex<Vec<(AbortHandle, Arc<AtomicBool>)>>>,
+    connections: Arc<Mutex<Vec<Connection>>>,
     refuses: Arc<AtomicBool>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -69,7 +74,7 @@ impl Wire {
                     let Ok(far) = target.connect().await else { return };
                     carry(near, far, flows, counter, stalls).await;
                 });
-                handles.lock().unwrap().push((handle, stalled));
+                handles.lock().unwrap().push(Connection { handle, stalled });
             }
         });
         Self { address, flow, carried, connections: known, refuses, task }
@@ -82,12 +87,12 @@ impl Wire {
 
     /// Ends one of them; both ends see it.
     pub fn cut(&self, connection: usize) {
-        self.connections.lock().unwrap()[connection].0.abort();
+        self.connections.lock().unwrap()[connection].handle.abort();
     }
 
     /// Lets nothing more pass over one of them, and tells nobody.
     pub fn stall(&self, connection: usize) {
-        self.connections.lock().unwrap()[connection].1.store(true, Ordering::SeqCst);
+        self.connections.lock().unwrap()[connection].stalled.store(true, Ordering::SeqCst);
     }
 
     /// Hangs up on whoever comes from now on; who is connected stays.

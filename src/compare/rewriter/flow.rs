@@ -154,7 +154,7 @@ impl Flow {
         if fins == 2 { CLOSING } else { idle }
     }
 
-    /// The first number the guest expects after the client's SYN, if the frame can be the first that answers guest A.
+    /// Whether the client's frame can be the first that answers guest A.
     pub(super) fn completes(&self, segment: &Segment, window: u32) -> bool {
         let ack = segment.has(Tcp::ACK);
         match self.handshake {

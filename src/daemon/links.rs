@@ -243,7 +243,11 @@ pub fn start(stream: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Sid
     let (packets_sender, packets_in) = mpsc::channel(PACKETS_IN);
     let (packets_out, outgoing) = outbox();
     let (told, packet_link) = mpsc::channel(4);
-    let ends = |times| Ends { outgoing, to: packets_sender, told, times };
+    let (voice, words) = Voice::new(heartbeat);
+    let (heartbeat, said) = (voice.heartbeat.clone(), voice.said.clone());
+    let lease = heartbeat.clone();
+    let lease = Box::new(move || lock(&lease).lost(engine_clock()).is_none());
+    let ends = |times| Ends { outgoing, to: packets_sender, told, times, lease };
     let (disk_sender, disk_in) = mpsc::channel(PACKETS_IN);
     let mut disk_out = Vec::new();
     let (hash_sender, hashes_in) = mpsc::channel(HASHES_IN);
@@ -284,8 +288,6 @@ pub fn start(stream: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Sid
             nbd.into_iter().for_each(|server| spawn("disk link", server));
         }
     }
-    let (voice, words) = Voice::new(heartbeat);
-    let (heartbeat, said) = (voice.heartbeat.clone(), voice.said.clone());
     let beating = beat(heartbeat_link, voice, lost_sender);
     Links {
         stream_in,

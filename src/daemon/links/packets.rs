@@ -10,8 +10,11 @@
 //! the guests then disagree, and checkpoints make that good. What had not been written waits for the next connection.
 //! Without one for [`PATIENCE`] the link has ended, and with it the pair.
 //!
-//! A connection that is silent is broken too: each side sends an empty frame every [`Times::pulse`], so one over which
-//! nothing comes for [`Times::silence`] carries nothing. The heartbeat cannot tell: it has a connection of its own.
+//! A connection that is silent is broken too: each side sends an empty frame every half second, so one over which
+//! nothing comes for three carries nothing. The heartbeat cannot tell: it has a connection of its own.
+//!
+//! Who was asleep must not reach a survivor: no connection is made once the lease of the heartbeat is over, before the
+//! engine has come to know that it is.
 //!
 //! The trap is a frame that was read before the connection was lost, and is handed on after younger ones of the next: one
 //! task lets go of the old connection before it reads from the next.
@@ -70,11 +73,15 @@ pub(super) struct Ends {
     pub(super) to: mpsc::Sender<Tagged>,
     pub(super) told: mpsc::Sender<Told>,
     pub(super) times: Times,
+    pub(super) lease: Lease,
 }
+
+/// Whether the peer is still believed to be there.
+pub(super) type Lease = Box<dyn Fn() -> bool + Send + Sync>;
 
 /// Carries packets to and from the secondary over the connections that `connect` makes, until there is none for too long.
 pub(super) async fn carry(mut connect: Connect, mut ends: Ends) -> io::Result<()> {
-    let mut link = dial(&mut connect, ends.times, "it was never made").await?;
+    let mut link = dial(&mut connect, &ends, "it was never made").await?;
     loop {
         let why = match exchange(link, &mut ends).await {
             Err(error) if error.kind() != io::ErrorKind::InvalidData => error.to_string(),
@@ -83,7 +90,9 @@ pub(super) async fn carry(mut connect: Connect, mut ends: Ends) -> io::Result<()
         tracing::warn!(why, "the packet link was lost; another is being made");
         // An engine that is gone needs no link.
         let _ = ends.told.send(Told::Down(why.clone())).await;
-        link = dial(&mut connect, ends.times, &why).await?;
+        // If the peer is gone, the other links say so before this one knocks.
+        sleep(ends.times.retry).await;
+        link = dial(&mut connect, &ends, &why).await?;
         let _ = ends.told.send(Told::Up).await;
     }
 }
@@ -117,9 +126,14 @@ fn without(times: Times, why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, format!("no connection for {:?}: {why}", times.patience))
 }
 
-async fn dial(connect: &mut Connect, times: Times, lost: &str) -> io::Result<Link> {
+async fn dial(connect: &mut Connect, ends: &Ends, lost: &str) -> io::Result<Link> {
+    let times = ends.times;
     let (deadline, mut why) = (Instant::now() + times.patience, lost.to_owned());
     loop {
+        if !(ends.lease)() {
+            // The engine ends the links, and this task with them.
+            std::future::pending::<()>().await;
+        }
         match timeout_at(deadline, connect()).await {
             Ok(Ok(link)) => return Ok(link),
             Ok(Err(error)) => why = error.to_string(),
@@ -197,6 +211,7 @@ mod tests {
     use super::*;
     use crate::daemon::nbd::remote::{self, Dialling};
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use tokio::io::DuplexStream;
     use tokio::sync::Mutex;
 
@@ -219,7 +234,7 @@ mod tests {
         let (out, outgoing) = outbox();
         let (to, packets) = mpsc::channel(8);
         let (tell, told) = mpsc::channel(8);
-        (Ends { outgoing, to, told: tell, times }, Engine { out, packets, told })
+        (Ends { outgoing, to, told: tell, times, lease: Box::new(|| true) }, Engine { out, packets, told })
     }
 
     fn frame(n: u8) -> Tagged {
@@ -306,6 +321,31 @@ mod tests {
         far.write_all(&framed).await.unwrap();
         assert_eq!(a.packets.recv().await, Some(frame(7)), "pulses are no frames");
         assert!(a.told.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn who_may_have_been_replaced_makes_no_connection() {
+        let (near, far) = connection();
+        let (asked, mut asks) = mpsc::unbounded_channel();
+        let dialled = Arc::new(AtomicUsize::new(0));
+        let dials = dialled.clone();
+        let next = move || -> Dialling {
+            dials.fetch_add(1, Ordering::SeqCst);
+            Box::pin(std::future::pending())
+        };
+        let (mut ends, mut a) = side(TIMES);
+        let calls = AtomicUsize::new(0);
+        ends.lease = Box::new(move || {
+            asked.send(()).unwrap();
+            calls.fetch_add(1, Ordering::SeqCst) == 0
+        });
+        let carrying = tokio::spawn(carry(remote::begun(near, Box::new(next)), ends));
+        drop(far);
+        assert!(matches!(a.told.recv().await, Some(Told::Down(_))));
+        asks.recv().await;
+        asks.recv().await;
+        tokio::task::yield_now().await;
+        assert_eq!((dialled.load(Ordering::SeqCst), carrying.is_finished()), (0, false));
     }
 
     #[tokio::test]

@@ -62,6 +62,20 @@ pub enum Mutant {
     LeaveAfterDivergence,
     /// A fragment that overlaps others is passed over.
     TakeOverlap,
+    /// What is held leaves when the packet link is lost.
+    OpenWithoutLink,
+    /// SACK edges are not moved with the acknowledgement.
+    LeaveSack,
+    /// A client's echo of the guest's clock is not moved.
+    LeaveEcho,
+    /// A partial checksum follows a change that it knows nothing of.
+    SumPartial,
+    /// A survivor's clock may show clients an earlier time than they have seen.
+    ClockGoesBack,
+    /// A connection one side has closed is forgotten like one that both have.
+    ForgetHalfClosed,
+    /// A full table of connections is emptied.
+    WipeWhenFull,
 }
 
 impl Mutant {
@@ -95,6 +109,15 @@ impl Mutant {
     /// Those of the comparator, which its own property tests catch.
     pub const OF_JUDGEMENT: [Self; 5] =
         [Self::OverlookByte, Self::CutMatters, Self::OvertakeInFlow, Self::LeaveAfterDivergence, Self::TakeOverlap];
+    /// Those of the rewriter, which its own tests catch.
+    pub const OF_REWRITING: [Self; 6] = [
+        Self::LeaveSack,
+        Self::LeaveEcho,
+        Self::SumPartial,
+        Self::ClockGoesBack,
+        Self::ForgetHalfClosed,
+        Self::WipeWhenFull,
+    ];
 }
 
 #[cfg(feature = "mutants")]

@@ -23,6 +23,7 @@ mod nbd_command;
 mod nbd_interop;
 mod nbd_session;
 mod nbd_tls;
+mod packet_link;
 mod partition;
 mod qemu_replication;
 mod qmp;

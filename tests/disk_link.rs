@@ -79,7 +79,8 @@ async fn without_its_disk_link_the_pair_ends() {
     // The primary gives up first, and then both ask the arbiter: either may win.
     if world.one_survives().await {
         let why = world.a.status().await.why.unwrap_or_default();
-        assert!(why.contains("disk link: no connection to the NBD server for 10s"), "{why}");
+        // Either the link says so first, or a write that was under way.
+        assert!(why.contains("no connection to the NBD server for 10s"), "{why}");
     }
     load.survives(20).await;
     load.ends_unharmed().await;

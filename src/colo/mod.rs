@@ -64,6 +64,8 @@ pub enum Cause {
     Unparsable,
     /// A client frame could not be copied to the secondary.
     MirrorOverflow,
+    /// The packet link was lost, or there is one again.
+    PacketLink,
     /// The operator asked.
     Command,
 }
@@ -90,6 +92,7 @@ impl std::fmt::Display for Cause {
             Self::DiskBound => "disk-bound",
             Self::Unparsable => "unparsable",
             Self::MirrorOverflow => "mirror-overflow",
+            Self::PacketLink => "packet-link",
             Self::Command => "command",
         })
     }

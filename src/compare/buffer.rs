@@ -49,7 +49,7 @@ impl EpochBuffer {
         if !self.ready() && self.asked < Some(epoch) {
             self.asked = Some(epoch);
             self.stats.diverged += 1;
-            self.outputs.push_back(Output::Diverged { epoch, cause: Cause::BoundReached });
+            self.outputs.push_back(Output::Diverged { epoch, cause: Cause::BoundReached, flow: None });
         }
     }
 
@@ -268,7 +268,7 @@ mod tests {
         let mut buffer = EpochBuffer::new(1000);
         (0..100).for_each(|byte| buffer.handle_primary(3, frame(byte)));
         assert!(!buffer.ready());
-        assert_eq!(buffer.poll_output(), Some(Output::Diverged { epoch: 3, cause: Cause::BoundReached }));
+        assert_eq!(buffer.poll_output(), Some(Output::Diverged { epoch: 3, cause: Cause::BoundReached, flow: None }));
         assert_eq!(buffer.poll_output(), None);
         buffer.checkpoint(3);
         assert_eq!((buffer.stats().released, buffer.stats().currently_held_bytes, buffer.ready()), (100, 0, true));

@@ -98,6 +98,12 @@ impl fmt::Display for Cause {
     }
 }
 
+/// Why a checkpoint is asked for, and which flow asks, in a sentence.
+#[must_use]
+pub fn asked_by(cause: Cause, flow: Option<FlowKey>) -> String {
+    flow.map_or_else(|| cause.to_string(), |flow| format!("{flow}: {cause}"))
+}
+
 /// What the machine wants done.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Output {
@@ -110,6 +116,8 @@ pub enum Output {
         epoch: u64,
         /// Why.
         cause: Cause,
+        /// In which flow, where it is one.
+        flow: Option<FlowKey>,
     },
 }
 
@@ -225,7 +233,7 @@ impl Comparator {
         }
         self.stats.held += u64::from(self.stats.currently_held > held);
         if !self.ready() {
-            self.ask(epoch, Cause::BoundReached);
+            self.ask(epoch, Cause::BoundReached, None);
         }
     }
 
@@ -238,7 +246,7 @@ impl Comparator {
         } else if self.stats.currently_secondary_bytes + cost_bytes(&frame) > self.config.max_queue_bytes {
             self.stats.dropped_bound += 1;
             // Not for the tag's epoch: that number is the peer's, and asking is once an epoch.
-            self.ask(self.primary_epoch.max(self.epoch), Cause::BoundReached);
+            self.ask(self.primary_epoch.max(self.epoch), Cause::BoundReached, None);
         } else if self.buffered.contains(&epoch) {
             self.stats.dropped_unasked += 1;
         } else if epoch == self.epoch {
@@ -345,11 +353,11 @@ impl Comparator {
         self.buffered.contains(&self.epoch)
     }
 
-    fn ask(&mut self, epoch: u64, cause: Cause) {
+    fn ask(&mut self, epoch: u64, cause: Cause, flow: Option<FlowKey>) {
         if self.asked < Some(epoch) {
             self.asked = Some(epoch);
             self.stats.diverged += 1;
-            self.outputs.push_back(Output::Diverged { epoch, cause });
+            self.outputs.push_back(Output::Diverged { epoch, cause, flow });
         }
     }
 
@@ -373,10 +381,12 @@ impl Comparator {
         if self.buffers() {
             return;
         }
-        if let Some(flow) = flow.and_then(|flow| self.flows.get_mut(flow)) {
+        let flow = flow.and_then(|flow| self.flows.get_mut(flow));
+        let key = flow.map(|flow| {
             flow.record.diverge(self.epoch, cause);
-        }
-        self.ask(self.epoch, cause);
+            flow.key
+        });
+        self.ask(self.epoch, cause, key);
     }
 
     /// A frame of the current epoch, or of one that has ended: the latter is in the state the secondary owns.

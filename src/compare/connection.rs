@@ -65,7 +65,7 @@ impl Connection {
     pub(super) fn new(key: FlowKey, said: &Said) -> Self {
         let kind = match said {
             Said::Segment(..) => Kind::Tcp(Box::default()),
-            Said::Datagram(_) => Kind::Datagrams(Datagrams::new(key.is_dhcp())),
+            Said::Datagram(_) => Kind::Datagrams(Datagrams::new(key.ignored())),
             Said::Identity => Kind::Identity(Announcements::default()),
         };
         let record = Record::default();

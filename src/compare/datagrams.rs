@@ -5,10 +5,14 @@
 //! one guest and another n-th of the other are both left over is it certain, in a flow that keeps its order, that
 //! they never meet. (`net/colo-compare.c` calls it a mismatch whenever any other packet is queued.)
 //!
-//! DHCP messages carry the seconds their sender has been trying: they are compared without.
+//! DHCP messages carry the seconds their sender has been trying, DNS questions a number and a port that each guest draws
+//! for itself: they are compared without ([`FlowKey::ignored`]). A question that leaves binds nobody, and a survivor asks
+//! it again; its answer reaches one guest only, and what comes of that is compared.
 
 use super::compare::Cause;
 use super::connection::FRAME_OVERHEAD_BYTES;
+#[cfg(doc)]
+use super::key::FlowKey;
 use crate::clock::Instant;
 use crate::mutant::{self, Mutant};
 use bytes::Bytes;
@@ -18,7 +22,6 @@ use std::ops::Range;
 /// Unmatched datagrams of one guest that are looked at for each of the other: a flow that is so far out of step has
 /// diverged.
 const MAX_LOOK: usize = 256;
-const DHCP_SECS: Range<usize> = 8..10;
 
 /// A datagram of the primary that waits.
 #[derive(Debug)]
@@ -35,30 +38,31 @@ type Spare = (u64, Instant, Bytes);
 /// The state of one flow within an epoch.
 #[derive(Debug, Default)]
 pub(super) struct Datagrams {
-    dhcp: bool,
+    /// Bytes that are not compared.
+    ignored: Range<usize>,
     held: VecDeque<Held>,
     spare: VecDeque<Spare>,
     spare_bytes: usize,
     sent: [u64; 2],
 }
 
-fn same(a: &[u8], b: &[u8], dhcp: bool) -> bool {
-    if dhcp && a.len() == b.len() && a.len() >= DHCP_SECS.end {
-        return a[..DHCP_SECS.start] == b[..DHCP_SECS.start] && a[DHCP_SECS.end..] == b[DHCP_SECS.end..];
+fn same(a: &[u8], b: &[u8], ignored: &Range<usize>) -> bool {
+    if a.len() == b.len() && a.len() >= ignored.end {
+        return a[..ignored.start] == b[..ignored.start] && a[ignored.end..] == b[ignored.end..];
     }
     a == b
 }
 
 impl Datagrams {
-    pub(super) fn new(dhcp: bool) -> Self {
-        Self { dhcp, ..Self::default() }
+    pub(super) fn new(ignored: Range<usize>) -> Self {
+        Self { ignored, ..Self::default() }
     }
 
     /// Queues a datagram of the primary. What leaves is pushed to `out`.
     pub(super) fn push_primary(&mut self, place: u32, payload: Bytes, out: &mut Vec<u32>) -> Result<(), Cause> {
         let ordinal = self.sent[0];
         self.sent[0] += 1;
-        let found = self.spare.iter().take(MAX_LOOK).position(|spare| same(&spare.2, &payload, self.dhcp));
+        let found = self.spare.iter().take(MAX_LOOK).position(|spare| same(&spare.2, &payload, &self.ignored));
         if let Some((_, _, spare)) = found.and_then(|at| self.spare.remove(at)) {
             self.spare_bytes -= spare.len() + FRAME_OVERHEAD_BYTES;
         }
@@ -71,7 +75,7 @@ impl Datagrams {
         let ordinal = self.sent[1];
         self.sent[1] += 1;
         let waiting = self.held.iter_mut().filter(|held| !held.explained).take(MAX_LOOK);
-        if let Some(held) = waiting.into_iter().find(|held| same(&held.payload, payload, self.dhcp)) {
+        if let Some(held) = waiting.into_iter().find(|held| same(&held.payload, payload, &self.ignored)) {
             held.explained = true;
         } else {
             self.spare_bytes += payload.len() + FRAME_OVERHEAD_BYTES;
@@ -110,7 +114,7 @@ impl Datagrams {
 
     /// Forgets everything: a new epoch, or a flow that cannot be compared in this one.
     pub(super) fn clear(&mut self) {
-        *self = Self::new(self.dhcp);
+        *self = Self::new(self.ignored.clone());
     }
 }
 

@@ -3,22 +3,30 @@
 //! ```text
 //! TCP, UDP   VLANs, addresses, protocol, ports
 //! DNS, DHCP  the same, and the transaction: each question, each answer is a flow of its own
+//! question   of the guest: VLANs, addresses, protocol, the server's port, and what is asked
 //! ICMP       VLANs, addresses, protocol; the echo's identifier, or the type
 //! Identity   VLANs, address, hardware address
 //! Other      VLANs, addresses, protocol
 //! ```
 //!
 //! Within a flow order is kept; between flows there is none. That is why a resolver's answers are matched by their
-//! identifier: two guests may well answer two questions in different order.
+//! identifier: two guests may well answer two questions in different order. A guest's own questions have an identifier and
+//! a port that it draws at random (RFC 5452), so they are told by what they ask.
 
 use super::neighbour::Identity;
 use super::packet::{ETHERTYPE_ARP, Ip, PROTOCOL_ICMPV6, Transport, Vlans, be16, be32};
 use core::net::{IpAddr, Ipv4Addr};
 use std::fmt;
 use std::hash::{Hash, Hasher};
+use std::ops::Range;
 
 const PORT_DNS: u16 = 53;
 const PORTS_DHCP: [u16; 2] = [67, 68];
+const DHCP_SECS: Range<usize> = 8..10;
+const DNS_ID: Range<usize> = 0..2;
+const DNS_ANSWER: u8 = 0x80;
+/// Marks the transaction of a question: others have 40 bits at most.
+const QUESTION: u64 = 1 << 47;
 const DHCP_OPTIONS_AT: usize = 240;
 const DHCP_MESSAGE_TYPE: u8 = 53;
 
@@ -63,6 +71,12 @@ impl FlowKey {
     /// The key of the transaction within this flow that a datagram belongs to.
     #[must_use]
     pub fn within(self, payload: &[u8]) -> Self {
+        if self.protocol == 17
+            && self.dst_port == PORT_DNS
+            && payload.get(2).is_some_and(|flags| flags & DNS_ANSWER == 0)
+        {
+            return Self { src_port: 0, transaction: QUESTION | fold(&payload[DNS_ID.end..]), ..self };
+        }
         let ports = [self.src_port, self.dst_port];
         let transaction = match self.protocol {
             17 if ports.contains(&PORT_DNS) => be16(payload, 0).map(u64::from),
@@ -72,9 +86,14 @@ impl FlowKey {
         Self { transaction: transaction.unwrap_or(0), ..self }
     }
 
-    /// Whether the flow is a DHCP exchange, whose message says for how long its sender has been trying.
-    pub(super) fn is_dhcp(&self) -> bool {
-        self.protocol == 17 && [self.src_port, self.dst_port].iter().all(|port| PORTS_DHCP.contains(port))
+    /// The bytes of its datagrams that each guest makes up by itself: in a DHCP message, for how long its sender has been
+    /// trying; in a DNS question, its number.
+    pub(super) fn ignored(&self) -> Range<usize> {
+        match self.protocol {
+            17 if self.transaction & QUESTION != 0 => DNS_ID,
+            17 if [self.src_port, self.dst_port].iter().all(|port| PORTS_DHCP.contains(port)) => DHCP_SECS,
+            _ => 0..0,
+        }
     }
 
     /// The same flow, from a packet sent by the peer.
@@ -129,6 +148,13 @@ impl fmt::Display for FlowKey {
         }
         self.vlans.iter().filter(|vlan| **vlan != 0).try_for_each(|vlan| write!(f, " vlan {vlan}"))
     }
+}
+
+/// What is asked, in 47 bits (FNV-1a). Two questions that share them are taken for two of one flow, and compared.
+fn fold(bytes: &[u8]) -> u64 {
+    let hash =
+        bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    (hash ^ hash >> 47) & (QUESTION - 1)
 }
 
 /// The exchange and the step in it.

@@ -26,6 +26,7 @@ pub mod key;
 mod line;
 pub mod neighbour;
 pub mod notify;
+mod options;
 pub mod packet;
 mod ranges;
 mod record;
@@ -44,7 +45,7 @@ mod testing;
 mod tests;
 
 pub use buffer::{EpochBuffer, Proxy};
-pub use compare::{Cause, Comparator, Config, Output, Stats};
+pub use compare::{Cause, Comparator, Config, Output, Stats, asked_by};
 pub use key::FlowKey;
 pub use record::FlowReport;
 pub use rewriter::Rewriter;

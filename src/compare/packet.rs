@@ -26,6 +26,7 @@
 
 use super::ipv6;
 use super::neighbour::{self, Identity};
+use super::options::Offer;
 use core::net::{IpAddr, Ipv4Addr};
 use std::fmt;
 use std::ops::Range;
@@ -194,6 +195,8 @@ pub struct Tcp {
     pub header_at: usize,
     /// The options.
     pub options: Range<usize>,
+    /// What a SYN's options promise.
+    pub offer: Offer,
     /// The payload.
     pub payload: Range<usize>,
 }
@@ -258,6 +261,16 @@ fn packet(frame: &[u8], vnet_header_bytes: usize) -> Result<Packet, Reason> {
             other => return Err(Reason::EtherType(other)),
         }
     }
+}
+
+/// The TCP segment that a first fragment begins, as far as it goes, if its whole header is there.
+pub(super) fn first_fragment(frame: &[u8], fragment: &Fragment) -> Option<Ip> {
+    if fragment.offset != 0 || fragment.protocol != PROTOCOL_TCP {
+        return None;
+    }
+    let tcp = tcp(frame.get(..fragment.payload.end)?, fragment.payload.start)?;
+    let Siblings { vlans, src, dst, .. } = fragment.of;
+    Some(Ip { vlans, src, dst, transport: Transport::Tcp(tcp) })
 }
 
 fn ipv4(frame: &[u8], at: usize, vlans: Vlans, segmented: bool) -> Result<Packet, Reason> {
@@ -332,6 +345,7 @@ fn tcp(packet: &[u8], at: usize) -> Option<Tcp> {
         flags: header[13],
         header_at: at,
         options: at + 20..payload_at,
+        offer: if header[13] & Tcp::SYN == 0 { Offer::default() } else { Offer::read(&packet[at + 20..payload_at]) },
         payload: payload_at..packet.len(),
     })
 }

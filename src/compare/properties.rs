@@ -6,16 +6,16 @@ use crate::mutant::{Mutant, plant};
 use bytes::Bytes;
 use proptest::prelude::*;
 
-struct Dice(u64);
+pub(super) struct Dice(pub(super) u64);
 
 impl Dice {
     /// Below `limit`.
-    fn roll(&mut self, limit: usize) -> usize {
+    pub(super) fn roll(&mut self, limit: usize) -> usize {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % limit
     }
 
-    fn bytes(&mut self, len: usize) -> Vec<u8> {
+    pub(super) fn bytes(&mut self, len: usize) -> Vec<u8> {
         (0..len).map(|_| self.roll(256) as u8).collect()
     }
 

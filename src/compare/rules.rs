@@ -319,3 +319,168 @@ fn a_buffered_epoch_still_has_a_bound() {
     }
     assert_eq!(t.asked, [(0, Cause::BoundReached)]);
 }
+
+#[test]
+fn a_guests_own_questions_are_told_by_what_they_ask() {
+    let dns = |port: u16, id: u8, flags: u8, name: u8| {
+        let mut frame = udp(port, &[0, id, flags, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, name, 0, 0, 1, 0, 1]);
+        frame[36..38].copy_from_slice(&53_u16.to_be_bytes());
+        frame
+    };
+    for (name, a, b, verdict) in [
+        ("another number", dns(9000, 1, 1, b'a'), dns(9000, 2, 1, b'a'), LEAVES),
+        ("another port", dns(9000, 1, 1, b'a'), dns(9001, 1, 1, b'a'), LEAVES),
+        ("another name", dns(9000, 1, 1, b'a'), dns(9000, 1, 1, b'b'), WAITS),
+        ("another wish", dns(9000, 1, 1, b'a'), dns(9000, 1, 0, b'a'), WAITS),
+        ("an answer to another number", dns(9000, 1, 0x81, b'a'), dns(9000, 2, 0x81, b'a'), WAITS),
+    ] {
+        assert_eq!(judge(&a, &b), verdict, "{name}");
+    }
+    let mut t = Trace::new();
+    for n in 0..100_u8 {
+        t.s_raw(0, dns(9000 + u16::from(n), n, 1, n / 2));
+        assert_eq!(t.p_raw(0, dns(8000 - u16::from(n), 200 - n, 1, n / 2)), 1, "asked twice is asked twice");
+    }
+    t.wait(9000);
+    assert_eq!((t.asked.len(), t.comparator.stats().flows), (0, 0));
+    t.p_raw(0, dns(9000, 1, 1, b'a'));
+    t.wait(3000);
+    assert_eq!(t.asked, [(0, Cause::Aged)], "guest B does not ask");
+}
+
+#[test]
+fn options_of_a_syn_are_promises_and_all_others_are_not() {
+    let with = |segment: Seg, options: &[u8]| {
+        let mut frame = segment.frame();
+        frame.truncate(54);
+        frame.extend(options);
+        frame.resize(54 + options.len().next_multiple_of(4), 0);
+        frame[46] = (5 + options.len().div_ceil(4) as u8) << 4;
+        frame[17] = (frame.len() - 14) as u8;
+        frame
+    };
+    let stamps: &[u8] = &[8, 10, 0, 0, 0, 1, 0, 0, 0, 0];
+    for (name, a, b, promised) in [
+        ("maximum segment size", &[2, 4, 5, 0xb4][..], &[2, 4, 5, 0xa0][..], true),
+        ("window scale", &[3, 3, 7], &[3, 3, 2], true),
+        ("window scale of one alone", &[3, 3, 7], &[], true),
+        ("SACK permitted", &[4, 2], &[], true),
+        ("timestamps of one alone", stamps, &[], true),
+        ("another time", stamps, &[8, 10, 0, 0, 0, 9, 0, 0, 0, 0], false),
+        ("MD5 of one alone", &[19, 18, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], &[], true),
+        ("another TCP-AO signature", &[29, 6, 1, 1, 5, 6], &[29, 6, 1, 1, 7, 8], false),
+        ("TCP-AO of one alone", &[29, 6, 1, 1, 5, 6], &[], true),
+        ("another multipath key", &[30, 4, 1, 2], &[30, 4, 1, 3], false),
+        ("multipath of one alone", &[30, 4, 1, 2], &[], true),
+        ("SACK blocks", &[5, 10, 0, 0, 0, 1, 0, 0, 0, 2], &[], false),
+        ("user timeout", &[28, 4, 0, 1], &[28, 4, 0, 2], false),
+        ("Fast Open cookie", &[34, 4, 1, 2], &[34, 4, 3, 4], false),
+        ("an experiment", &[253, 4, 1, 2], &[], false),
+        ("the order they are in", &[4, 2, 3, 3, 7], &[1, 3, 3, 7, 4, 2], false),
+        ("a length that lies ends the search", &[1, 77, 200, 4, 2], &[], false),
+    ] {
+        let syn = |options| with(Seg::syn(1).ack(9), options);
+        assert_eq!(judge(&syn(a), &syn(b)), if promised { DIFFERS } else { LEAVES }, "{name}");
+        assert_eq!(judge(&syn(a), &syn(a)), LEAVES, "{name}: the same");
+        let data = |options| with(Seg::pure_ack(9), options);
+        assert_eq!(judge(&data(a), &data(b)), LEAVES, "{name}, but not in a SYN");
+    }
+}
+
+#[test]
+fn what_is_behind_an_authentication_header_is_compared_with_it() {
+    let ah = |number: u8, payload: &[u8]| {
+        let header = [6, 4, 0, 0, 0, 0, 0, 7, 0, 0, 0, number, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9];
+        in_ipv6(51, &[&header[..], &tcp6(5, payload)].concat())
+    };
+    for (name, a, b, verdict) in [
+        ("the same", ah(1, b"x"), ah(1, b"x"), LEAVES),
+        ("another number", ah(1, b"x"), ah(2, b"x"), DIFFERS),
+        ("another byte behind it", ah(1, b"x"), ah(1, b"y"), DIFFERS),
+        ("none in guest B's", ah(1, b"x"), in_ipv6(6, &tcp6(5, b"x")), WAITS),
+    ] {
+        assert_eq!(judge(&a, &b), verdict, "{name}");
+    }
+}
+
+#[test]
+fn a_redirect_is_compared_whole_and_in_a_flow_of_its_own() {
+    let redirect = |gateway: u8| {
+        let mut frame = testing::icmp_echo_reply(0, &[0x45; 28]);
+        (frame[34], frame[35]) = (5, 1);
+        frame[38..42].copy_from_slice(&[10, 0, 0, gateway]);
+        frame
+    };
+    let redirect6 =
+        |target: u8| icmp6(&[&[137, 0, 0, 0, 0, 0, 0, 0][..], &[target; 32], &[2, 1, 2, 2, 2, 2, 2, 2]].concat());
+    let unreachable = |port: u8| icmp6(&[1, 4, 0, 0, 0, 0, 0, 0, port]);
+    for (name, a, b, verdict) in [
+        ("IPv4", redirect(1), redirect(1), LEAVES),
+        ("IPv4, another gateway", redirect(1), redirect(2), DIFFERS),
+        ("IPv6", redirect6(1), redirect6(1), LEAVES),
+        ("IPv6, another target", redirect6(1), redirect6(2), DIFFERS),
+        ("another type of message", redirect6(1), unreachable(1), WAITS),
+        ("an echo", redirect(1), testing::icmp_echo_reply(0, &[0x45; 28]), WAITS),
+    ] {
+        assert_eq!(judge(&a, &b), verdict, "{name}");
+    }
+}
+
+#[test]
+fn a_datagram_as_large_as_can_be_is_put_together_and_a_larger_one_is_not() {
+    // The payload of an IPv4 packet of 65,535 bytes: 8 of them are UDP's.
+    let payload: Vec<u8> = (0..65_507_u32).map(|n| n as u8).collect();
+    let cuts: Vec<_> = (1..=43).map(|n| n * 1480).collect();
+    let frame = udp(7, &payload);
+    let parts = fragments(&frame, 1, &cuts);
+    let mut t = Trace::new();
+    let said: usize = parts.iter().map(|part| t.s_raw(0, part.clone())).sum();
+    let left: usize = parts.iter().rev().map(|part| t.p_raw(0, part.clone())).sum();
+    assert_eq!((said, left, t.asked.len()), (0, parts.len(), 0));
+    let stats = t.comparator.stats();
+    assert_eq!((stats.currently_held_bytes, stats.currently_secondary_bytes), (0, 0));
+
+    // The last part's offset fits the field and its end does not: the ping of death.
+    let mut beyond = parts[43].clone();
+    beyond[20..22].copy_from_slice(&(65_528_u16 / 8).to_be_bytes());
+    for sent in [vec![beyond.clone()], vec![parts[0].clone(), beyond]] {
+        let mut t = Trace::new();
+        sent.iter().for_each(|part| assert_eq!(t.s_raw(0, part.clone()) + t.p_raw(0, part.clone()), 0));
+        assert_eq!(t.asked, [(0, Cause::Unparsable(packet::Reason::Fragment))]);
+        assert_eq!(t.checkpoint(0), sent);
+    }
+}
+
+#[test]
+fn a_partner_that_may_still_come_costs_no_checkpoint() {
+    // Guest B says the same in any order, and the last a moment before guest A's first has aged.
+    for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+        // A guest B that is ahead says in order what guest A will say: a flow keeps its order.
+        for first_of_b in [false, true].into_iter().take(1 + usize::from(order == [0, 1, 2])) {
+            let mut t = Trace::new();
+            let said: Vec<_> = order.map(|n| udp(7, &[n])).into();
+            let (early, late) = said.split_at(2);
+            let a = |t: &mut Trace| (0..3).map(|n| t.p_raw(0, udp(7, &[n]))).sum::<usize>();
+            let mut left = if first_of_b { 0 } else { a(&mut t) };
+            left += early.iter().map(|frame| t.s_raw(0, frame.clone())).sum::<usize>();
+            left += if first_of_b { a(&mut t) } else { 0 };
+            t.wait(2999);
+            left += t.s_raw(0, late[0].clone());
+            assert_eq!((left, t.asked.len()), (3, 0), "{order:?} {first_of_b}");
+        }
+    }
+}
+
+#[test]
+fn who_asks_for_a_checkpoint_is_named() {
+    let mut comparator = Comparator::new(Config::default());
+    comparator.handle_secondary(Default::default(), 0, Seg::data(1, b"your").bytes());
+    comparator.handle_primary(Default::default(), 0, Seg::data(1, b"mine").bytes());
+    let Some(Output::Diverged { cause, flow, .. }) = comparator.poll_output() else { panic!("nothing is asked for") };
+    assert_eq!(asked_by(cause, flow), "tcp 10.0.0.2 80 > 10.0.0.9 40000: outputs differ");
+    comparator.checkpoint(Default::default(), 0);
+    while comparator.poll_output().is_some() {}
+    comparator.handle_primary(Default::default(), 1, vec![0; 60].into());
+    let Some(Output::Diverged { cause, flow, .. }) = comparator.poll_output() else { panic!("nothing is asked for") };
+    assert_eq!(asked_by(cause, flow), "a packet cannot be compared: EtherType 0x0000");
+}

@@ -14,7 +14,7 @@
 //! - *ACK*: guest B acknowledged as far this epoch, or the same was shown before. The client discards what is
 //!   acknowledged, so this holds for an empty segment too: QEMU's rule 3 lets it go and loses client data;
 //! - *SYN, FIN, RST*: guest B sent one too (a FIN at the same position). Initial sequence numbers differ until the
-//!   rewriter knows both, so a SYN is compared by flag.
+//!   rewriter knows both, so a SYN is compared by flag and by what its options promise.
 //!
 //! *Why "shown before" is enough*: what left in this epoch was explained by guest B then, and its TCP never unsends
 //! a byte nor takes back an ACK; what left in an epoch that ended is in the checkpoint guest B has loaded. The bytes
@@ -27,9 +27,7 @@
 //! The trap: a second connection on the same addresses and ports within one epoch. Which life a segment of the other
 //! guest belongs to cannot be told, so such a flow is held until the checkpoint.
 //!
-//! **Not compared, by rule.** *Options*: a timestamp counts its sender's own ticks, SACK blocks repeat what the client
-//! sent, and those of a SYN are what both guests are configured to offer; a client follows each of them however it
-//! changes. *Windows*: an offer that guest B makes smaller costs the client a retransmission. So an empty segment that
+//! **Not compared, by rule.** *Options*, but for what a SYN promises: `options.rs`. *Windows*: an offer that guest B makes smaller costs the client a retransmission. So an empty segment that
 //! acknowledges no more than was shown (a window update, a duplicate ACK, a keep-alive) leaves as soon as all before it
 //! in its flow have left, heard of guest B or not. *Urgent pointer*: the bytes it points at are compared.
 //! *Minimum ACK*: an ACK leaves when guest B has acknowledged as far; one it delays is waited for until it ages.
@@ -39,6 +37,7 @@
 
 use super::compare::Cause;
 use super::connection::FRAME_OVERHEAD_BYTES;
+use super::options::Offer;
 use super::packet::Tcp;
 use super::ranges::Ranges;
 use crate::clock::Instant;
@@ -69,6 +68,7 @@ struct Segment {
     seq: u32,
     ack: Option<u32>,
     syn: bool,
+    offer: Offer,
     fin: bool,
     rst: bool,
     /// Payload positions, in stretched sequence numbers.
@@ -135,6 +135,8 @@ impl Piece {
 struct Secondary {
     /// A SYN of a life the network has not been shown.
     syn: bool,
+    /// What it promised.
+    offer: Offer,
     /// Anything but a SYN.
     spoke: bool,
     ack: Option<u32>,
@@ -229,6 +231,11 @@ impl Segment {
         secondary.fin.is_none_or(|fin| (self.checked >= self.end || self.end <= fin) && (!self.fin || self.end == fin))
     }
 
+    /// Whether both guests begin a life and promise different things for it.
+    fn breaks_promise(&self, shown: &Shown, secondary: &Secondary) -> bool {
+        self.syn && shown.isn != Some(self.seq) && secondary.syn && secondary.offer != self.offer
+    }
+
     /// Whether everything beside the payload is explained too.
     fn explained(&self, shown: &Shown, secondary: &Secondary) -> bool {
         let ack = later(shown.ack, secondary.ack);
@@ -285,6 +292,7 @@ impl TcpFlow {
             seq: tcp.seq,
             ack: (tcp.has(Tcp::ACK) && !tcp.has(Tcp::RST)).then_some(tcp.ack),
             syn: tcp.has(Tcp::SYN),
+            offer: tcp.offer,
             fin: tcp.has(Tcp::FIN),
             rst: tcp.has(Tcp::RST),
             start,
@@ -315,6 +323,7 @@ impl TcpFlow {
         if tcp.has(Tcp::SYN) {
             // After a checkpoint both guests resend one SYN with one sequence number: that is no new life.
             self.secondary.syn |= self.opened || self.shown.isn != Some(tcp.seq);
+            self.secondary.offer = tcp.offer;
             self.secondary.ack = later(self.secondary.ack, ack);
             return if self.secondary.spoke { Err(Cause::Reused) } else { Ok(()) };
         }
@@ -335,7 +344,7 @@ impl TcpFlow {
         let mut silent = Secondary::default();
         let secondary = if self.opened == self.secondary.syn { &mut self.secondary } else { &mut silent };
         while let Some(head) = self.held.front_mut() {
-            if !head.check_bytes(&self.shown, secondary) {
+            if head.breaks_promise(&self.shown, secondary) || !head.check_bytes(&self.shown, secondary) {
                 return Err(Cause::PayloadDiffers);
             }
             if !head.explained(&self.shown, secondary) {

@@ -249,7 +249,7 @@ impl Trace {
         while let Some(output) = self.comparator.poll_output() {
             match output {
                 Output::Release(frame) => frames.push(frame),
-                Output::Diverged { epoch, cause } => self.asked.push((epoch, cause)),
+                Output::Diverged { epoch, cause, .. } => self.asked.push((epoch, cause)),
             }
         }
         frames

@@ -11,6 +11,7 @@
 //! fell asleep. Before *any* input is applied the heartbeat's lease is checked against the clock; when it is over,
 //! the peer is lost first, and everything else comes after.
 
+mod degraded;
 mod digests;
 mod effects;
 mod leaving;
@@ -25,6 +26,7 @@ use super::address::Address;
 use super::arbiter::Arbiter;
 use super::control::{Answer as Reply, Asked, Protect};
 use super::guest::Guest;
+use super::links::packets::Told;
 use super::links::{DiskAnswer, Links, Outbox, StreamIn, lock};
 use super::pair::primary::PrimarySide;
 use super::pair::secondary::SecondarySide;
@@ -146,6 +148,7 @@ enum Input {
     Disk(DiskAnswer),
     Hash(usize, ChunkHash),
     Recycled(crate::page::PageBatch),
+    PacketLink(Told),
     SecondaryOrMirrored(u64, Bytes),
     GuestFrames,
     Network(Bytes),
@@ -168,6 +171,7 @@ pub struct Engine {
     holder: Option<Register>,
     /// Who waits for the end of the protection.
     unprotecting: Option<oneshot::Sender<Reply>>,
+    packet_link: degraded::PacketLink,
     /// Why a guest that was here is here no longer.
     left: Option<String>,
     /// Whether the guest was stopped by an order.
@@ -199,6 +203,7 @@ impl Engine {
             answers_sender,
             holder: None,
             unprotecting: None,
+            packet_link: degraded::PacketLink::default(),
             left: None,
             paused: false,
             moment: Moment::default(),
@@ -261,6 +266,7 @@ impl Engine {
             Some(answer) = links.disk_in.recv() => Input::Disk(answer),
             Some((disk, hash)) = links.hashes_in.recv(), if hashes_wanted => Input::Hash(disk, hash),
             Some(batch) = links.recycled.recv() => Input::Recycled(batch),
+            Some(told) = links.packet_link.recv() => Input::PacketLink(told),
             Some((epoch, frame)) = links.packets_in.recv() => Input::SecondaryOrMirrored(epoch, frame),
             () = frames => Input::GuestFrames,
             Some(frame) = self.parts.network_in.recv() => Input::Network(frame),
@@ -412,6 +418,7 @@ impl Engine {
                     role.side.recycle(batch);
                 }
             }
+            Input::PacketLink(told) => self.packet_link(now, told),
             Input::SecondaryOrMirrored(tag, frame) => self.packet_arrived(now, tag, frame),
             Input::Work => match &mut self.role {
                 Role::Primary(role) => role.side.copy_some(now),
@@ -578,5 +585,6 @@ impl Engine {
         (self.links, self.peer, self.mode) = (Some(links), Some(peer), Some(mode));
         (self.holder, self.left, self.lost_at_unix_us, self.decided_at_unix_us) = (None, None, None, None);
         (self.sent_bytes_before, self.moved_bytes, self.paused) = (0, 0, false);
+        self.packet_link = degraded::PacketLink::default();
     }
 }

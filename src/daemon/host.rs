@@ -380,7 +380,7 @@ async fn knock(
         let link = peer.connect().await.map_err(|error| format!("peer {peer}: {error}"))?;
         introduce(link, word(channel, disk)).await.map(|(link, _)| link)
     };
-    let packets = join(Channel::Packets, 0).await?;
+    let packets = begun(peer.clone(), word(Channel::Packets, 0), join(Channel::Packets, 0).await?);
     let heartbeat_link = join(Channel::Heartbeat, 0).await?;
     let session = u64::from_le_bytes(session);
     let target = |(disk, mirror)| Target { session, holds: holds(&welcome, disk, mirror) };
@@ -392,14 +392,14 @@ async fn knock(
         }
     }
     for disk in 0..geometry.disks.len() {
-        nbd.push(disk_link(peer.clone(), word(Channel::Nbd, disk), join(Channel::Nbd, disk).await?));
+        nbd.push(begun(peer.clone(), word(Channel::Nbd, disk), join(Channel::Nbd, disk).await?));
     }
     let heartbeat = Heartbeat::new(engine_clock(), Duration::from_millis(interval_ms), misses, generation);
     let delta_pages = protect.delta_mib.unwrap_or(DELTA_MIB_DEFAULT).saturating_mul(PAGES_PER_MIB);
     let sent_pages =
         welcome.has(PAGE_DELTAS).then(|| SentPages::new(usize::try_from(delta_pages).unwrap_or(usize::MAX)));
-    let side = Side::Primary { nbd, sent_pages, hashes };
-    let mut links = links::start(stream, packets, heartbeat_link, heartbeat, side);
+    let side = Side::Primary { packets, nbd, sent_pages, hashes };
+    let mut links = links::start(stream, heartbeat_link, heartbeat, side);
     links.digests = welcome.has(PACKET_DIGESTS).then(|| Key::of_session(session));
     let claim = Claim { guest: guest.to_owned(), expected: generation, holder: config.name.clone() };
     let mut machine = primary::Config::new(protect.mode, claim);
@@ -420,8 +420,8 @@ async fn knock(
     }
 }
 
-/// What makes the connections of a disk's link: the first one is there, for each further one the same hello is said.
-fn disk_link(peer: Address, hello: Hello, first: Link) -> Connect {
+/// What makes the connections of a link that outlives one: the first one is there, for each further one the same hello is said.
+fn begun(peer: Address, hello: Hello, first: Link) -> Connect {
     let next = move || -> Dialling {
         let (peer, hello) = (peer.clone(), hello.clone());
         Box::pin(async move {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  stream      P → S  pages, messages, devices      S → P  messages
-//!  packets     P → S  client frames (epoch)         S → P  guest frames (epoch)
+//!  packets     P → S  client frames (epoch)         S → P  guest frames (epoch), and again when lost ([`packets`])
 //!  heartbeat   both ways, on a thread of its own    and the words that end a protection
 //!  nbd         P → S  writes                        S → P  replies, and again for each further disk ([`disk`])
 //!  hashes      (for each disk that is not known)    S → P  a hash a chunk
@@ -13,10 +13,10 @@
 //! written is counted in bytes ([`Outbox`]), so that the engine can hold back.
 
 pub mod disk;
+pub mod packets;
 
 use super::address::Link;
 use super::engine_clock;
-use super::frames::FRAME_BYTES_MAX;
 use super::hashes;
 use super::nbd::remote::Connect;
 pub use super::pair::lock;
@@ -26,7 +26,6 @@ use crate::colo::heartbeat::{BEAT_BYTES, Beat, Heartbeat, Word};
 use crate::colo::hello::disk_name;
 use crate::colo::message::Message;
 use crate::colo::stream::{self, Item};
-use crate::compare::wire;
 use crate::page::PageBatch;
 use crate::replica::mirror::resync::ChunkHash;
 use bytes::{Bytes, BytesMut};
@@ -40,6 +39,7 @@ use tokio::task::JoinHandle;
 
 use disk::Acks;
 pub use disk::{DiskAnswer, DiskWrite};
+use packets::{Ends, Times, Told};
 
 /// Stream items waiting for the engine; one may hold 4 MiB of pages.
 const STREAM_IN_ITEMS: usize = 8;
@@ -140,6 +140,8 @@ pub struct Links {
     pub packets_out: Outbox<(u64, Bytes)>,
     /// The key of the packet link's digests, if both hosts agreed on them.
     pub digests: Option<crate::compare::digest::Key>,
+    /// What became of the packet link.
+    pub packet_link: mpsc::Receiver<Told>,
     /// Answers to disk writes; never any on the secondary.
     pub disk_in: mpsc::Receiver<DiskAnswer>,
     /// Disk writes, by disk; none on the secondary.
@@ -191,6 +193,8 @@ impl Drop for Links {
 pub enum Side {
     /// The primary writes disk blocks through NBD connections.
     Primary {
+        /// What makes the connections of the packet link.
+        packets: Connect,
         /// What makes the connections, after their welcome, in the order of the disks.
         nbd: Vec<Connect>,
         /// What is remembered of the pages sent, if the peer can take deltas.
@@ -200,6 +204,8 @@ pub enum Side {
     },
     /// The secondary reads a stream for a guest of this size, and serves its disks.
     Secondary {
+        /// The connection of the packet link, and those that take its place.
+        packets: (Link, mpsc::Receiver<Link>),
         /// The guest's size.
         nr_pages: u64,
         /// The NBD servers; the end of one is the end of the pair, since no later checkpoint has that disk. The end of
@@ -234,12 +240,18 @@ fn invalid(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {
 
 /// Starts the tasks of one side.
 #[must_use]
-pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Side) -> Links {
+pub fn start(stream: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Side) -> Links {
     let (lost_sender, lost) = mpsc::channel(8);
     let (stream_sender, stream_in) = mpsc::channel(STREAM_IN_ITEMS);
     let (stream_out, stream_outgoing) = outbox();
     let (packets_sender, packets_in) = mpsc::channel(PACKETS_IN);
-    let (packets_out, packets_outgoing) = outbox();
+    let (packets_out, outgoing) = outbox();
+    let (told, packet_link) = mpsc::channel(4);
+    let (voice, words) = Voice::new(heartbeat);
+    let (heartbeat, said) = (voice.heartbeat.clone(), voice.said.clone());
+    let lease = heartbeat.clone();
+    let lease = Box::new(move || lock(&lease).lost(engine_clock()).is_none());
+    let ends = |times| Ends { outgoing, to: packets_sender, told, times, lease };
     let (disk_sender, disk_in) = mpsc::channel(PACKETS_IN);
     let mut disk_out = Vec::new();
     let (hash_sender, hashes_in) = mpsc::channel(HASHES_IN);
@@ -253,11 +265,9 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
     };
 
     let (stream_read, stream_write) = tokio::io::split(stream);
-    let (packets_read, packets_write) = tokio::io::split(packets);
-    spawn("packet link", Box::pin(read_packets(packets_read, packets_sender)));
-    spawn("packet link", Box::pin(write_packets(packets_write, packets_outgoing)));
     match side {
-        Side::Primary { nbd, sent_pages, hashes } => {
+        Side::Primary { packets, nbd, sent_pages, hashes } => {
+            spawn("packet link", Box::pin(packets::carry(packets, ends(Times::PRIMARY))));
             for (disk, link, count) in hashes {
                 spawn("hash link", Box::pin(hashes::read(link, disk, count, hash_sender.clone())));
             }
@@ -272,7 +282,8 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
                 spawn("disk link", Box::pin(disk::forward(connect, disk_name(disk), outgoing, acks, counters)));
             }
         }
-        Side::Secondary { nr_pages, nbd, hashes } => {
+        Side::Secondary { packets: (link, later), nr_pages, nbd, hashes } => {
+            spawn("packet link", Box::pin(packets::serve(link, later, ends(Times::SECONDARY))));
             hashes.into_iter().for_each(|hashes| spawn("hash link", hashes));
             let writing = write_stream(stream_write, stream_outgoing, None, recycle, sent_bytes.clone());
             spawn("checkpoint stream", Box::pin(writing));
@@ -281,8 +292,6 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
             nbd.into_iter().for_each(|server| spawn("disk link", server));
         }
     }
-    let (voice, words) = Voice::new(heartbeat);
-    let (heartbeat, said) = (voice.heartbeat.clone(), voice.said.clone());
     let beating = beat(heartbeat_link, voice, lost_sender);
     Links {
         stream_in,
@@ -290,6 +299,7 @@ pub fn start(stream: Link, packets: Link, heartbeat_link: Link, heartbeat: Heart
         packets_in,
         packets_out,
         digests: None,
+        packet_link,
         disk_in,
         disk_out,
         hashes_in,
@@ -382,39 +392,6 @@ async fn flush(write: &mut WriteHalf<Link>, buffer: &mut BytesMut, sent: &Atomic
         sent.fetch_add(bytes as u64, Ordering::Relaxed);
     }
     buffer.clear();
-    Ok(())
-}
-
-async fn read_packets(mut read: ReadHalf<Link>, to: mpsc::Sender<(u64, Bytes)>) -> io::Result<()> {
-    let mut decoder = wire::TaggedDecoder::default();
-    let mut input = BytesMut::new();
-    loop {
-        input.reserve(FRAME_BYTES_MAX);
-        if read.read_buf(&mut input).await? == 0 {
-            return Ok(());
-        }
-        while let Some(tagged) = decoder.decode(&mut input).map_err(invalid)? {
-            if to.send(tagged).await.is_err() {
-                return Ok(());
-            }
-        }
-    }
-}
-
-async fn write_packets(mut write: WriteHalf<Link>, mut outgoing: Outgoing<(u64, Bytes)>) -> io::Result<()> {
-    let mut buffer = BytesMut::new();
-    while let Some((mut bytes, (epoch, frame))) = outgoing.recv().await {
-        wire::encode_tagged(epoch, &frame, &mut buffer).map_err(invalid)?;
-        // What waits leaves in one write, as long as that stays small.
-        while buffer.len() < FRAME_BYTES_MAX {
-            let Some((more, (epoch, frame))) = outgoing.try_recv() else { break };
-            wire::encode_tagged(epoch, &frame, &mut buffer).map_err(invalid)?;
-            bytes += more;
-        }
-        write.write_all(&buffer).await?;
-        buffer.clear();
-        outgoing.written(bytes);
-    }
     Ok(())
 }
 

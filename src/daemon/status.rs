@@ -256,6 +256,9 @@ pub struct Status {
     /// What makes it less safe than that, because somebody asked for it.
     #[serde(default)]
     pub risk: Option<String>,
+    /// What does not work as it should while the guest is protected, in a sentence.
+    #[serde(default)]
+    pub degraded: Option<String>,
     /// Why it is not protected, in a sentence.
     pub why: Option<String>,
     /// Which side of a pair it is, or was last.
@@ -282,6 +285,9 @@ pub struct Status {
     pub recovery_point_ms: Option<u64>,
     /// Checkpoints.
     pub checkpoints: Checkpoints,
+    /// Why the comparator last asked for a checkpoint, and in which flow.
+    #[serde(default)]
+    pub asked: Option<String>,
     /// Pauses.
     pub pause_us: PauseUs,
     /// Bytes sent to the peer.
@@ -289,6 +295,9 @@ pub struct Status {
     /// How often the connection of one of the disks was lost in this protection, and another took its place.
     #[serde(default)]
     pub disk_link_losses: u64,
+    /// The same of the packet link.
+    #[serde(default)]
+    pub packet_link_losses: u64,
     /// Pages captured or received.
     pub pages: u64,
     /// Pages of the first copy that are sent, and how many it has.
@@ -365,6 +374,9 @@ impl fmt::Display for Status {
         if let Some(risk) = &self.risk {
             writeln!(f, "UNSAFE      {risk}")?;
         }
+        if let Some(degraded) = &self.degraded {
+            writeln!(f, "DEGRADED    {degraded}")?;
+        }
         if let Some(why) = &self.why {
             writeln!(f, "because     {why}")?;
         }
@@ -398,6 +410,9 @@ impl fmt::Display for Status {
             let causes = if causes.is_empty() { String::new() } else { format!(" ({})", causes.join(", ")) };
             writeln!(f, "checkpoints {}{causes}", self.checkpoints.total)?;
         }
+        if let Some(asked) = &self.asked {
+            writeln!(f, "last asked  {asked}")?;
+        }
         if let PauseUs { p50: Some(p50), p99: Some(p99), max: Some(max) } = self.pause_us {
             writeln!(f, "pause       p50 {p50} µs, p99 {p99} µs, max {max} µs")?;
         }
@@ -424,6 +439,9 @@ impl fmt::Display for Status {
         write!(f, "sent        {} KiB", self.bytes_sent / 1024)?;
         if self.disk_link_losses > 0 {
             write!(f, "\ndisk links  lost {} times, and made again", self.disk_link_losses)?;
+        }
+        if self.packet_link_losses > 0 {
+            write!(f, "\npacket link lost {} times, and made again", self.packet_link_losses)?;
         }
         self.images(f)?;
         for error in &self.disk.errors {

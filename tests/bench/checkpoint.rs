@@ -199,10 +199,17 @@ impl Pair {
             );
         let no_other = || -> Dialling { Box::pin(async { Err(std::io::ErrorKind::NotConnected.into()) }) };
         let nbd = vec![remote::begun(nbd_a, Box::new(no_other))];
-        let side_a = Side::Primary { nbd, sent_pages: None, hashes: vec![] };
-        let side_b = Side::Secondary { nr_pages: guest.geometry.nr_pages, nbd: vec![server], hashes: vec![] };
-        let links_a = links::start(stream_a, packets_a, beats_a, beats(), side_a);
-        let links_b = links::start(stream_b, packets_b, beats_b, beats(), side_b);
+        let (_place, later) = tokio::sync::mpsc::channel(1);
+        let side_a = Side::Primary {
+            packets: remote::begun(packets_a, Box::new(no_other)),
+            nbd,
+            sent_pages: None,
+            hashes: vec![],
+        };
+        let (packets, nr_pages) = ((packets_b, later), guest.geometry.nr_pages);
+        let side_b = Side::Secondary { packets, nr_pages, nbd: vec![server], hashes: vec![] };
+        let links_a = links::start(stream_a, beats_a, beats(), side_a);
+        let links_b = links::start(stream_b, beats_b, beats(), side_b);
 
         let claim = |holder: &str| Claim { guest: name.into(), expected: GENERATION, holder: holder.into() };
         let mut config_a = primary::Config::new(Mode::Colo, claim("a"));

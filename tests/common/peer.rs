@@ -66,12 +66,17 @@ pub async fn introduce(link: &mut Link, word: &impl serde::Serialize) -> Welcome
 
 /// Reads one hello or welcome and not a byte more.
 pub async fn read_word<T: serde::de::DeserializeOwned>(link: &mut Link) -> T {
+    try_read_word(link).await.expect("the other side hung up instead of a word")
+}
+
+/// The same, or nothing when the other side hangs up.
+async fn try_read_word<T: serde::de::DeserializeOwned>(link: &mut Link) -> Option<T> {
     let mut word = vec![0; 4];
-    soon("a word's length", link.read_exact(&mut word)).await.unwrap();
+    soon("a word's length", link.read_exact(&mut word)).await.ok()?;
     let len_bytes = u32::from_be_bytes([word[0], word[1], word[2], word[3]]) as usize;
     word.resize(4 + len_bytes, 0);
-    soon("a word", link.read_exact(&mut word[4..])).await.unwrap();
-    hello::decode(&mut BytesMut::from(&word[..])).unwrap().unwrap()
+    soon("a word", link.read_exact(&mut word[4..])).await.ok()?;
+    Some(hello::decode(&mut BytesMut::from(&word[..])).unwrap().unwrap())
 }
 
 /// Reads until the other side ends the connection, which it must.
@@ -198,9 +203,10 @@ impl ScriptedSecondary {
     pub async fn welcomes(&self, channel: Channel) -> (Link, Hello) {
         let (mut link, word) = loop {
             let mut link = self.accepts().await;
-            let word: Hello = read_word(&mut link).await;
-            // Of a session before this one: a primary that lost its disk link tries again for a while.
-            if word.channel != Channel::Nbd || channel == Channel::Nbd {
+            // Of a session before this one: a primary that lost its packet or disk link tries again for a while, and
+            // may have been told to stop before it said a word.
+            let Some(word) = try_read_word::<Hello>(&mut link).await else { continue };
+            if !matches!(word.channel, Channel::Packets | Channel::Nbd) || channel == word.channel {
                 break (link, word);
             }
         };

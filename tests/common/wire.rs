@@ -6,7 +6,7 @@
 //!   closed   both ends see the connection end, and new ones are refused
 //! ```
 //!
-//! One connection alone can be cut too; they are counted from 0, as they come.
+//! One connection alone can be cut or stalled too; they are counted from 0, as they come.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -22,13 +22,18 @@ enum Flow {
     Closed,
 }
 
+struct Connection {
+    handle: AbortHandle,
+    stalled: Arc<AtomicBool>,
+}
+
 /// A proxy, until it is dropped.
 pub struct Wire {
     /// Where to connect instead of the target.
     pub address: Address,
     flow: watch::Sender<Flow>,
     carried: Arc<AtomicU64>,
-    connections: Arc<Mutex<Vec<AbortHandle>>>,
+    connections: Arc<Mutex<Vec<Connection>>>,
     refuses: Arc<AtomicBool>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -59,15 +64,17 @@ impl Wire {
                     continue;
                 }
                 let (target, flows, counter) = (target.clone(), flows.clone(), counter.clone());
+                let stalled = Arc::new(AtomicBool::new(false));
+                let stalls = stalled.clone();
                 let handle = connections.spawn(async move {
                     let mut flow = flows.clone();
                     if !passes(&mut flow).await {
                         return;
                     }
                     let Ok(far) = target.connect().await else { return };
-                    carry(near, far, flows, counter).await;
+                    carry(near, far, flows, counter, stalls).await;
                 });
-                handles.lock().unwrap().push(handle);
+                handles.lock().unwrap().push(Connection { handle, stalled });
             }
         });
         Self { address, flow, carried, connections: known, refuses, task }
@@ -80,12 +87,22 @@ impl Wire {
 
     /// Ends one of them; both ends see it.
     pub fn cut(&self, connection: usize) {
-        self.connections.lock().unwrap()[connection].abort();
+        self.connections.lock().unwrap()[connection].handle.abort();
+    }
+
+    /// Lets nothing more pass over one of them, and tells nobody.
+    pub fn stall(&self, connection: usize) {
+        self.connections.lock().unwrap()[connection].stalled.store(true, Ordering::SeqCst);
     }
 
     /// Hangs up on whoever comes from now on; who is connected stays.
     pub fn refuse(&self) {
         self.refuses.store(true, Ordering::SeqCst);
+    }
+
+    /// Carries whoever comes from now on again.
+    pub fn accept(&self) {
+        self.refuses.store(false, Ordering::SeqCst);
     }
 
     /// Lets bytes pass again; what waited arrives.
@@ -117,17 +134,23 @@ async fn passes(flow: &mut watch::Receiver<Flow>) -> bool {
     }
 }
 
-async fn carry(near: Link, far: Link, flow: watch::Receiver<Flow>, carried: Arc<AtomicU64>) {
+async fn carry(near: Link, far: Link, flow: watch::Receiver<Flow>, carried: Arc<AtomicU64>, stalled: Arc<AtomicBool>) {
     let (near_read, near_write) = tokio::io::split(near);
     let (far_read, far_write) = tokio::io::split(far);
     // Either direction's end ends the connection: the hosts never half-close.
     tokio::select! {
-        () = pump(near_read, far_write, flow.clone(), &carried) => {}
-        () = pump(far_read, near_write, flow.clone(), &carried) => {}
+        () = pump(near_read, far_write, flow.clone(), &carried, &stalled) => {}
+        () = pump(far_read, near_write, flow.clone(), &carried, &stalled) => {}
     }
 }
 
-async fn pump(mut from: ReadHalf<Link>, mut to: WriteHalf<Link>, mut flow: watch::Receiver<Flow>, carried: &AtomicU64) {
+async fn pump(
+    mut from: ReadHalf<Link>,
+    mut to: WriteHalf<Link>,
+    mut flow: watch::Receiver<Flow>,
+    carried: &AtomicU64,
+    stalled: &AtomicBool,
+) {
     let mut buffer = vec![0; 64 << 10];
     while passes(&mut flow).await {
         let bytes = tokio::select! {
@@ -138,6 +161,10 @@ async fn pump(mut from: ReadHalf<Link>, mut to: WriteHalf<Link>, mut flow: watch
                 _ => return,
             },
         };
+        if stalled.load(Ordering::SeqCst) {
+            // Until the connection is cut.
+            std::future::pending::<()>().await;
+        }
         if !passes(&mut flow).await || to.write_all(&buffer[..bytes]).await.is_err() {
             return;
         }

@@ -407,7 +407,7 @@ fn rewritten(pieces: Pieces) -> Said {
         now += Duration::from_millis(after_ms);
         let mut frame = frame.to_vec();
         let len = frame.len();
-        match who % 5 {
+        match who % 6 {
             0 => {
                 if machine.from_network(now, &mut frame) == rewriter::Forward::Now {
                     assert_eq!(frame.len(), len);
@@ -421,7 +421,11 @@ fn rewritten(pieces: Pieces) -> Said {
             }
             2 => machine.checkpoint(),
             3 => machine.takeover(),
-            _ => machine.handle_timeout(now),
+            4 => machine.handle_timeout(now),
+            _ => {
+                let vnet_header_bytes = [0, 10, 12][len % 3];
+                machine = Rewriter::with(rewriter::Config { vnet_header_bytes, max_flows: 8, ..Default::default() });
+            }
         }
         while let Some(frame) = machine.poll_output() {
             said.push(brief(&frame));

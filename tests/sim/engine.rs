@@ -422,6 +422,7 @@ fn cause_name(cause: xen_colo::colo::Cause) -> &'static str {
         Cause::DiskBound => "cause disk-bound",
         Cause::Unparsable => "cause unparsable",
         Cause::MirrorOverflow => "cause mirror-overflow",
+        Cause::PacketLink => "cause packet-link",
         Cause::Command => "cause command",
     }
 }

@@ -17,7 +17,7 @@ use super::outbox::Outbox;
 use super::port::Socket;
 use super::wake::Wake;
 use crate::compare::notify::{self, Instruction};
-use crate::compare::{Cause, Comparator, Output};
+use crate::compare::{Comparator, Output, asked_by};
 use crate::daemon::engine_clock;
 use bytes::{Bytes, BytesMut};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -257,23 +257,23 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
                         None => unreachable!("the comparator gives back the bytes it was given"),
                     },
                 },
-                Output::Diverged { cause, .. } => self.diverged(&cause),
+                Output::Diverged { cause, flow, .. } => self.diverged(&asked_by(cause, flow)),
             }
         }
     }
 
-    fn diverged(&mut self, cause: &Cause) {
-        self.cause = Some(cause.to_string());
+    fn diverged(&mut self, cause: &str) {
+        self.cause = Some(cause.to_owned());
         match self.ports.get(NOTIFY_DEV) {
             None => {
-                tracing::warn!(epoch = self.epoch, %cause, "held until a checkpoint, and no notify_dev to ask for one")
+                tracing::warn!(epoch = self.epoch, cause, "held until a checkpoint, and no notify_dev to ask for one")
             }
             Some(Port { peer: None, .. }) => {
-                tracing::warn!(epoch = self.epoch, %cause, "held until a checkpoint, and nobody at notify_dev");
+                tracing::warn!(epoch = self.epoch, cause, "held until a checkpoint, and nobody at notify_dev");
                 self.notify.owed = true;
             }
             Some(_) => {
-                tracing::info!(epoch = self.epoch, %cause, "asked for a checkpoint");
+                tracing::info!(epoch = self.epoch, cause, "asked for a checkpoint");
                 self.say(notify::DO_CHECKPOINT);
             }
         }

@@ -201,6 +201,7 @@ impl Engine {
             ..Status::default()
         };
         status.packets.dropped_network = self.dropped_network;
+        (status.degraded, status.packet_link_losses) = (self.degraded(), self.packet_link.losses);
         if let Some(links) = &self.links {
             status.bytes_sent += links.sent_bytes.load(Ordering::Relaxed);
             status.disk_link_losses = links.disk_link_losses.load(Ordering::Relaxed);

@@ -69,6 +69,7 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
     let pause = &stats.pause;
     status.pause_us = PauseUs { p50: pause.percentile_us(50), p99: pause.percentile_us(99), max: pause.max_us() };
     (status.pages, status.copied_pages) = (stats.pages, stats.copied_pages);
+    status.asked.clone_from(&stats.asked);
     let packets = side.packets();
     status.packets = Packets {
         compared: packets.compared,

@@ -40,17 +40,22 @@ struct Session {
     nbd: Vec<Link>,
 }
 
-/// The session that has begun, and where its disks' servers take further links from.
+/// The session that has begun, and where its packet link and its disks' servers take further links from.
 struct Begun {
     session: u64,
+    packets: mpsc::Sender<Link>,
     disks: Vec<mpsc::Sender<Link>>,
 }
 
 impl Begun {
-    /// The place of a disk's further link, while the session lasts.
+    /// The place of a further link, while the session lasts.
     fn place(&self, word: &Hello) -> Option<&mpsc::Sender<Link>> {
-        let known = word.channel == Channel::Nbd && word.session == self.session;
-        self.disks.get(word.disk).filter(|place| known && !place.is_closed())
+        let place = match word.channel {
+            Channel::Nbd => self.disks.get(word.disk),
+            Channel::Packets => Some(&self.packets),
+            _ => None,
+        };
+        place.filter(|place| word.session == self.session && !place.is_closed())
     }
 }
 
@@ -257,12 +262,14 @@ fn join(shared: &Shared, session: Session) -> Option<(HostInput, Begun)> {
     }
     let interval = Duration::from_millis(word.heartbeat_interval_ms);
     let heartbeat = Heartbeat::new(engine_clock(), interval, word.heartbeat_misses, generation);
-    let side = Side::Secondary { nr_pages: word.geometry.nr_pages, nbd: servers, hashes };
-    let mut links = links::start(stream, packets, beats, heartbeat, side);
+    let (place, later) = mpsc::channel(1);
+    let packets = (packets, later);
+    let side = Side::Secondary { packets, nr_pages: word.geometry.nr_pages, nbd: servers, hashes };
+    let mut links = links::start(stream, beats, heartbeat, side);
     links.digests = word.wants(PACKET_DIGESTS).then(|| Key::of_session(word.session));
     let claim = Claim { guest: word.guest.clone(), expected: generation, holder: shared.config.name.clone() };
     let mut config = secondary::Config::new(word.mode, claim);
     config.policy = shared.config.policy.clone();
-    let begun = Begun { session: word.session, disks };
+    let begun = Begun { session: word.session, packets: place, disks };
     Some((HostInput::Join { links, config, peer: word.from, guest }, begun))
 }

@@ -37,7 +37,7 @@ use tokio::sync::mpsc;
 /// one to leave does not leave.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// The secondary waits longer: it is the primary, whose guest runs, that should end the pair and say why.
-const PATIENCE_SECONDARY: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE_SECONDARY: Duration = Duration::from_secs(20);
 
 /// A disk write for the secondary.
 #[derive(Debug)]

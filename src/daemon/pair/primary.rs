@@ -12,6 +12,7 @@
 //! the guest stands still; that is the only moment at which they can change together.
 
 mod capture;
+mod link;
 mod out;
 
 pub use self::out::{Effect, Stats};
@@ -74,6 +75,8 @@ pub struct PrimarySide {
     devices: Vec<u8>,
     suspended_at: Option<Instant>,
     last_pause: Duration,
+    /// There is no packet link: nothing can be compared.
+    link_down: bool,
     output_due: Option<Instant>,
     generation: u64,
     error: Option<String>,
@@ -126,6 +129,7 @@ impl PrimarySide {
             devices: Vec::new(),
             suspended_at: None,
             last_pause: Duration::ZERO,
+            link_down: false,
             output_due: None,
             error: None,
             effects: VecDeque::new(),
@@ -233,7 +237,8 @@ impl PrimarySide {
         self.proxy.handle_timeout(now);
         if self.output_due.is_some_and(|due| due <= now) {
             self.output_due = None;
-            self.machine.request_checkpoint(now, Cause::OutputWaits);
+            let cause = if self.link_down { Cause::PacketLink } else { Cause::OutputWaits };
+            self.machine.request_checkpoint(now, cause);
         }
         self.machine.handle_timeout(now);
         self.pump(now);
@@ -244,7 +249,8 @@ impl PrimarySide {
         if self.machine.state() == State::Exited(Exit::Stopped) {
             return;
         }
-        if self.waits_for_checkpoints() && self.machine.is_replicating() && epoch == self.machine.epoch() {
+        let by_checkpoints = self.waits_for_checkpoints() || self.link_down;
+        if by_checkpoints && self.machine.is_replicating() && epoch == self.machine.epoch() {
             // A guest that takes long to stop must not be stopped most of the time.
             self.output_due.get_or_insert(now + OUTPUT_DELAY.max(self.last_pause));
         }
@@ -445,7 +451,10 @@ impl PrimarySide {
                 match output {
                     Output::Release(frame) => self.effects.push_back(Effect::ToNetwork(frame)),
                     // A checkpoint that was captured meanwhile has already ended the epoch in question.
-                    Output::Diverged { epoch, cause } if epoch == self.machine.epoch() => {
+                    Output::Diverged { epoch, cause, flow } if epoch == self.machine.epoch() => {
+                        let asked = compare::asked_by(cause, flow);
+                        tracing::debug!(epoch, asked, "a checkpoint was asked for");
+                        self.stats.asked = Some(asked);
                         self.machine.request_checkpoint(now, cause_of(cause));
                     }
                     Output::Diverged { .. } => {}

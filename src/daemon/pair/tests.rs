@@ -11,9 +11,11 @@ use crate::colo::{Cause, Exit, Loss, primary, secondary};
 use crate::disk::{Disk, DiskError, MemoryDisk};
 use crate::hypervisor::embedded::copies::Copies;
 use crate::hypervisor::embedded::{Embedded, MachineConfig};
+use crate::mutant::{Mutant, plant};
 use crate::replica::epochs::{GuestView, ReplicaConfig};
 use crate::replica::mirror::{Holds, Target};
 use crate::replica::set::{Mirrors, Replicas};
+use bytes::Bytes;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -42,18 +44,24 @@ struct Pair {
     mirrors: Mirrors,
     /// Writes of the second disk that are on their way, while they are held up.
     late: Option<Vec<PrimaryEffect>>,
+    /// What has left guest A for the network.
+    left: Vec<Bytes>,
 }
 
 impl Pair {
     /// A pair of a guest with these disks on the secondary, whose first state is loaded.
     fn new(bases: Vec<Box<dyn Disk>>) -> Self {
+        Self::of(Mode::Remus, bases)
+    }
+
+    fn of(mode: Mode, bases: Vec<Box<dyn Disk>>) -> Self {
         let clock: Clock = Arc::new(|| at(0));
         let blank = |_| Box::new(MemoryDisk::new(DISK_BYTES)) as Box<dyn Disk>;
         let mirrors = Mirrors::new((0..bases.len()).map(blank).collect(), 8 << 20);
         let disks = mirrors.disks().iter().map(|disk| Box::new(disk.clone()) as Box<dyn Disk>);
         let disk = Box::new(Copies::of(disks.collect()));
         let domain = Embedded::boot(&machine(), disk, clock.clone(), Box::new(|_| {})).unwrap();
-        let config = primary::Config::new(Mode::Remus, claim("a"));
+        let config = primary::Config::new(mode, claim("a"));
         let targets = vec![Target { session: 0, holds: Holds::Zeroes }; bases.len()];
         let (here, clock_a) = (mirrors.clone(), clock.clone());
         let a = PrimarySide::new(at(0), config, Box::new(domain), here, Arc::default(), clock_a, &targets);
@@ -63,10 +71,10 @@ impl Pair {
         replicas.start_sync(1).unwrap();
         let disk = Box::new(Copies::of(replicas.guest_views().map(|view| Box::new(view) as Box<dyn Disk>).collect()));
         let domain = Embedded::blank(&machine(), disk, clock.clone(), Box::new(|_| {})).unwrap();
-        let mut config = secondary::Config::new(Mode::Remus, claim("b"));
+        let mut config = secondary::Config::new(mode, claim("b"));
         config.policy = Policy::Alone;
         let b = SecondarySide::new(at(0), config, Box::new(domain), replicas, Arc::default(), MAC, clock).unwrap();
-        let mut pair = Self { a, b, mirrors, late: None };
+        let mut pair = Self { a, b, mirrors, late: None, left: vec![] };
         pair.settle(1);
         let (a, b) = (pair.a.machine(), pair.b.machine());
         assert!(a.is_protected(), "the first state does not arrive: {:?}, {:?}", a.state(), b.state());
@@ -78,11 +86,12 @@ impl Pair {
         for _ in 0..10_000 {
             self.a.copy_some(at(ms));
             let effects: Vec<_> = std::iter::from_fn(|| self.a.poll_effect()).collect();
-            let idle = effects.is_empty() && !self.a.wants_copy() && !self.b.is_loading();
+            let mut idle = effects.is_empty() && !self.a.wants_copy() && !self.b.is_loading();
             effects.into_iter().for_each(|effect| self.carry(ms, effect));
             if !self.b.is_loading() || !self.b.work(at(ms)) {
                 while let Some(effect) = self.b.poll_effect() {
                     if let SecondaryEffect::Message(message) = effect {
+                        idle = false;
                         self.a.handle_message(at(ms), message);
                     }
                 }
@@ -95,9 +104,10 @@ impl Pair {
     }
 
     fn carry(&mut self, ms: u64, effect: PrimaryEffect) {
-        let Self { a, b, late, .. } = self;
+        let Self { a, b, late, left, .. } = self;
         match effect {
             PrimaryEffect::Message(message) => b.handle_item(at(ms), Item::Message(message)),
+            PrimaryEffect::ToNetwork(frame) => left.push(frame),
             PrimaryEffect::Pages(batch) => b.handle_item(at(ms), Item::Pages(batch)),
             PrimaryEffect::Devices(blob) => {
                 b.handle_item(at(ms), Item::PagesEnd);
@@ -236,4 +246,54 @@ fn a_side_that_stands_by_announces_nothing() {
     b.handle_timeout(at(1) + Duration::from_secs(1));
     assert_eq!(announcements(&mut b), 0);
     assert!(!b.took_over());
+}
+
+/// Lock-step without a packet link: what guest A says, and how it leaves.
+fn without_a_packet_link() -> Result<(), String> {
+    let mut pair = Pair::of(Mode::Colo, vec![Box::new(MemoryDisk::new(DISK_BYTES))]);
+    // An address that is new to the network is compared, and waits without asking.
+    let frame = |n: u8| {
+        let arp = [8, 6, 0, 1, 8, 0, 6, 4, 0, 1];
+        Bytes::from([&[0xff; 6][..], &MAC, &arp, &MAC, &[10, 0, 0, n], &[0; 6], &[10, 0, 0, 77]].concat())
+    };
+    let says = |pair: &mut Pair, ms: u64, n: u8| {
+        let epoch = pair.a.machine().epoch();
+        pair.a.handle_guest_frame(at(ms), epoch, frame(n));
+    };
+    // It was held when the link was lost: a checkpoint is asked for, and only that lets it go.
+    says(&mut pair, 1000, 1);
+    pair.a.handle_packet_link(at(1001), false);
+    let effects: Vec<_> = std::iter::from_fn(|| pair.a.poll_effect()).collect();
+    if effects.iter().any(|effect| matches!(effect, PrimaryEffect::ToNetwork(_))) {
+        return Err("it left because there is no link".into());
+    }
+    effects.into_iter().for_each(|effect| pair.carry(1001, effect));
+    pair.settle(1001);
+    assert_eq!(pair.left, [frame(1)]);
+    // What is said meanwhile leaves at the pace of Remus.
+    says(&mut pair, 1100, 2);
+    pair.settle(1100);
+    assert_eq!(pair.left.len(), 1);
+    assert!(pair.a.poll_timeout().is_some_and(|due| due <= at(1200)), "not when it has aged");
+    pair.a.handle_timeout(at(1200));
+    pair.settle(1200);
+    assert_eq!(pair.left, [frame(1), frame(2)]);
+    // The link is back: one checkpoint makes the guests level, then they are compared again.
+    pair.a.handle_packet_link(at(1300), true);
+    pair.settle(1300);
+    let checkpoints = pair.a.stats().checkpoints[&Cause::PacketLink];
+    says(&mut pair, 1400, 3);
+    pair.a.handle_timeout(at(1500));
+    pair.settle(1500);
+    assert_eq!((pair.left.len(), pair.a.stats().checkpoints[&Cause::PacketLink]), (2, checkpoints));
+    Ok(())
+}
+
+#[test]
+fn nothing_leaves_because_the_packet_link_is_lost() {
+    assert_eq!(without_a_packet_link(), Ok(()));
+    plant(Some(Mutant::OpenWithoutLink));
+    let caught = without_a_packet_link();
+    plant(None);
+    assert!(caught.is_err());
 }

@@ -69,6 +69,8 @@ pub struct Stats {
     pub copy_begun: Option<Instant>,
     /// When the disk had been read to its end.
     pub disk_read_at: Option<Instant>,
+    /// Why the comparator last asked for a checkpoint, and in which flow.
+    pub asked: Option<String>,
     /// Client frames that could not be copied to the secondary.
     pub mirror_overflows: u64,
     /// When the secondary last came to own a state, by the side's clock.

@@ -1,0 +1,44 @@
+//! What does not work as it should while the guest is protected: a pair goes on without its packet link for a while.
+
+use super::{Engine, Role};
+use crate::clock::Instant;
+use crate::colo::hello::Mode;
+use crate::daemon::links::packets::Told;
+
+/// How the packet link does.
+#[derive(Debug, Default)]
+pub(super) struct PacketLink {
+    /// How often it was lost.
+    pub(super) losses: u64,
+    /// Why it was lost, while there is none.
+    down: Option<String>,
+}
+
+impl Engine {
+    /// The packet link was lost, or there is one again.
+    pub(super) fn packet_link(&mut self, now: Instant, told: Told) {
+        let up = told == Told::Up;
+        if let Told::Down(why) = told {
+            tracing::warn!(host = %self.parts.name, reason = %why, "colo_packet_link_lost");
+            self.packet_link.losses += 1;
+            self.packet_link.down = Some(why);
+        } else {
+            tracing::info!(host = %self.parts.name, "colo_packet_link_made");
+            self.packet_link.down = None;
+        }
+        if let Role::Primary(role) = &mut self.role {
+            role.side.handle_packet_link(now, up);
+        }
+    }
+
+    /// What does not work as it should, while there is a pair.
+    pub(super) fn degraded(&self) -> Option<String> {
+        let why = self.packet_link.down.as_ref().filter(|_| self.links.is_some())?;
+        let so = match (&self.role, self.mode) {
+            (Role::Primary(_), Some(Mode::Colo)) => "packets leave with checkpoints only",
+            (Role::Primary(_), _) => "clients would have to repeat what the peer has not heard",
+            _ => "this guest hears and says nothing",
+        };
+        Some(format!("the packet link was lost ({why}) and is being made again; {so}"))
+    }
+}

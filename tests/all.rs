@@ -29,6 +29,7 @@ mod qmp_words;
 mod remus;
 mod restart;
 mod resync;
+mod service;
 mod several_disks;
 mod sim;
 mod tidy;

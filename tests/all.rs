@@ -22,6 +22,7 @@ mod nbd_command;
 mod nbd_interop;
 mod nbd_session;
 mod nbd_tls;
+mod packaging;
 mod partition;
 mod qemu_replication;
 mod qmp;

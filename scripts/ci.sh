@@ -13,7 +13,7 @@ readonly BINARY=target/release/xl-colo
 readonly START_SECONDS=60
 # Left out for their time: 25-disk-lost, 30-hvm (the demos boot that guest too), 45-save (ten minutes), 60-on-xen,
 # 75-two-disks (four minutes) and 90-hvm-reload (eight minutes).
-readonly NESTED_TESTS=(10-hosts 20-pvh 40-hotplug-errors 50-power-cut 70-protect 80-refusals)
+readonly NESTED_TESTS=(10-hosts 20-pvh 40-hotplug-errors 50-power-cut 70-protect 72-signals 80-refusals)
 FEATURES=(--features xen)
 
 passed=0
@@ -72,7 +72,8 @@ docs() {
 lint_scripts() {
 	if command -v shellcheck >/dev/null; then
 		shellcheck -x scripts/*.sh .ci/run scripts/nested/{nested,test,demo,bench,*.sh} scripts/nested/dom0/* \
-			scripts/nested/tests/*.sh scripts/nested/guest/init scripts/hotplug/*
+			scripts/nested/tests/*.sh scripts/nested/guest/init scripts/hotplug/* \
+			scripts/packaging/*.sh scripts/packaging/deb/p* scripts/packaging/ocf/guest
 	else
 		echo "SKIP: shellcheck is not installed; the scripts are not checked"
 	fi
@@ -182,6 +183,21 @@ nested() {
 	check "real Xen: HVM, colo, secondary killed" nested_demo --guest hvm --kill secondary
 }
 
+# The Debian package, in a clean Debian. Exit code 77 is its word for a machine that cannot do that.
+package() {
+	printf '\n== the package in a clean Debian\n'
+	local begun=$SECONDS rc=0
+	scripts/packaging/test-deb.sh || rc=$?
+	case $rc in
+	0)
+		passed=$((passed + 1))
+		echo "ok: the package ($((SECONDS - begun)) s)"
+		;;
+	77) ;;
+	*) fail "the package" ;;
+	esac
+}
+
 nested_demo() {
 	timeout 900 scripts/nested/demo "$@"
 }
@@ -202,6 +218,11 @@ main() {
 	step "release build" cargo build --release "${FEATURES[@]}"
 	if [[ -x $BINARY ]]; then
 		demos
+		if [[ ${#FEATURES[@]} -gt 0 ]]; then
+			package
+		else
+			echo "SKIP: the package: nothing of Xen is built"
+		fi
 		if [[ ${XEN_COLO_NESTED:-1} == 1 && ${#FEATURES[@]} -gt 0 ]]; then
 			nested
 		else

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Installs what the tests drive besides Rust, on Debian and its kin: other people's NBD programs and curl.
+# Installs what the tests drive besides Rust, on Debian and its kin: other people's NBD programs, curl, and what packs and
+# judges a package.
 # Without root or apt-get it says what is missing and goes on: the tests concerned say so too.
 set -euo pipefail
 
 # Each command, and the package it comes from.
 readonly TOOLS=(cc:gcc curl:curl qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils
-	qemu-system-x86_64:qemu-system-x86 socat:socat fio:fio nbdsh:python3-libnbd nbdkit:nbdkit nbd-server:nbd-server nbdinfo:libnbd-bin nbdcopy:libnbd-bin shellcheck:shellcheck)
+	qemu-system-x86_64:qemu-system-x86 socat:socat fio:fio nbdsh:python3-libnbd nbdkit:nbdkit nbd-server:nbd-server nbdinfo:libnbd-bin nbdcopy:libnbd-bin shellcheck:shellcheck
+	systemd-analyze:systemd ocf-tester:resource-agents xmllint:libxml2-utils setpriv:util-linux mmdebstrap:mmdebstrap dpkg-shlibdeps:dpkg-dev)
 
 # What package xen is built against: each file, and its package. The libraries and headers of the Xen that is
 # installed, and what bindgen reads them with.
@@ -22,8 +24,15 @@ missing_packages() {
 	done
 }
 
+# What packs the Debian package; Debian 12 has none. Its compilation takes two and a half minutes of processor time.
+install_cargo_deb() {
+	command -v cargo-deb >/dev/null || ! command -v cargo >/dev/null ||
+		cargo install --quiet --locked cargo-deb@3.8.0 || echo "cargo-deb could not be installed" >&2
+}
+
 main() {
 	local packages
+	install_cargo_deb
 	mapfile -t packages < <(missing_packages | sort -u)
 	if [[ ${#packages[@]} -eq 0 ]]; then
 		return 0

@@ -55,6 +55,8 @@ pub enum Command {
     /// Say whether this host is able to protect guests, and what it lacks; whether a peer answers, and what is in the
     /// way of protecting a guest
     Check(CheckArgs),
+    /// Change what can change while a host runs: checkpoint-delay-ms, heartbeat-ms, heartbeat-misses, log
+    Set(SetArgs),
     /// Take a checkpoint now
     Checkpoint(HostRef),
     /// Go on alone on this host, or decide for a guest that is held here
@@ -369,6 +371,17 @@ pub struct StatusArgs {
     pub watch: bool,
 }
 
+/// Arguments of `set`.
+#[derive(Args, Debug)]
+pub struct SetArgs {
+    /// What is to change, and to what
+    #[arg(required = true, value_name = "KEY=VALUE", value_parser = parse_setting)]
+    pub settings: Vec<(String, String)>,
+    /// Which host
+    #[command(flatten)]
+    pub host: HostRef,
+}
+
 /// Arguments of `check`.
 #[derive(Args, Debug)]
 pub struct CheckArgs {
@@ -466,6 +479,11 @@ fn parse_host_name(text: &str) -> Result<String, String> {
         );
     }
     Ok(text.to_owned())
+}
+
+fn parse_setting(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("a setting is KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 fn parse_policy(text: &str) -> Result<Policy, String> {

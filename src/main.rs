@@ -8,11 +8,13 @@ use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 use xen_colo::cli::{
     self, ArbiterArgs, CheckArgs, Cli, Command, CompareArgs, HostArgs, HostRef, NbdArgs, ProtectArgs, QmpArgs,
-    ReceiveArgs, StatusArgs,
+    ReceiveArgs, SetArgs, StatusArgs,
 };
 use xen_colo::daemon::address::Address;
 use xen_colo::daemon::control::{self, Protect, Request};
-use xen_colo::daemon::host::{self, Boot, BootConfig, HostConfig};
+use xen_colo::daemon::host::{self, Boot, BootConfig, HostConfig, HostError};
+use xen_colo::daemon::live::{Live, LogFilter};
+use xen_colo::daemon::manager::Manager;
 use xen_colo::daemon::xen::XenBoot;
 use xen_colo::daemon::{arbiter, check, receive, remus, status};
 use xen_colo::demo;
@@ -36,7 +38,14 @@ fn main() -> ExitCode {
     };
     let level = if verbose { "xen_colo=debug" } else { "warn" };
     let filter = EnvFilter::try_from_env("XEN_COLO_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let logging =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_filter_reloading();
+    let handle = logging.reload_handle();
+    logging.init();
+    let log = LogFilter(Arc::new(move |text| {
+        let filter = EnvFilter::try_new(text).map_err(|error| error.to_string())?;
+        handle.reload(filter).map_err(|error| error.to_string())
+    }));
     #[cfg(feature = "xen")]
     match &cli.command {
         Command::Keeper { domid } => return keep(*domid),
@@ -47,15 +56,15 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(cli::EXIT_ENVIRONMENT, &error),
     };
-    let code = runtime.block_on(run(cli.command));
+    let code = runtime.block_on(run(cli.command, log));
     runtime.shutdown_timeout(Duration::from_millis(200));
     code
 }
 
-async fn run(command: Command) -> ExitCode {
+async fn run(command: Command, log: LogFilter) -> ExitCode {
     match command {
         Command::Demo(args) => demo::run(&args).await,
-        Command::Host(args) => host(args).await,
+        Command::Host(args) => host(args, log).await,
         Command::Arbiter(args) => serve_arbiter(args).await,
         Command::Nbd(args) => serve_nbd(args).await,
         Command::Qmp(args) => qmp(args).await,
@@ -69,6 +78,7 @@ async fn run(command: Command) -> ExitCode {
         },
         Command::Receive(args) => receive(args).await,
         Command::Unprotect(host) => order(&host, Request::Unprotect).await,
+        Command::Set(args) => set(args).await,
         Command::Checkpoint(host) => order(&host, Request::Checkpoint).await,
         Command::Failover(host) => order(&host, Request::Failover).await,
         Command::Stop(host) => order(&host, Request::Stop).await,
@@ -247,7 +257,7 @@ fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
     ExitCode::from(code)
 }
 
-async fn host(args: HostArgs) -> ExitCode {
+async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
     let mut seed = [0; 8];
     if let Err(error) = getrandom::fill(&mut seed) {
         return fail(cli::EXIT_ENVIRONMENT, &error);
@@ -275,6 +285,9 @@ async fn host(args: HostArgs) -> ExitCode {
         policy: args.policy,
         boot,
         entropy_seed: args.seed.unwrap_or(u64::from_le_bytes(seed)),
+        configuration: None,
+        log,
+        manager: Manager::of_environment(),
     };
     let name = config.name.clone();
     if args.follow_stdin {
@@ -289,7 +302,26 @@ async fn host(args: HostArgs) -> ExitCode {
     };
     match host::run(config, listening).await {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error @ HostError::Unfinished(_)) => fail(cli::EXIT_FAILED, &error),
         Err(error) => fail(cli::EXIT_ENVIRONMENT, &error),
+    }
+}
+
+/// Changes what can change while the host runs, and says from when on.
+async fn set(args: SetArgs) -> ExitCode {
+    let mut live = Live::default();
+    for (key, value) in &args.settings {
+        if let Err(error) = live.put(key, value) {
+            return fail(cli::EXIT_FAILED, &error);
+        }
+    }
+    match ask(&args.host, &Request::Set(live)).await {
+        Ok(done) => {
+            let said = done["said"].as_array().into_iter().flatten();
+            let _ = said.filter_map(|line| line.as_str()).all(|line| say::out(&line));
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(cli::EXIT_FAILED, &error),
     }
 }
 

@@ -219,6 +219,31 @@ impl Writer {
     }
 }
 
+/// A protection that the next start could not know of is none: it does not begin, and the guest runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_protection_that_cannot_be_written_down_is_refused() {
+    let Some(small) = SmallDisk::mount(2) else { return };
+    let _turn = turn().await;
+    let dir = tempfile::tempdir().unwrap();
+    let start = |name: &str, image: PathBuf, more: &[&str]| {
+        let mut command = std::process::Command::new(XL_COLO);
+        command.args(["host", "--follow-stdin", "--name", name, "--listen", "127.0.0.1:0", "--policy", "hold"]);
+        command.arg("--run-dir").arg(dir.path()).arg("--disk").arg(image).args(more);
+        Host::start(name, dir.path(), command)
+    };
+    let a = start("a", small.path().join("a.img"), &["--guest", "web", "--guest-mib", "1", "--disk-mib", "1"]);
+    let b = start("b", dir.path().join("b.img"), &[]);
+    let filler = small.path().join("filler");
+    std::fs::write(&filler, vec![7; 4 << 20]).unwrap_err();
+    let why = a.refusal(Request::Protect(protect(&b.address, Mode::Colo))).await;
+    assert!(why.contains("the guest cannot be protected: write ") && why.contains("No space left"), "{why}");
+    assert!(why.contains("a.img.colo-protected"), "{why}");
+    assert_eq!(a.status().await.protection, Protection::Unprotected);
+    std::fs::remove_file(filler).unwrap();
+    until("the peer is free again", async || a.ask(Request::Protect(protect(&b.address, Mode::Colo))).await).await;
+    a.becomes(Protection::Protected).await;
+}
+
 /// The image cannot even be made: `protect` says why, in the words of the host that lacks the space.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_of_the_wrong_size_is_refused_by_name() {

@@ -10,6 +10,7 @@
 //!   word   0 none      the pair is one
 //!          1 dismissal P → S: the guest is to be protected no longer; the secondary gives it up
 //!          2 given up  S → P: it is given up for good, and will never be claimed from here
+//!          3 leaving   S → P: this host is about to end; dismiss it, so that nobody has to be asked who goes on
 //! ```
 //!
 //! The words that end a protection without a failover travel here and not on the stream, whose seven messages are
@@ -41,23 +42,36 @@ pub const INTERVAL_DEFAULT_MS: u64 = 100;
 pub const MISSES_DEFAULT: u32 = 3;
 
 /// What a side says with its beats.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Word {
     /// Nothing: the pair is one.
     #[default]
-    None,
+    None = 0,
     /// The primary ends the protection.
-    Dismissal,
+    Dismissal = 1,
     /// The secondary has given the guest up for good.
-    GivenUp,
+    GivenUp = 2,
+    /// The secondary is about to end, and asks to be dismissed.
+    Leaving = 3,
 }
 
 impl Word {
+    /// Which of two words came later: one side says dismissal, the other leaving and then given up. Beats may overtake
+    /// each other in an answer.
+    fn rank(self) -> u8 {
+        match self {
+            Self::None => 0,
+            Self::Dismissal | Self::Leaving => 1,
+            Self::GivenUp => 2,
+        }
+    }
+
     /// What nobody knows is nothing said.
     fn of(number: u64) -> Self {
         match number {
             1 => Self::Dismissal,
             2 => Self::GivenUp,
+            3 => Self::Leaving,
             _ => Self::None,
         }
     }
@@ -161,7 +175,7 @@ impl Heartbeat {
             return None;
         }
         self.heard_at = self.heard_at.max(now);
-        if beat.word > self.heard {
+        if beat.word.rank() > self.heard.rank() {
             (self.heard, self.fresh) = (beat.word, Some(beat.word));
         }
         let new = beat.sequence > self.echo;
@@ -345,6 +359,20 @@ mod tests {
         assert_eq!((a.poll_word(), b.poll_word()), (Some(Word::GivenUp), None), "the dismissal is still said");
         exchange(&mut a, &mut b, 200, true, true);
         assert_eq!((a.poll_word(), b.poll_word()), (None, None));
+    }
+
+    #[test]
+    fn who_leaves_is_heard_and_so_is_what_it_says_after_that() {
+        let (mut a, mut b) = pair();
+        b.say(Word::Leaving);
+        exchange(&mut a, &mut b, 0, true, true);
+        assert_eq!(a.poll_word(), Some(Word::Leaving));
+        a.say(Word::Dismissal);
+        b.say(Word::GivenUp);
+        exchange(&mut a, &mut b, 1, true, true);
+        assert_eq!((a.poll_word(), b.poll_word()), (Some(Word::GivenUp), Some(Word::Dismissal)));
+        a.handle_beat(at(2), Beat { sequence: 1, echo: 0, generation: 1, word: Word::Leaving });
+        assert_eq!(a.poll_word(), None, "an old beat says nothing new");
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! The socket is 0600 in a directory that is 0700 (QEMU's monitor socket comes out 0755). A line is bounded.
 
 use super::address::{Address, Link, listen_unix};
+use super::live::Live;
 use crate::colo::hello::{Mode, ResumeOrder};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -28,6 +29,9 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 const PROTECT_DEADLINE: Duration = Duration::from_secs(60);
 /// The same for `unprotect`, which is answered when the peer has given the guest up, or an arbitration is over.
 const UNPROTECT_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a host waits for another one that is opening its socket, and how often it looks.
+const LOCK_DEADLINE: Duration = Duration::from_secs(5);
+const LOCK_LOOK: Duration = Duration::from_millis(10);
 /// Longest answer a client takes, in bytes.
 const ANSWER_MAX_BYTES: u64 = 4 << 20;
 
@@ -63,6 +67,15 @@ pub struct Protect {
     pub stay_in_lock_step: bool,
 }
 
+impl Protect {
+    /// Fills what was not named with what the host was told.
+    pub fn complete(&mut self, live: &Live) {
+        self.checkpoint_delay_ms = self.checkpoint_delay_ms.or(live.checkpoint_delay_ms);
+        self.heartbeat_interval_ms = self.heartbeat_interval_ms.or(live.heartbeat_ms);
+        self.heartbeat_misses = self.heartbeat_misses.or(live.heartbeat_misses);
+    }
+}
+
 /// What a host is asked.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "execute", content = "arguments", deny_unknown_fields)]
@@ -82,12 +95,17 @@ pub enum Request {
         /// In ms, at least 1.
         ms: u64,
     },
+    /// Change what can change while the host runs; answers with what changed, and from when on.
+    Set(Live),
     /// Stop a guest that is not in a pair.
     PauseGuest,
     /// Let it run again.
     ResumeGuest,
     /// End this host's process, and its guest with it. A protected guest goes on at the peer.
     Stop,
+    /// End this host's process, and its protection before that: the primary's guest goes on here, and nowhere else; a
+    /// secondary asks its primary to be dismissed. What SIGTERM does.
+    Leave,
 }
 
 /// What a host answers.
@@ -189,7 +207,29 @@ pub async fn listen(run_dir: &Path, host: &str) -> io::Result<UnixListener> {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
     }
     std::fs::set_permissions(run_dir, Permissions::from_mode(0o700))?;
+    // Two that start at once would both find a socket that nobody serves yet, and one would remove the other's.
+    let _alone = lock_directory(run_dir).await?;
     listen_unix(&socket_path(run_dir, host)).await
+}
+
+/// The directory under a lock, which ends with what is returned, or with the process.
+async fn lock_directory(run_dir: &Path) -> io::Result<std::fs::File> {
+    let dir = std::fs::File::open(run_dir)?;
+    let begun = tokio::time::Instant::now();
+    loop {
+        match rustix::fs::flock(&dir, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(dir),
+            Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_DEADLINE => {
+                tokio::time::sleep(LOCK_LOOK).await;
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let why =
+                    format!("{} is locked by another host that is starting, and does not get on", run_dir.display());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Serves a control socket until the engine is gone.
@@ -254,7 +294,7 @@ pub async fn ask(path: &Path, request: &Request) -> Result<Value, ControlError> 
     };
     let deadline = match request {
         Request::Protect(_) => PROTECT_DEADLINE,
-        Request::Unprotect => UNPROTECT_DEADLINE,
+        Request::Unprotect | Request::Leave => UNPROTECT_DEADLINE,
         _ => ANSWER_DEADLINE,
     };
     match tokio::time::timeout(deadline, exchange).await {

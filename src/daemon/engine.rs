@@ -17,17 +17,18 @@ mod effects;
 mod leaving;
 mod moments;
 mod orders;
+mod parts;
 mod report;
 
 use self::digests::Digests;
 pub use self::leaving::Vacancy;
 use self::moments::Moment;
-use super::address::Address;
-use super::arbiter::Arbiter;
-use super::control::{Answer as Reply, Asked, Protect};
+pub use self::parts::{EngineParts, HostInput, NetworkFrame};
+use super::control::{Answer as Reply, Asked};
 use super::guest::Guest;
 use super::links::packets::Told;
-use super::links::{DiskAnswer, Links, Outbox, StreamIn, lock};
+use super::links::{DiskAnswer, Links, StreamIn, lock};
+use super::live::Live;
 use super::pair::primary::PrimarySide;
 use super::pair::secondary::SecondarySide;
 use super::{engine_clock, unix_us};
@@ -36,90 +37,18 @@ use crate::colo::arbiter::{Answer, Register, Verdict};
 use crate::colo::heartbeat::Word;
 use crate::colo::hello::Mode;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
-use crate::qmp::Event;
 use crate::replica::mirror::Target;
 use crate::replica::mirror::resync::ChunkHash;
 use bytes::Bytes;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::runtime::Handle;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 
 /// Bytes that may wait for the stream or the disk link during the first copy.
 const COPY_BACKLOG_BYTES: usize = 16 << 20;
 /// Inputs of one kind applied before the next select.
 const BURST: usize = 64;
-
-/// A frame on its way to the network. A host that is stopped with frames in its queues may wake as the loser, and
-/// one of them would take the guest's MAC address back from the survivor: what is late is dropped.
-#[derive(Debug)]
-pub struct NetworkFrame {
-    /// When the lease ends under which it was released; never, for a guest that is not replicated.
-    pub until: Option<Instant>,
-    /// The frame.
-    pub frame: Bytes,
-}
-
-/// What the host hands to its engine.
-#[derive(Debug)]
-pub enum HostInput {
-    /// The links to a secondary that accepted the guest are up.
-    Protect {
-        /// The links.
-        links: Links,
-        /// How to run the primary.
-        config: primary_machine::Config,
-        /// The peer's name.
-        peer: String,
-        /// The peer's disks as they are.
-        targets: Vec<Target>,
-        /// Told when the first copy has begun, or why it has not.
-        begun: tokio::sync::oneshot::Sender<Reply>,
-    },
-    /// A primary wants this host to stand by, and its links are up.
-    Join {
-        /// The links.
-        links: Links,
-        /// How to run the secondary.
-        config: secondary_machine::Config,
-        /// The primary's name.
-        peer: String,
-        /// The guest that will be loaded.
-        guest: Box<Guest>,
-    },
-}
-
-/// Everything an engine is made of.
-pub struct EngineParts {
-    /// The host's name.
-    pub name: String,
-    /// Where peers connect.
-    pub listen: Address,
-    /// A guest that runs here from the start.
-    pub guest: Option<Guest>,
-    /// The images on which replicas are made here.
-    pub disks: Vec<PathBuf>,
-    /// The arbiter.
-    pub arbiter: Option<Arbiter>,
-    /// Requests of the control socket.
-    pub control: mpsc::Receiver<Asked>,
-    /// Where requests to protect go: the host makes the links.
-    pub protect: mpsc::Sender<(Protect, tokio::sync::oneshot::Sender<Reply>)>,
-    /// Links that are up.
-    pub host: mpsc::Receiver<HostInput>,
-    /// Frames from the network.
-    pub network_in: mpsc::Receiver<Bytes>,
-    /// Frames to the network.
-    pub network_out: Outbox<NetworkFrame>,
-    /// Whether this host can take a guest: read by the host when a peer knocks.
-    pub vacancy: watch::Sender<Vacancy>,
-    /// Where it is told what happens here.
-    pub events: broadcast::Sender<Event>,
-    /// Where tasks run.
-    pub runtime: Handle,
-}
 
 enum Role {
     Empty,
@@ -172,8 +101,16 @@ pub struct Engine {
     /// Who waits for the end of the protection.
     unprotecting: Option<oneshot::Sender<Reply>>,
     packet_link: degraded::PacketLink,
+    /// Who waits for this host's end.
+    departing: Option<oneshot::Sender<Reply>>,
     /// Why a guest that was here is here no longer.
     left: Option<String>,
+    /// That the peer asked to be dismissed, once it has.
+    peer_left: Option<String>,
+    /// What was set since the start.
+    live: Live,
+    /// When the service manager is owed a sign of life.
+    sign_due: Option<Instant>,
     /// Whether the guest was stopped by an order.
     paused: bool,
     /// What was told last.
@@ -191,6 +128,7 @@ impl Engine {
     #[must_use]
     pub fn new(mut parts: EngineParts) -> Self {
         let (answers_sender, answers) = mpsc::channel(8);
+        let parts_left = parts.left.take();
         let role = parts.guest.take().map_or(Role::Empty, |guest| Role::Running(Box::new(guest)));
         Self {
             parts,
@@ -204,7 +142,11 @@ impl Engine {
             holder: None,
             unprotecting: None,
             packet_link: degraded::PacketLink::default(),
-            left: None,
+            departing: None,
+            left: parts_left,
+            peer_left: None,
+            live: Live::default(),
+            sign_due: None,
             paused: false,
             moment: Moment::default(),
             lost_at_unix_us: None,
@@ -223,6 +165,8 @@ impl Engine {
         {
             tracing::error!(%error, "the guest does not start");
         }
+        self.sign_due = self.parts.manager.sign_every().map(|_| engine_clock());
+        self.after(engine_clock());
         while !self.stopping {
             let input = self.select().await;
             self.check_lease();
@@ -302,7 +246,8 @@ impl Engine {
         // The links tell nobody when they have drained, and the first copy waits for that.
         let copying = matches!(&self.role, Role::Primary(role) if role.side.wants_copy());
         let look_again = (copying && !self.links_take_more()).then(|| engine_clock() + Duration::from_millis(1));
-        side.into_iter().chain(look_again).chain(self.digests.poll_timeout()).min()
+        let own = [self.digests.poll_timeout(), self.sign_due];
+        side.into_iter().chain(look_again).chain(own.into_iter().flatten()).min()
     }
 
     fn links_take_more(&self) -> bool {
@@ -386,6 +331,7 @@ impl Engine {
             },
             Input::Word(word) => match (&mut self.role, word) {
                 (Role::Primary(role), Word::GivenUp) => role.side.handle_given_up(now),
+                (Role::Primary(_), Word::Leaving) => self.let_peer_leave(now),
                 (Role::Secondary(role), Word::Dismissal) => role.side.handle_dismissal(now),
                 _ => {}
             },
@@ -459,8 +405,10 @@ impl Engine {
         self.notice_loss();
         self.answer_unprotect();
         self.leave();
+        self.answer_departure();
         self.tell_vacancy();
         self.tell_moment();
+        self.give_sign_of_life(now);
     }
 
     fn tell_vacancy(&mut self) {
@@ -518,6 +466,9 @@ impl Engine {
         let exit_text = serde_json::to_string(&exit).unwrap_or_default();
         tracing::warn!(host = %self.parts.name, exit = %exit_text, generation, "COLO_EXIT");
         self.close_links();
+        if matches!((&self.role, exit), (Role::Primary(_), Exit::Unprotected | Exit::Alone)) {
+            self.forget_protection();
+        }
     }
 
     fn begin_primary(
@@ -541,6 +492,10 @@ impl Engine {
                 return Reply::error("the guest was taken away meanwhile");
             }
         };
+        if let Err(error) = self.remember_protection(&guest.name, config.claim.expected, &peer) {
+            self.role = Role::Running(guest);
+            return Reply::error(format!("the guest cannot be protected: {error}"));
+        }
         let Some(domain) = guest.domain.take() else { return Reply::error("this host has no guest") };
         let mode = config.mode;
         let clock = Arc::new(engine_clock);
@@ -552,6 +507,7 @@ impl Engine {
                 Reply::done()
             }
             Err((domain, error)) => {
+                self.forget_protection();
                 guest.domain = Some(domain);
                 self.role = Role::Running(guest);
                 Reply::error(format!("the guest cannot be protected: {error}"))
@@ -583,7 +539,8 @@ impl Engine {
     fn adopt(&mut self, links: Links, peer: String, mode: Mode) {
         tracing::info!(host = %self.parts.name, %peer, %mode, "colo_begin");
         (self.links, self.peer, self.mode) = (Some(links), Some(peer), Some(mode));
-        (self.holder, self.left, self.lost_at_unix_us, self.decided_at_unix_us) = (None, None, None, None);
+        (self.holder, self.left, self.peer_left) = (None, None, None);
+        (self.lost_at_unix_us, self.decided_at_unix_us) = (None, None);
         (self.sent_bytes_before, self.moved_bytes, self.paused) = (0, 0, false);
         self.packet_link = degraded::PacketLink::default();
     }

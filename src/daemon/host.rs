@@ -11,19 +11,25 @@
 //! knock too, so every hello has a deadline and a bound, and a session that never completes is forgotten; and the claim
 //! comes *before* the first link, so that whatever a former primary still sends carries an older generation.
 
+mod boot;
 mod greet;
+mod signals;
 
+use self::boot::boot;
 use self::greet::greet_all;
+use self::signals::{Attendant, Signals};
 use super::address::{Address, Link};
 use super::arbiter::Arbiter;
 use super::control::{self, Answer as Reply, Protect};
 use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, Vacancy};
 use super::engine_clock;
 use super::frames::{FrameReader, FrameWriter};
-use super::guest::{Guest, GuestError};
+use super::guest::GuestError;
 use super::links::{self, Outgoing, Side, lock, outbox};
+use super::live::{Configuration, LogFilter};
+use super::manager::Manager;
 use super::nbd::remote::{self, Connect, Dialling};
-use super::xen::{self, Wire, XenBoot};
+use super::xen::{Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
 use crate::colo::delta::SentPages;
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
@@ -32,7 +38,6 @@ use crate::colo::hello::{
 };
 use crate::colo::primary;
 use crate::compare::digest::Key;
-use crate::hypervisor::embedded::MachineConfig;
 use crate::page::PAGE_SIZE;
 use crate::replica::mirror::{Holds, MirrorHandle, Target, resync};
 use crate::replica::set::Mirrors;
@@ -116,6 +121,12 @@ pub struct HostConfig {
     pub boot: Option<Boot>,
     /// Seeds the guest's hardware randomness on this host.
     pub entropy_seed: u64,
+    /// What SIGHUP reads again; nothing, of a host that was started without a configuration.
+    pub configuration: Option<Configuration>,
+    /// What is logged.
+    pub log: LogFilter,
+    /// Who started this process and wants to know how it gets on.
+    pub manager: Manager,
 }
 
 /// Why a host does not run.
@@ -153,6 +164,20 @@ pub enum HostError {
     /// A policy that cannot be carried out.
     #[error("{0}")]
     Policy(&'static str),
+    /// Nobody can tell whose the guest is.
+    #[error("guest {name}: {why}")]
+    Unknown {
+        /// Which.
+        name: String,
+        /// Why not.
+        why: String,
+    },
+    /// Signals cannot be waited for.
+    #[error("wait for signals: {0}")]
+    Signals(io::Error),
+    /// The host ended before its protection had.
+    #[error("{0}")]
+    Unfinished(String),
 }
 
 struct Shared {
@@ -184,7 +209,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     })?;
     let (network_sender, network_in) = mpsc::channel(1024);
     let wire = Wire::new(network_sender.clone());
-    let guest = boot(&config, &wire).await?;
+    let (guest, left) = boot(&config, &wire).await?;
 
     let (control_sender, control_receiver) = mpsc::channel(16);
     let (protect_sender, mut protects) = mpsc::channel::<(Protect, oneshot::Sender<Reply>)>(1);
@@ -193,10 +218,13 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let events = super::qmp::teller();
     let (vacancy_sender, vacancy) = watch::channel(if guest.is_none() { Vacancy::Vacant } else { Vacancy::Taken });
     let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone(), guest.mirrors.clone()));
+    let (line_sender, line) = watch::channel(String::new());
+    let manager = config.manager.clone();
     let engine = Engine::new(EngineParts {
         name: config.name.clone(),
         listen: listener.local_address().unwrap_or_else(|_| config.listen.clone()),
         guest,
+        left,
         disks: config.disks.clone(),
         arbiter: config.arbiter.clone(),
         control: control_receiver,
@@ -206,6 +234,9 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         network_out,
         vacancy: vacancy_sender,
         events: events.clone(),
+        line: line_sender,
+        manager: manager.clone(),
+        log: config.log.clone(),
         runtime: tokio::runtime::Handle::current(),
     });
     let (engine_ended, engine_end) = oneshot::channel();
@@ -223,16 +254,19 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let socket = control::socket_path(&config.run_dir, &config.name);
     let monitor = super::qmp::host::HostMonitor { engine: control_sender.clone(), events };
     tokio::spawn(super::qmp::serve(monitor_listener, Arc::new(monitor)));
-    tokio::spawn(control::serve(control, control_sender));
+    tokio::spawn(control::serve(control, control_sender.clone()));
     if let Some(net) = config.net.clone() {
         tokio::spawn(switch_port(net, network_sender, network_outgoing));
     } else {
         tokio::spawn(wire.clone().carry(network_outgoing));
     }
+    let configuration = config.configuration.clone();
     let shared = Arc::new(Shared { config, vacancy, host: host_sender, wire });
     // Before anybody is told that it runs, and may order its end.
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
+    let signals = Signals::new().map_err(HostError::Signals)?;
     ready(&listener.local_address().unwrap_or_else(|_| shared.config.listen.clone()));
+    manager.ready();
+    tokio::spawn(tell_status(line.clone(), manager.clone()));
     let greeting = tokio::spawn(greet_all(listener, shared.clone()));
     let protecting = tokio::spawn(async move {
         while let Some((protect, reply)) = protects.recv().await {
@@ -246,60 +280,25 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
             let _ = reply.send(answer);
         }
     });
-    tokio::select! {
-        _ = engine_end => {}
-        _ = tokio::signal::ctrl_c() => {}
-        () = async { match &mut terminate {
-            Some(signal) => _ = signal.recv().await,
-            None => std::future::pending().await,
-        } } => {}
-    }
+    let attendant = Attendant { engine: control_sender, line, manager: manager.clone(), configuration, protecting };
+    let ended = attendant.attend(signals, engine_end).await;
+    manager.stopping();
     greeting.abort();
-    protecting.abort();
     // Lets the answer to `stop` out, and removes what would look like a host that runs.
     tokio::time::sleep(Duration::from_millis(20)).await;
     let _ = std::fs::remove_file(socket);
     let _ = std::fs::remove_file(monitor_socket);
-    Ok(())
+    ended
 }
 
-async fn boot(config: &HostConfig, wire: &Wire) -> Result<Option<Guest>, HostError> {
-    match &config.boot {
-        None => Ok(None),
-        Some(Boot::Embedded(boot)) => boot_embedded(config, boot).map(Some),
-        Some(Boot::Xen(boot)) => {
-            refuse_lost_guest(config, &boot.name).await?;
-            let guest = xen::boot(boot, &config.disks, wire).await;
-            guest.map(Some).map_err(|source| HostError::Guest { name: boot.name.clone(), source })
+/// Tells the service manager how the host is, whenever that changes.
+async fn tell_status(mut line: watch::Receiver<String>, manager: Manager) {
+    loop {
+        manager.status(&line.borrow_and_update());
+        if line.changed().await.is_err() {
+            return;
         }
     }
-}
-
-/// A domain that is found running may be the copy that lost, behind a host process that was killed: what it says must
-/// not reach the network.
-async fn refuse_lost_guest(config: &HostConfig, guest: &str) -> Result<(), HostError> {
-    let Some(arbiter) = &config.arbiter else { return Ok(()) };
-    let refuse = |why: String| HostError::Guest { name: guest.to_owned(), source: GuestError::Toolstack(why) };
-    let register = arbiter.query(guest).await.map_err(|e| refuse(format!("{e}; nobody can tell who has the guest")))?;
-    if register.generation > 0 && register.holder != config.name {
-        let why =
-            format!("host {} holds generation {}; the guest is not this host's", register.holder, register.generation);
-        return Err(refuse(why));
-    }
-    Ok(())
-}
-
-fn boot_embedded(config: &HostConfig, boot: &BootConfig) -> Result<Guest, HostError> {
-    let machine = MachineConfig {
-        ram_pages: boot.ram_mib.saturating_mul(256),
-        mac: boot.mac,
-        ip: boot.ip,
-        diverge_percent: boot.diverge_percent,
-        host_entropy_seed: config.entropy_seed,
-    };
-    let disk_bytes = boot.disk_mib.saturating_mul(1 << 20);
-    Guest::boot(&boot.name, &machine, &config.disks, disk_bytes, 0)
-        .map_err(|source| HostError::Guest { name: boot.name.clone(), source })
 }
 
 /// Keeps a connection to the switch, as a cable that is plugged in again when it falls out.

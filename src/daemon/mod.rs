@@ -9,6 +9,7 @@
 //!  remus, receive   xl's way to protect a guest, and its far end
 //!  arbiter, fence   who may go on alone            control, status   what an operator asks and hears
 //!  qmp       the same orders over QEMU's monitor protocol, and a replica alone for a QEMU that is the primary
+//!  live, manager   what SIGHUP may change, and what systemd is told    protected   what a host that was killed left
 //!  switch, edge     the demo's network
 //! ```
 
@@ -26,10 +27,13 @@ pub mod guest;
 pub mod hashes;
 pub mod host;
 pub mod links;
+pub mod live;
+pub mod manager;
 pub mod nbd;
 #[cfg(not(feature = "xen"))]
 pub mod no_xen;
 pub mod pair;
+pub mod protected;
 pub mod qmp;
 pub mod receive;
 pub mod remus;

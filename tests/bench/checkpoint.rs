@@ -126,6 +126,7 @@ impl Host {
             listen: Address::Unix("nowhere".into()),
             name: name.into(),
             guest,
+            left: None,
             disks: Default::default(),
             arbiter: None,
             control: control_receiver,
@@ -135,6 +136,9 @@ impl Host {
             network_out,
             vacancy: tokio::sync::watch::channel(Vacancy::Taken).0,
             events: xen_colo::daemon::qmp::teller(),
+            line: tokio::sync::watch::channel(String::new()).0,
+            manager: Default::default(),
+            log: Default::default(),
             runtime: tokio::runtime::Handle::current(),
         });
         std::thread::Builder::new().name(format!("engine {name}")).spawn(move || {

@@ -120,7 +120,13 @@ impl Host {
         self.signal("CONT").await;
     }
 
-    async fn signal(&self, name: &str) {
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Any signal.
+    pub async fn signal(&self, name: &str) {
         let output = super::run("kill", &[&format!("-{name}"), &self.pid().to_string()]).await;
         assert!(output.status.success(), "{output:?}");
     }

@@ -6,13 +6,18 @@
 //!   secondary   dismissal ─▶ Dismissed ── links ended ─▶ Exited(Dismissed) ─▶ nothing is left: Vacant
 //! ```
 //!
+//! The whole host leaves ([`Engine::depart`], SIGTERM) the same way. A primary dismisses its secondary; a secondary says
+//! `leaving`, and its primary dismisses it; then the process ends, and nobody was lost.
+//!
 //! The trap is a primary that protects again at once, and knocks while the guest it dismissed is still being taken
 //! apart. A host that is about to be free says so ([`Vacancy::Leaving`]), and lets who knocks wait.
 
 use super::{Engine, Role};
 use crate::clock::Instant;
+use crate::colo::heartbeat::Word;
 use crate::colo::{Exit, primary, secondary};
 use crate::daemon::control::Answer as Reply;
+use crate::daemon::protected::{self, Protected};
 use tokio::sync::oneshot;
 
 /// Whether a host can take a guest.
@@ -66,6 +71,84 @@ impl Engine {
         };
         if let Some(reply) = self.unprotecting.take() {
             let _ = reply.send(answer);
+        }
+    }
+
+    /// Ends the protection and then this host; answers when it is decided what came of it.
+    pub(super) fn depart(&mut self, now: Instant, reply: oneshot::Sender<Reply>) {
+        if self.departing.is_some() {
+            let _ = reply.send(Reply::error("this host is ending already"));
+            return;
+        }
+        self.departing = Some(reply);
+        match &mut self.role {
+            Role::Primary(role) => _ = role.side.dismiss(now),
+            Role::Secondary(role) if role.side.stands_by() => {
+                _ = self.links.as_ref().map(|links| links.say(Word::Leaving));
+            }
+            Role::Empty | Role::Running(_) | Role::Secondary(_) => {}
+        }
+    }
+
+    /// The secondary is about to end: what it has of the guest is worth nothing soon.
+    pub(super) fn let_peer_leave(&mut self, now: Instant) {
+        let Role::Primary(role) = &mut self.role else { return };
+        if role.side.dismiss(now) {
+            let peer = self.peer.as_deref().unwrap_or("the peer");
+            tracing::warn!(host = %self.parts.name, %peer, "colo_peer_leaves");
+            self.peer_left = Some(format!("host {peer} left the protection: it was told to end"));
+        }
+    }
+
+    /// Answers who ends this host, once nothing is undecided any more, and ends it.
+    pub(super) fn answer_departure(&mut self) {
+        if self.departing.is_none() {
+            return;
+        }
+        let guest = match &self.role {
+            Role::Empty => None,
+            Role::Running(guest) => Some((guest, "was not protected")),
+            Role::Primary(role) => match role.side.machine().state() {
+                primary::State::Exited(Exit::Unprotected) => Some((&role.guest, "is protected no longer")),
+                primary::State::Exited(Exit::Alone) => Some((&role.guest, "had no peer any more")),
+                primary::State::Exited(_) => None,
+                _ => return,
+            },
+            Role::Secondary(role) => match role.side.machine().state() {
+                secondary::State::Exited(Exit::Alone) => Some((&role.guest, "had been taken over here")),
+                secondary::State::Exited(Exit::Dismissed) if self.links.is_some() => return,
+                secondary::State::Exited(_) => None,
+                _ => return,
+            },
+        };
+        let said = match guest {
+            None => self.left.clone().unwrap_or_else(|| "no guest ran here".into()),
+            Some((guest, how)) => {
+                let fate = match guest.geometry.xen {
+                    Some(_) => "runs on, and its disk and NIC stand still until xl-colo host runs here again",
+                    None => "ends with this process",
+                };
+                format!("{} {how}; it {fate}", guest.name)
+            }
+        };
+        if let Some(reply) = self.departing.take() {
+            let _ = reply.send(Reply::Return(serde_json::json!({"said": said})));
+        }
+        self.stopping = true;
+    }
+
+    /// Leaves word for whoever starts this host again, should it be killed.
+    pub(super) fn remember_protection(&self, guest: &str, generation: u64, peer: &str) -> Result<(), String> {
+        let Some(path) = self.parts.disks.first().map(|image| protected::path(image)) else { return Ok(()) };
+        let line = Protected { guest: guest.to_owned(), generation, peer: peer.to_owned() };
+        line.write(&path).map_err(|error| format!("write {}: {error}", path.display()))
+    }
+
+    /// The guest is this host's again, and nobody else's.
+    pub(super) fn forget_protection(&self) {
+        let Some(path) = self.parts.disks.first().map(|image| protected::path(image)) else { return };
+        if let Err(error) = protected::remove(&path) {
+            tracing::warn!(%error, path = %path.display(), "what says that the guest is protected cannot be removed");
         }
     }
 

@@ -9,6 +9,7 @@
 //! It is looked for after every input, so two changes at once are told as one.
 
 use super::{Engine, Role, report};
+use crate::clock::Instant;
 use crate::colo::failover::ExitReason;
 use crate::colo::{primary, secondary};
 use crate::daemon::status::{PairRole, Protection};
@@ -59,13 +60,40 @@ impl Moment {
 }
 
 impl Engine {
+    /// Tells the service manager that the engine turns, when that is due.
+    pub(super) fn give_sign_of_life(&mut self, now: Instant) {
+        let Some(every) = self.parts.manager.sign_every() else { return };
+        if self.sign_due.is_none_or(|due| due <= now) {
+            self.parts.manager.sign_of_life();
+            self.sign_due = Some(now + every);
+        }
+    }
+
+    /// How this host is, in a line.
+    fn line(&self) -> String {
+        let Moment { protection, role, generation, paused, .. } = self.moment;
+        let guest = match &self.role {
+            Role::Empty => return self.left.clone().unwrap_or_else(|| "no guest; ready to stand by".into()),
+            Role::Running(guest) => &guest.name,
+            Role::Primary(role) => &role.guest.name,
+            Role::Secondary(role) => &role.guest.name,
+        };
+        let stopped = if paused { ", stopped by an order" } else { "" };
+        let pair = role.map_or_else(String::new, |role| {
+            format!("; {}, peer {}, generation {generation}", role.name(), self.peer.as_deref().unwrap_or_default())
+        });
+        format!("{guest}: {protection}{stopped}{pair}")
+    }
+
     /// Tells what has changed.
     pub(super) fn tell_moment(&mut self) {
         let moment = self.moment();
-        if moment == self.moment {
+        let is_first = self.parts.line.borrow().is_empty();
+        if moment == self.moment && !is_first {
             return;
         }
         let before = std::mem::replace(&mut self.moment, moment);
+        self.parts.line.send_replace(self.line());
         for event in moment.since(&before) {
             // Nobody may be listening.
             let _ = self.parts.events.send(event);

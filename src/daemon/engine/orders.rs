@@ -7,6 +7,7 @@ use crate::colo::hello::Mode;
 use crate::colo::{Cause, Loss};
 use crate::daemon::control::{Answer as Reply, Request};
 use crate::daemon::engine_clock;
+use crate::daemon::live::Live;
 use crate::daemon::status::{PairRole, Protection, Status};
 use crate::hypervisor::{Domain, DomainError};
 use std::sync::atomic::Ordering;
@@ -22,7 +23,8 @@ impl Engine {
                 Ok(status) => Reply::Return(status),
                 Err(error) => Reply::error(error.to_string()),
             },
-            Request::Protect(protect) => {
+            Request::Protect(mut protect) => {
+                protect.complete(&self.live);
                 let refusal = match &self.role {
                     Role::Empty => Some("this host has no guest to protect; start it with --guest NAME"),
                     Role::Running(_) | Role::Primary(_) if self.paused => {
@@ -66,7 +68,9 @@ impl Engine {
             },
             Request::PauseGuest => self.pause(true),
             Request::ResumeGuest => self.pause(false),
+            Request::Set(live) => self.set(now, &live),
             Request::Unprotect => return self.unprotect(now, reply),
+            Request::Leave => return self.depart(now, reply),
             Request::Failover => return self.failover(now, reply),
             Request::Stop => {
                 self.stopping = true;
@@ -74,6 +78,35 @@ impl Engine {
             }
         };
         let _ = reply.send(answer);
+    }
+
+    /// Changes what can change while this host runs.
+    fn set(&mut self, now: Instant, live: &Live) -> Reply {
+        let logged = live.check().map_err(|error| error.to_string()).and_then(|()| match &live.log {
+            Some(filter) => (self.parts.log.0)(filter).map_err(|why| format!("log: {why}")),
+            None => Ok(()),
+        });
+        if let Err(why) = logged {
+            return Reply::error(why);
+        }
+        self.live.change(live);
+        let mut said = Vec::new();
+        if let Some(ms) = live.checkpoint_delay_ms {
+            let protecting = matches!(&self.role, Role::Primary(_)) && self.links.is_some();
+            if let Role::Primary(role) = &mut self.role
+                && protecting
+            {
+                role.side.set_checkpoint_delay(now, Duration::from_millis(ms));
+            }
+            let when = if protecting { "now" } else { "the next protection" };
+            said.push(format!("checkpoint-delay-ms: {ms} from {when} on"));
+        }
+        let beats = [("heartbeat-ms", live.heartbeat_ms), ("heartbeat-misses", live.heartbeat_misses.map(u64::from))];
+        for (key, value) in beats {
+            said.extend(value.map(|value| format!("{key}: {value} from the next protection on")));
+        }
+        said.extend(live.log.as_ref().map(|filter| format!("log: {filter} from now on")));
+        Reply::Return(serde_json::json!({"said": said}))
     }
 
     /// Stops or runs a guest that is not in a pair; in one, that is the pair's business.
@@ -223,6 +256,9 @@ impl Engine {
             && let Some(holder) = &self.holder
         {
             status.why = Some(format!("host {} holds generation {}", holder.holder, holder.generation));
+        }
+        if let Some(why) = self.peer_left.as_ref().filter(|_| status.protection == Protection::Unprotected) {
+            status.why = Some(why.clone());
         }
         status
     }

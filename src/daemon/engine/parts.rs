@@ -1,0 +1,95 @@
+//! What an engine is made of, and what its host hands to it.
+
+use super::Vacancy;
+use crate::clock::Instant;
+use crate::colo::{primary as primary_machine, secondary as secondary_machine};
+use crate::daemon::address::Address;
+use crate::daemon::arbiter::Arbiter;
+use crate::daemon::control::{Answer as Reply, Asked, Protect};
+use crate::daemon::guest::Guest;
+use crate::daemon::links::{Links, Outbox};
+use crate::daemon::live::LogFilter;
+use crate::daemon::manager::Manager;
+use crate::qmp::Event;
+use crate::replica::mirror::Target;
+use bytes::Bytes;
+use std::path::PathBuf;
+use tokio::runtime::Handle;
+use tokio::sync::{broadcast, mpsc, watch};
+
+/// A frame on its way to the network. A host that is stopped with frames in its queues may wake as the loser, and
+/// one of them would take the guest's MAC address back from the survivor: what is late is dropped.
+#[derive(Debug)]
+pub struct NetworkFrame {
+    /// When the lease ends under which it was released; never, for a guest that is not replicated.
+    pub until: Option<Instant>,
+    /// The frame.
+    pub frame: Bytes,
+}
+
+/// What the host hands to its engine.
+#[derive(Debug)]
+pub enum HostInput {
+    /// The links to a secondary that accepted the guest are up.
+    Protect {
+        /// The links.
+        links: Links,
+        /// How to run the primary.
+        config: primary_machine::Config,
+        /// The peer's name.
+        peer: String,
+        /// The peer's disks as they are.
+        targets: Vec<Target>,
+        /// Told when the first copy has begun, or why it has not.
+        begun: tokio::sync::oneshot::Sender<Reply>,
+    },
+    /// A primary wants this host to stand by, and its links are up.
+    Join {
+        /// The links.
+        links: Links,
+        /// How to run the secondary.
+        config: secondary_machine::Config,
+        /// The primary's name.
+        peer: String,
+        /// The guest that will be loaded.
+        guest: Box<Guest>,
+    },
+}
+
+/// Everything an engine is made of.
+pub struct EngineParts {
+    /// The host's name.
+    pub name: String,
+    /// Where peers connect.
+    pub listen: Address,
+    /// A guest that runs here from the start.
+    pub guest: Option<Guest>,
+    /// Why a guest that this host was to run is not booted here.
+    pub left: Option<String>,
+    /// The images on which replicas are made here.
+    pub disks: Vec<PathBuf>,
+    /// The arbiter.
+    pub arbiter: Option<Arbiter>,
+    /// Requests of the control socket.
+    pub control: mpsc::Receiver<Asked>,
+    /// Where requests to protect go: the host makes the links.
+    pub protect: mpsc::Sender<(Protect, tokio::sync::oneshot::Sender<Reply>)>,
+    /// Links that are up.
+    pub host: mpsc::Receiver<HostInput>,
+    /// Frames from the network.
+    pub network_in: mpsc::Receiver<Bytes>,
+    /// Frames to the network.
+    pub network_out: Outbox<NetworkFrame>,
+    /// Whether this host can take a guest: read by the host when a peer knocks.
+    pub vacancy: watch::Sender<Vacancy>,
+    /// Where it is told what happens here.
+    pub events: broadcast::Sender<Event>,
+    /// How this host is, in a line.
+    pub line: watch::Sender<String>,
+    /// Who is told that the engine still turns.
+    pub manager: Manager,
+    /// What is logged.
+    pub log: LogFilter,
+    /// Where tasks run.
+    pub runtime: Handle,
+}

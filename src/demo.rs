@@ -101,8 +101,9 @@ async fn tell<W: World>(args: &DemoArgs, start: impl Future<Output = Result<W, P
     match result.await {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            say::err(&format!("xl-colo demo: {error}"));
             let environment = matches!(error, PairError::Environment(_));
+            let class = if environment { "environment" } else { "failed" };
+            say::Failure { class, text: format!("demo: {error}"), remedy: None }.say();
             ExitCode::from(if environment { EXIT_ENVIRONMENT } else { EXIT_FAILED })
         }
     }
@@ -243,7 +244,7 @@ async fn kill_one<W: World>(args: &DemoArgs, pair: &mut W) -> Result<u8, PairErr
         retried_writes: client.retries,
         failures,
     };
-    if args.json {
+    if say::is_json() {
         say::out(&serde_json::to_string(&report).unwrap_or_default());
     } else {
         say::out(&report);

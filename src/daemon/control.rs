@@ -8,6 +8,7 @@
 //! The socket is 0600 in a directory that is 0700 (QEMU's monitor socket comes out 0755). A line is bounded.
 
 use super::address::{Address, Link, listen_unix};
+use super::events::Wanted;
 use crate::colo::hello::{Mode, ResumeOrder};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -63,6 +64,8 @@ pub struct Protect {
 pub enum Request {
     /// How are you?
     Status,
+    /// What happened?
+    Events(Wanted),
     /// Replicate the guest to a peer.
     Protect(Protect),
     /// End the protection without a failover: the guest goes on here, and the peer drops what it has of it.
@@ -116,6 +119,22 @@ pub type Asked = (Request, oneshot::Sender<Answer>);
 /// Why a host could not be asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
+    /// Nobody is meant by that name, or it is not clear who is.
+    #[error("{text}{}", nearest.as_ref().map_or_else(String::new, |name| format!("; did you mean {name}?")))]
+    NoHost {
+        /// A sentence.
+        text: String,
+        /// The nearest name that there is.
+        nearest: Option<String>,
+    },
+    /// The directory of the sockets.
+    #[error("no host runs here: {run_dir}: {source}")]
+    Closed {
+        /// Which.
+        run_dir: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// No such host, or not ours.
     #[error("{path}: {source} (is the host running? `xl-colo host --name …` starts one)")]
     Connect {
@@ -130,6 +149,36 @@ pub enum ControlError {
     /// The host refused.
     #[error("{0}")]
     Refused(String),
+}
+
+impl ControlError {
+    /// What kind of failure it is, for programs.
+    #[must_use]
+    pub fn class(&self) -> &'static str {
+        match self {
+            Self::NoHost { .. } | Self::Closed { .. } | Self::Connect { .. } => "no-host",
+            Self::NoAnswer(_) => "no-answer",
+            Self::Refused(_) => "refused",
+        }
+    }
+
+    /// What to do next, where that is known and the text does not say it.
+    #[must_use]
+    pub fn remedy(&self) -> Option<String> {
+        match self {
+            Self::NoHost { .. } => Some("xl-colo list says who is here".into()),
+            Self::Closed { source, .. } | Self::Connect { source, .. }
+                if source.kind() == io::ErrorKind::PermissionDenied =>
+            {
+                Some("run this as the user whose host it is, or name another directory with --run-dir".into())
+            }
+            Self::Closed { .. } | Self::Connect { .. } => Some("xl-colo list says who is here".into()),
+            Self::NoAnswer(_) => {
+                Some("see whether its process is stopped or overloaded; xl-colo list has its number".into())
+            }
+            Self::Refused(_) => None,
+        }
+    }
 }
 
 /// The directory of a user's hosts: `/run/xen-colo` for root, the user's runtime directory otherwise.
@@ -150,26 +199,24 @@ pub fn socket_path(run_dir: &Path, host: &str) -> PathBuf {
 }
 
 /// The control sockets of the hosts that run here, by name.
-pub fn sockets(run_dir: &Path) -> Result<Vec<PathBuf>, String> {
-    let entries =
-        std::fs::read_dir(run_dir).map_err(|error| format!("no host runs here: {}: {error}", run_dir.display()))?;
+pub fn sockets(run_dir: &Path) -> Result<Vec<PathBuf>, ControlError> {
+    let closed = |source| ControlError::Closed { run_dir: run_dir.to_owned(), source };
+    let entries = std::fs::read_dir(run_dir).map_err(closed)?;
     let mut sockets: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
     sockets.retain(|path| path.extension().is_some_and(|extension| extension == "sock"));
     sockets.sort();
     Ok(sockets)
 }
 
-/// The socket of this host, or of the one that runs here; a sentence names the choice where there is one.
-pub fn choose(run_dir: &Path, host: Option<&str>) -> Result<PathBuf, String> {
-    if let Some(name) = host {
-        return Ok(socket_path(run_dir, name));
-    }
+/// The socket of the one host that runs here; a sentence names the choice where there is one.
+pub fn only(run_dir: &Path) -> Result<PathBuf, ControlError> {
+    let unclear = |text| ControlError::NoHost { text, nearest: None };
     match &sockets(run_dir)?[..] {
-        [] => Err(format!("no host runs here ({} has no socket)", run_dir.display())),
+        [] => Err(unclear(format!("no host runs here ({} has no socket)", run_dir.display()))),
         [one] => Ok(one.clone()),
         many => {
             let names: Vec<_> = many.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
-            Err(format!("several hosts run here; choose with --host: {}", names.join(", ")))
+            Err(unclear(format!("several hosts run here; choose with --host: {}", names.join(", "))))
         }
     }
 }

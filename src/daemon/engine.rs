@@ -16,12 +16,15 @@ mod leaving;
 mod moments;
 mod orders;
 mod report;
+mod telling;
 
 pub use self::leaving::Vacancy;
 use self::moments::Moment;
+use self::telling::Telling;
 use super::address::Address;
 use super::arbiter::Arbiter;
 use super::control::{Answer as Reply, Asked, Protect};
+use super::events::Events;
 use super::guest::Guest;
 use super::links::{DiskAnswer, Links, Outbox, StreamIn, lock};
 use super::pair::primary::PrimarySide;
@@ -113,6 +116,8 @@ pub struct EngineParts {
     pub vacancy: watch::Sender<Vacancy>,
     /// Where it is told what happens here.
     pub events: broadcast::Sender<Event>,
+    /// Where it is kept what happened here.
+    pub history: Events,
     /// Where tasks run.
     pub runtime: Handle,
 }
@@ -171,10 +176,12 @@ pub struct Engine {
     paused: bool,
     /// What was told last.
     moment: Moment,
+    telling: Telling,
     lost_at_unix_us: Option<u64>,
     decided_at_unix_us: Option<u64>,
     dropped_network: u64,
-    sent_bytes_before: u64,
+    /// Bytes sent over the stream and to the disks by links that have ended.
+    sent_before: (u64, u64),
     moved_bytes: u64,
     stopping: bool,
 }
@@ -198,10 +205,11 @@ impl Engine {
             left: None,
             paused: false,
             moment: Moment::default(),
+            telling: Telling::default(),
             lost_at_unix_us: None,
             decided_at_unix_us: None,
             dropped_network: 0,
-            sent_bytes_before: 0,
+            sent_before: (0, 0),
             moved_bytes: 0,
             stopping: false,
         }
@@ -214,6 +222,7 @@ impl Engine {
         {
             tracing::error!(%error, "the guest does not start");
         }
+        self.tell_events(engine_clock());
         while !self.stopping {
             let input = self.select().await;
             self.check_lease();
@@ -351,6 +360,7 @@ impl Engine {
         let Some(loss) = loss.filter(|loss| **loss != Loss::Dismissed) else { return };
         if self.lost_at_unix_us.is_none() {
             tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
+            self.tell_loss(loss);
             self.lost_at_unix_us = Some(unix_us());
         }
         if !(undecided && *loss == Loss::Requested) {
@@ -360,7 +370,8 @@ impl Engine {
 
     fn close_links(&mut self) {
         if let Some(links) = self.links.take() {
-            self.sent_bytes_before += links.sent_bytes.load(Ordering::Relaxed);
+            self.sent_before.0 += links.stream_bytes.load(Ordering::Relaxed);
+            self.sent_before.1 += links.disk_bytes.load(Ordering::Relaxed);
         }
     }
 
@@ -426,7 +437,7 @@ impl Engine {
     /// What is due after every input: progress seen on the links, deadlines, effects.
     fn after(&mut self, now: Instant) {
         if let Some(links) = &self.links {
-            let moved = links.sent_bytes.load(Ordering::Relaxed) + links.received_bytes.load(Ordering::Relaxed);
+            let moved = links.sent_bytes() + links.received_bytes.load(Ordering::Relaxed);
             if moved != self.moved_bytes {
                 self.moved_bytes = moved;
                 match &mut self.role {
@@ -453,6 +464,7 @@ impl Engine {
         self.leave();
         self.tell_vacancy();
         self.tell_moment();
+        self.tell_events(now);
     }
 
     fn tell_vacancy(&mut self) {
@@ -573,6 +585,7 @@ impl Engine {
         tracing::info!(host = %self.parts.name, %peer, %mode, "colo_begin");
         (self.links, self.peer, self.mode) = (Some(links), Some(peer), Some(mode));
         (self.holder, self.left, self.lost_at_unix_us, self.decided_at_unix_us) = (None, None, None, None);
-        (self.sent_bytes_before, self.moved_bytes, self.paused) = (0, 0, false);
+        (self.sent_before, self.moved_bytes, self.paused) = ((0, 0), 0, false);
+        self.tell_from_zero();
     }
 }

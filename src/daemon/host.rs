@@ -19,6 +19,7 @@ use super::arbiter::Arbiter;
 use super::control::{self, Answer as Reply, Protect};
 use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, Vacancy};
 use super::engine_clock;
+use super::events::{self, Events, What, log::EventLog};
 use super::frames::{FrameReader, FrameWriter};
 use super::guest::{Guest, GuestError};
 use super::links::{self, Outgoing, Side, lock, outbox};
@@ -47,6 +48,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// How long the first welcome may take: the peer makes a domain with all its devices before it.
 const ROOM_DEADLINE: Duration = Duration::from_secs(60);
+/// How long a host that ends waits for its event log.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Time between two attempts to reach the switch.
 const SWITCH_RETRY: Duration = Duration::from_millis(50);
 /// The feature a secondary names when its disks are new and all zero.
@@ -111,6 +114,8 @@ pub struct HostConfig {
     pub policy: Policy,
     /// The guest to boot.
     pub boot: Option<Boot>,
+    /// The event log; beside the control socket when absent.
+    pub event_log: Option<PathBuf>,
     /// Seeds the guest's hardware randomness on this host.
     pub entropy_seed: u64,
 }
@@ -143,6 +148,14 @@ pub enum HostError {
         name: String,
         /// Why not.
         source: GuestError,
+    },
+    /// The event log.
+    #[error("event log {}: {source}", path.display())]
+    EventLog {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
     },
     /// The engine's thread.
     #[error("start the engine: {0}")]
@@ -179,6 +192,12 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         run_dir: config.run_dir.clone(),
         source,
     })?;
+    let history = Events::new(&config.name);
+    let path = config.event_log.clone().unwrap_or_else(|| events::log::default_path(&config.run_dir, &config.name));
+    let log =
+        EventLog::open(&path, events::log::FILE_MAX_BYTES).map_err(|source| HostError::EventLog { path, source })?;
+    let writing = tokio::spawn(events::log::keep(history.clone(), log));
+    history.tell(None, What::HostStarted { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").into() });
     let (network_sender, network_in) = mpsc::channel(1024);
     let wire = Wire::new(network_sender.clone());
     let guest = boot(&config, &wire).await?;
@@ -187,7 +206,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let (protect_sender, mut protects) = mpsc::channel::<(Protect, oneshot::Sender<Reply>)>(1);
     let (host_sender, host_receiver) = mpsc::channel(1);
     let (network_out, network_outgoing) = outbox();
-    let events = super::qmp::teller();
+    let teller = super::qmp::teller();
     let (vacancy_sender, vacancy) = watch::channel(if guest.is_none() { Vacancy::Vacant } else { Vacancy::Taken });
     let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone(), guest.mirrors.clone()));
     let engine = Engine::new(EngineParts {
@@ -202,7 +221,8 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         network_in,
         network_out,
         vacancy: vacancy_sender,
-        events: events.clone(),
+        events: teller.clone(),
+        history: history.clone(),
         runtime: tokio::runtime::Handle::current(),
     });
     let (engine_ended, engine_end) = oneshot::channel();
@@ -218,7 +238,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         .map_err(HostError::Thread)?;
 
     let socket = control::socket_path(&config.run_dir, &config.name);
-    let monitor = super::qmp::host::HostMonitor { engine: control_sender.clone(), events };
+    let monitor = super::qmp::host::HostMonitor { engine: control_sender.clone(), events: teller };
     tokio::spawn(super::qmp::serve(monitor_listener, Arc::new(monitor)));
     tokio::spawn(control::serve(control, control_sender));
     if let Some(net) = config.net.clone() {
@@ -253,6 +273,8 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     }
     greeting.abort();
     protecting.abort();
+    history.tell(None, What::HostEnded);
+    let _ = tokio::time::timeout(LAST_WORDS, writing).await;
     // Lets the answer to `stop` out, and removes what would look like a host that runs.
     tokio::time::sleep(Duration::from_millis(20)).await;
     let _ = std::fs::remove_file(socket);

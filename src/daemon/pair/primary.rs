@@ -12,8 +12,10 @@
 //! the guest stands still; that is the only moment at which they can change together.
 
 mod out;
+mod steps;
 
 pub use self::out::{Effect, Stats};
+pub use self::steps::Taken;
 
 use super::{Clock, cause_of};
 use crate::bitmap::Bitmap;
@@ -79,6 +81,7 @@ pub struct PrimarySide {
     stats: Stats,
     /// The proxy's counters when it ended: an open one counts nothing.
     last_packets: Option<compare::Stats>,
+    steps: steps::Steps,
 }
 
 impl PrimarySide {
@@ -128,6 +131,7 @@ impl PrimarySide {
             effects: VecDeque::new(),
             stats: Stats { copied_pages: (0, to_copy), copy_begun: Some(now), ..Stats::default() },
             last_packets: None,
+            steps: steps::Steps::default(),
         })
     }
 
@@ -266,6 +270,7 @@ impl PrimarySide {
 
     /// A message from the secondary.
     pub fn handle_message(&mut self, now: Instant, message: Message) {
+        self.steps.heard(now, message);
         self.machine.handle_message(now, message);
         self.pump(now);
     }
@@ -388,6 +393,7 @@ impl PrimarySide {
             let mut bytes = Vec::with_capacity(pfns.len() * PAGE_SIZE);
             self.domain.read_pages(&pfns, &mut bytes).map_err(|e| e.to_string())?;
             self.stats.copied_pages.0 = (self.stats.copied_pages.0 + pfns.len() as u64).min(self.stats.copied_pages.1);
+            self.stats.copy_pages += pfns.len() as u64;
             self.effects.push_back(Effect::Pages(PageBatch { pfns, bytes }));
             return Ok(());
         }
@@ -459,7 +465,10 @@ impl PrimarySide {
 
     fn act(&mut self, now: Instant, action: Action) -> Result<(), String> {
         match action {
-            Action::Send(message) => self.effects.push_back(Effect::Message(message)),
+            Action::Send(message) => {
+                self.steps.said(now, message);
+                self.effects.push_back(Effect::Message(message));
+            }
             Action::Capture { resume } => {
                 self.capture(resume).map_err(|e| format!("capture: {e}"))?;
                 self.machine.handle_captured(now);
@@ -472,6 +481,7 @@ impl PrimarySide {
             Action::Release { epoch } => {
                 *self.stats.checkpoints.entry(self.machine.cause()).or_default() += 1;
                 self.stats.last_owned_at = Some(now);
+                self.steps.released(now, epoch, self.machine.cause());
                 self.proxy.checkpoint(now, epoch);
             }
             Action::AllowDisk { epoch } => self.mirrors.allow(self.disk_epoch_base + epoch),
@@ -523,6 +533,7 @@ impl PrimarySide {
         let devices = self.domain.save_devices()?;
         let saved = (self.clock)();
         self.suspended_at = Some(begun);
+        self.steps.captured(begun, saved, self.capture.len(), devices.len());
         if resume {
             self.resume()?;
         }

@@ -17,15 +17,14 @@ pub mod report;
 
 use crate::cli::{DemoArgs, EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_LOST, Victim};
 use crate::colo::hello::Mode;
+use crate::daemon::operator::progress::Display;
 use crate::daemon::status::{Protection, Status};
 use crate::daemon::unix_us;
 use crate::say;
 use client::{ClientConfig, Live};
-use indicatif::{ProgressBar, ProgressStyle};
 use nested::Nested;
 use pair::{Pair, PairConfig, PairError};
 use report::DemoReport;
-use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -127,17 +126,13 @@ async fn protect<W: World>(args: &DemoArgs, pair: &W) -> Result<(), PairError> {
     say(format_args!("protecting the guest: {} mode, {} MiB of memory", args.mode, args.guest_mib));
     pair.protect(args.mode).await?;
     let begun = Instant::now();
-    let terminal = std::io::stderr().is_terminal();
-    let bar = if terminal { ProgressBar::new(args.guest_mib) } else { ProgressBar::hidden() };
-    if let Ok(style) = ProgressStyle::with_template("first copy  {bar:32} {pos:>6} of {len} MiB  {elapsed}") {
-        bar.set_style(style);
-    }
+    let mut display = Display::new(false);
     loop {
         let status = pair.status("a").await?;
-        bar.set_position(status.copied_pages.0 / 256);
+        status.work.iter().for_each(|work| display.show(*work));
         match status.protection {
             Protection::Protected => {
-                bar.finish_and_clear();
+                display.end();
                 let ms = begun.elapsed().as_millis();
                 say(format_args!(
                     "first copy done: {} MiB of memory in {ms} ms; the guest is protected",

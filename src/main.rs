@@ -517,11 +517,9 @@ async fn show_events(args: EventsArgs) -> ExitCode {
         } else if told.lost > 0 {
             say::out(&serde_json::json!({"event": "lost", "count": told.lost}));
         }
-        told.events.iter().all(
-            |event| {
-                if say::is_json() { say::out(&serde_json::json!(event)) } else { say::out(event) }
-            },
-        )
+        told.events.iter().all(|event| {
+            if say::is_json() { say::out(&serde_json::to_string(event).unwrap_or_default()) } else { say::out(event) }
+        })
     };
     match operator::read_events(&socket, args.since, args.follow, tell).await {
         Ok(()) => ExitCode::SUCCESS,

@@ -37,5 +37,6 @@ mod several_disks;
 mod sim;
 mod tidy;
 mod top;
+mod twice;
 mod unprotect;
 mod vanish;

@@ -257,7 +257,11 @@ async fn a_wrong_command_line_is_exit_code_2() {
     for args in [
         &[][..],
         &["dance"],
-        &["status", "extra"],
+        &["status", "one", "two"],
+        &["status", "one", "--host", "two"],
+        &["list", "extra"],
+        &["events", "--since", "yesterday"],
+        &["config", "--check", "f", "--xl", "g"],
         &["protect"],
         &["protect", "127.0.0.1:1", "--mode", "hot"],
         &["protect", "127.0.0.1:1", "--heartbeat-misses", "1"],

@@ -20,6 +20,7 @@ mod telling;
 
 pub use self::leaving::Vacancy;
 use self::moments::Moment;
+pub use self::orders::UNDER_WAY;
 use self::telling::Telling;
 use super::address::Address;
 use super::arbiter::Arbiter;

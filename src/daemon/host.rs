@@ -17,7 +17,7 @@ use self::greet::greet_all;
 use super::address::{Address, Link};
 use super::arbiter::Arbiter;
 use super::control::{self, Answer as Reply, Protect};
-use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, Vacancy};
+use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, UNDER_WAY, Vacancy};
 use super::engine_clock;
 use super::events::{self, Events, What, log::EventLog};
 use super::frames::{FrameReader, FrameWriter};
@@ -261,6 +261,11 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
                 },
             };
             let _ = reply.send(answer);
+            // The engine let them pass while the guest was not protected yet. Each would claim a generation that the pair
+            // then does not have, and neither host could go on alone.
+            while let Ok((_, reply)) = protects.try_recv() {
+                let _ = reply.send(Reply::error(UNDER_WAY));
+            }
         }
     });
     tokio::select! {

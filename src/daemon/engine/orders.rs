@@ -13,6 +13,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
+/// What a second one is told that wants to protect the guest.
+pub const UNDER_WAY: &str = "a protection of the guest is being begun already; see xl-colo status";
+
 impl Engine {
     /// Carries out a request of the control socket.
     pub(super) fn control(&mut self, request: Request, reply: oneshot::Sender<Reply>) {
@@ -44,7 +47,8 @@ impl Engine {
                 } else {
                     // The host makes the links and answers, which takes a while.
                     if let Err(error) = self.parts.protect.try_send((protect, reply)) {
-                        tracing::warn!(%error, "a protect request is dropped: another is under way");
+                        let (_, reply) = error.into_inner();
+                        let _ = reply.send(Reply::error(UNDER_WAY));
                     }
                     return;
                 }

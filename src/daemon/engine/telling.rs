@@ -79,8 +79,7 @@ impl Engine {
         self.tell_load();
         self.tell_disk_links();
         let looks = self.telling.looked_at.is_none_or(|at| now - at >= LOOK);
-        let degraded = if looks { self.degraded(now) } else { self.telling.degraded.clone() };
-        self.tell_protection(now, degraded);
+        self.tell_protection(now, looks);
         if std::mem::replace(&mut self.telling.paused, self.paused) != self.paused {
             self.tell(if self.paused { What::Paused } else { What::Resumed });
         }
@@ -120,7 +119,7 @@ impl Engine {
         self.telling = Telling { protection, generation, degraded, ..Telling::default() };
     }
 
-    fn tell_protection(&mut self, now: Instant, degraded: Vec<String>) {
+    fn tell_protection(&mut self, now: Instant, looks: bool) {
         let (protection, generation) = match &self.role {
             Role::Empty => (Protection::Empty, 0),
             Role::Running(_) => (Protection::Unprotected, 0),
@@ -129,13 +128,15 @@ impl Engine {
             Role::Primary(role) => (report::of_primary(&role.side), role.side.generation()),
             Role::Secondary(role) => (report::of_secondary(&role.side), role.side.generation()),
         };
-        let degraded = if protection == Protection::Protected { degraded } else { Vec::new() };
-        let telling = &mut self.telling;
-        let before = (telling.protection, telling.generation, std::mem::replace(&mut telling.degraded, degraded));
-        (telling.protection, telling.generation) = (protection, generation);
-        if (before.0, before.1) == (protection, generation) && before.2 == telling.degraded {
+        let is_same = (self.telling.protection, self.telling.generation) == (protection, generation);
+        if is_same && !looks {
             return;
         }
+        let degraded = if protection == Protection::Protected { self.degraded(now) } else { Vec::new() };
+        if is_same && degraded == self.telling.degraded {
+            return;
+        }
+        (self.telling.protection, self.telling.generation, self.telling.degraded) = (protection, generation, degraded);
         let status = self.status(now);
         self.tell(of_status(&status, &self.telling.degraded));
     }

@@ -18,7 +18,7 @@ use xen_colo::daemon::events::{EVENTS_MAX, Told};
 use xen_colo::daemon::host::{self, Boot, BootConfig, HostConfig};
 use xen_colo::daemon::remus::{self, RemusError};
 use xen_colo::daemon::top::{self, TopError};
-use xen_colo::daemon::xen::XenBoot;
+use xen_colo::daemon::xen::{self, XenBoot};
 use xen_colo::daemon::{arbiter, check, operator, receive, status};
 use xen_colo::demo;
 use xen_colo::image::helper;
@@ -425,7 +425,9 @@ async fn failover(args: FailoverArgs) -> ExitCode {
 
 /// Says what it found on standard output; the exit code is 0 only if nothing is missing.
 async fn check_host(args: CheckArgs) -> ExitCode {
-    let lines = check::judge(&check::gather(args.peer.as_ref(), args.guest.as_deref()).await);
+    let numbered = args.guest.as_ref().and_then(|guest| xen::domain_name(guest.parse().ok()?));
+    let guest = numbered.or(args.guest);
+    let lines = check::judge(&check::gather(args.peer.as_ref(), guest.as_deref()).await);
     let able = lines.iter().all(|line| line.ok);
     if say::is_json() {
         say::out(&serde_json::json!({"able": able, "lines": lines}));

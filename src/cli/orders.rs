@@ -213,7 +213,7 @@ pub struct FailoverArgs {
 pub struct CheckArgs {
     /// A peer to be reached
     pub peer: Option<Address>,
-    /// A Xen domain of this host to be protected
+    /// A Xen domain of this host to be protected, by its name or number
     #[arg(long, value_name = "NAME")]
     pub guest: Option<String>,
 }

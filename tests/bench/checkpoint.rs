@@ -135,6 +135,7 @@ impl Host {
             network_out,
             vacancy: tokio::sync::watch::channel(Vacancy::Taken).0,
             events: xen_colo::daemon::qmp::teller(),
+            history: xen_colo::daemon::events::Events::new(name),
             runtime: tokio::runtime::Handle::current(),
         });
         std::thread::Builder::new().name(format!("engine {name}")).spawn(move || {

@@ -298,7 +298,7 @@ impl<'a> Reader<'a> {
             }
             items.push((self.line, self.value(depth + 1)?));
             self.skip(true);
-            if !self.eat(",") && !self.rest.starts_with(']') {
+            if !self.eat(",") && !self.rest.is_empty() && !self.rest.starts_with(']') {
                 return Err(self.wrong("a , or ] should stand here"));
             }
         }

@@ -23,6 +23,9 @@ struct Sample {
     sent_bytes_per_s: u64,
 }
 
+/// What a curve is of.
+type Curve = fn(&Sample) -> u64;
+
 /// What was seen of a host.
 #[derive(Debug, Default)]
 pub struct History {
@@ -59,7 +62,7 @@ impl History {
         self.error = Some(error.to_owned());
     }
 
-    fn curve(&self, of: fn(&Sample) -> u64, columns: u16) -> Vec<u64> {
+    fn curve(&self, of: Curve, columns: u16) -> Vec<u64> {
         let skip = self.samples.len().saturating_sub(columns.into());
         self.samples.iter().skip(skip).map(of).collect()
     }
@@ -102,7 +105,7 @@ fn draw_curves(frame: &mut Frame<'_>, area: Rect, history: &History) {
         return;
     }
     let now = history.samples.back().copied().unwrap_or_default();
-    let of: [(String, fn(&Sample) -> u64); 4] = [
+    let of: [(String, Curve); 4] = [
         (format!("pause {} µs", now.pause_us), |sample| sample.pause_us),
         (format!("interval {} ms", now.interval_us / 1000), |sample| sample.interval_us),
         (format!("dirty {} pages/s", now.dirty_pages_per_s), |sample| sample.dirty_pages_per_s),

@@ -3,7 +3,7 @@
 //! Exit codes: 0 done; 1 the command failed, with one line that says why; 2 the command line is wrong;
 //! 3 (`demo`) something was lost; 4 (`host`) this machine cannot give what was asked (port, memory, disk).
 //!
-//! A file for each group of commands: [`host`], [`orders`], [`demo`], [`alone`], and [`xl`] with the letters of `xl`.
+//! A file for each group of commands: `host`, `orders`, `demo`, `alone`, and `xl` with the letters of `xl`.
 
 mod alone;
 pub mod config;

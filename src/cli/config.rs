@@ -4,7 +4,7 @@
 //!   command line ── wins over ──▶ NAME.toml ── wins over ──▶ the domain's xl configuration ── wins over ──▶ defaults
 //! ```
 //!
-//! Each section is one [`section!`]: its fields, their words, their defaults. What `xl-colo config` writes and what is read
+//! Each section is one `section!`: its fields, their words, their defaults. What `xl-colo config` writes and what is read
 //! come from it, and so cannot differ. An unknown key is an error that names the nearest known one and the line: a
 //! misspelt `arbiter` that is passed over is a guest without one.
 

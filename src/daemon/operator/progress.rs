@@ -1,7 +1,7 @@
 //! How far work is that takes its time: a bar on a terminal, lines at a bounded rate elsewhere.
 //!
 //! [`Meter`] is pure: of what was done when it makes the rate and the time that is left. The rate is that of the last
-//! [`WINDOW`], so that a wire that became slow shows.
+//! five seconds, so that a wire that became slow shows.
 
 use crate::clock::Instant;
 use crate::daemon::engine_clock;

@@ -8,7 +8,7 @@
 //! The socket is 0600 in a directory that is 0700 (QEMU's monitor socket comes out 0755). A line is bounded.
 
 use super::address::{Address, Link, listen_unix};
-use super::events::Wanted;
+use super::events::{Events, Wanted};
 use crate::colo::hello::{Mode, ResumeOrder};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -233,19 +233,20 @@ pub async fn listen(run_dir: &Path, host: &str) -> io::Result<UnixListener> {
     listen_unix(&socket_path(run_dir, host)).await
 }
 
-/// Serves a control socket until the engine is gone.
-pub async fn serve(listener: UnixListener, engine: mpsc::Sender<Asked>) {
+/// Serves a control socket. What happened is told from `history`, also while the engine is busy, and when it is gone:
+/// its end is the last that is told.
+pub async fn serve(listener: UnixListener, engine: mpsc::Sender<Asked>, history: Events) {
     while let Ok((stream, _)) = listener.accept().await {
-        let engine = engine.clone();
+        let (engine, history) = (engine.clone(), history.clone());
         tokio::spawn(async move {
-            if let Err(error) = serve_one(Box::new(stream), engine).await {
+            if let Err(error) = serve_one(Box::new(stream), engine, history).await {
                 tracing::debug!(%error, "control client left");
             }
         });
     }
 }
 
-async fn serve_one(link: Link, engine: mpsc::Sender<Asked>) -> io::Result<()> {
+async fn serve_one(link: Link, engine: mpsc::Sender<Asked>, history: Events) -> io::Result<()> {
     let (read, mut write) = tokio::io::split(link);
     let mut lines = BufReader::new(read);
     loop {
@@ -255,6 +256,7 @@ async fn serve_one(link: Link, engine: mpsc::Sender<Asked>) -> io::Result<()> {
         }
         let answer = if line.ends_with(b"\n") || (line.len() as u64) < REQUEST_MAX_BYTES {
             match serde_json::from_slice(&line) {
+                Ok(Request::Events(wanted)) => Answer::Return(serde_json::to_value(history.read_soon(wanted).await)?),
                 Ok(request) => ask_engine(&engine, request).await,
                 Err(error) => Answer::error(format!("not a request this host knows: {error}")),
             }
@@ -323,7 +325,7 @@ mod tests {
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&run_dir), mode(&path)), (0o700, 0o600));
         let (engine, mut asked) = mpsc::channel::<Asked>(4);
-        tokio::spawn(serve(listener, engine));
+        tokio::spawn(serve(listener, engine, Events::new("a")));
         tokio::spawn(async move {
             while let Some((request, reply)) = asked.recv().await {
                 let answer = if request == Request::Checkpoint { Answer::error("no guest") } else { Answer::done() };

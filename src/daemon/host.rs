@@ -240,7 +240,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let socket = control::socket_path(&config.run_dir, &config.name);
     let monitor = super::qmp::host::HostMonitor { engine: control_sender.clone(), events: teller };
     tokio::spawn(super::qmp::serve(monitor_listener, Arc::new(monitor)));
-    tokio::spawn(control::serve(control, control_sender));
+    tokio::spawn(control::serve(control, control_sender, history.clone()));
     if let Some(net) = config.net.clone() {
         tokio::spawn(switch_port(net, network_sender, network_outgoing));
     } else {

@@ -173,7 +173,11 @@ pub async fn read_events(
 ) -> Result<(), ControlError> {
     loop {
         let wait_ms = if follow { FOLLOW_WAIT.as_millis() as u64 } else { 0 };
-        let answer = control::ask(socket, &Request::Events(Wanted { since, wait_ms })).await?;
+        let answer = match control::ask(socket, &Request::Events(Wanted { since, wait_ms })).await {
+            // A host that ends takes its socket away, one that is killed leaves it.
+            Err(_) if follow && since > 0 && !socket.exists() => return Ok(()),
+            answer => answer?,
+        };
         let told: Told = serde_json::from_value(answer).map_err(other_version)?;
         since = told.since;
         if !tell(&told) || told.ended || !(follow || told.more) {

@@ -142,7 +142,7 @@ complete -c xl-colo -n "__fish_xl_colo_using_subcommand config" -l check -d 'Say
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand config" -l xl -d 'Take the peer and the spill directory from the COLO keys of a domain\'s xl configuration' -r -F
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand config" -l json -d 'Say what there is to say in JSON, an object a line; why a command failed too, on standard error: {"error":{"class":…,"text":…,"do":…}}'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand config" -s h -l help -d 'Print help'
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand check" -l guest -d 'A Xen domain of this host to be protected' -r
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand check" -l guest -d 'A Xen domain of this host to be protected, by its name or number' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand check" -l json -d 'Say what there is to say in JSON, an object a line; why a command failed too, on standard error: {"error":{"class":…,"text":…,"do":…}}'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand check" -s h -l help -d 'Print help'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand checkpoint" -l host -d 'The same' -r

@@ -17,15 +17,14 @@ pub mod report;
 
 use crate::cli::{DemoArgs, EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_LOST, Victim};
 use crate::colo::hello::Mode;
+use crate::daemon::operator::progress::Display;
 use crate::daemon::status::{Protection, Status};
 use crate::daemon::unix_us;
 use crate::say;
 use client::{ClientConfig, Live};
-use indicatif::{ProgressBar, ProgressStyle};
 use nested::Nested;
 use pair::{Pair, PairConfig, PairError};
 use report::DemoReport;
-use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -101,8 +100,9 @@ async fn tell<W: World>(args: &DemoArgs, start: impl Future<Output = Result<W, P
     match result.await {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            say::err(&format!("xl-colo demo: {error}"));
             let environment = matches!(error, PairError::Environment(_));
+            let class = if environment { "environment" } else { "failed" };
+            say::Failure { class, text: format!("demo: {error}"), remedy: None }.say();
             ExitCode::from(if environment { EXIT_ENVIRONMENT } else { EXIT_FAILED })
         }
     }
@@ -126,17 +126,13 @@ async fn protect<W: World>(args: &DemoArgs, pair: &W) -> Result<(), PairError> {
     say(format_args!("protecting the guest: {} mode, {} MiB of memory", args.mode, args.guest_mib));
     pair.protect(args.mode).await?;
     let begun = Instant::now();
-    let terminal = std::io::stderr().is_terminal();
-    let bar = if terminal { ProgressBar::new(args.guest_mib) } else { ProgressBar::hidden() };
-    if let Ok(style) = ProgressStyle::with_template("first copy  {bar:32} {pos:>6} of {len} MiB  {elapsed}") {
-        bar.set_style(style);
-    }
+    let mut display = Display::new(false);
     loop {
         let status = pair.status("a").await?;
-        bar.set_position(status.copied_pages.0 / 256);
+        status.work.iter().for_each(|work| display.show(*work));
         match status.protection {
             Protection::Protected => {
-                bar.finish_and_clear();
+                display.end();
                 let ms = begun.elapsed().as_millis();
                 say(format_args!(
                     "first copy done: {} MiB of memory in {ms} ms; the guest is protected",
@@ -243,7 +239,7 @@ async fn kill_one<W: World>(args: &DemoArgs, pair: &mut W) -> Result<u8, PairErr
         retried_writes: client.retries,
         failures,
     };
-    if args.json {
+    if say::is_json() {
         say::out(&serde_json::to_string(&report).unwrap_or_default());
     } else {
         say::out(&report);

@@ -1,22 +1,27 @@
 //! `xl-colo`: parse, run, and turn what came of it into an exit code.
 #![forbid(unsafe_code)]
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
+use xen_colo::cli::config::{Config, ConfigError, xl};
 use xen_colo::cli::{
-    self, ArbiterArgs, CheckArgs, Cli, Command, CompareArgs, HostArgs, HostRef, NbdArgs, ProtectArgs, QmpArgs,
-    ReceiveArgs, SetArgs, StatusArgs,
+    self, ArbiterArgs, CheckArgs, Cli, Command, CompareArgs, ConfigArgs, EventsArgs, FailoverArgs, HostArgs, HostRef,
+    ListArgs, NbdArgs, ProtectArgs, QmpArgs, ReceiveArgs, SetArgs, StatusArgs,
 };
 use xen_colo::daemon::address::Address;
-use xen_colo::daemon::control::{self, Protect, Request};
+use xen_colo::daemon::control::{self, ControlError, Request};
+use xen_colo::daemon::events::{EVENTS_MAX, Told};
 use xen_colo::daemon::host::{self, Boot, BootConfig, HostConfig, HostError};
-use xen_colo::daemon::live::{Live, LogFilter};
+use xen_colo::daemon::live::{Configuration, Live, LogFilter};
 use xen_colo::daemon::manager::Manager;
-use xen_colo::daemon::xen::XenBoot;
-use xen_colo::daemon::{arbiter, check, receive, remus, status};
+use xen_colo::daemon::remus::{self, RemusError};
+use xen_colo::daemon::top::{self, TopError};
+use xen_colo::daemon::xen::{self, XenBoot};
+use xen_colo::daemon::{arbiter, check, operator, receive, status};
 use xen_colo::demo;
 use xen_colo::image::helper;
 use xen_colo::say;
@@ -27,7 +32,15 @@ fn main() -> ExitCode {
     if arguments.first().is_some_and(|first| helper::JOBS.contains(&first.as_str())) {
         return save_helper(&arguments);
     }
-    let cli = Cli::parse();
+    let parsed = Cli::command().try_get_matches();
+    let parsed = parsed.and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, cli::given(&matches))));
+    let (cli, given) = match parsed {
+        Ok(parsed) => parsed,
+        Err(error) => return misspelt(&error, &arguments),
+    };
+    if cli.json {
+        say::speak_json();
+    }
     if let Command::SaveHelper(args) = cli.command {
         return save_helper(&args.arguments);
     }
@@ -56,32 +69,57 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(cli::EXIT_ENVIRONMENT, &error),
     };
-    let code = runtime.block_on(run(cli.command, log));
+    let code = runtime.block_on(run(cli.command, &given, log));
     runtime.shutdown_timeout(Duration::from_millis(200));
     code
 }
 
-async fn run(command: Command, log: LogFilter) -> ExitCode {
+/// What cannot be parsed: help and version are no failures, and go where they are asked for.
+fn misspelt(error: &clap::Error, arguments: &[String]) -> ExitCode {
+    if !error.use_stderr() || !arguments.iter().any(|argument| argument == "--json") {
+        error.exit();
+    }
+    say::speak_json();
+    let text = error.to_string();
+    let text = text.split("\n\n").next().unwrap_or_default().trim_start_matches("error: ").trim().replace('\n', " ");
+    let remedy = Some("xl-colo help, and xl-colo help COMMAND".to_owned());
+    say::Failure { class: "usage", text, remedy }.say();
+    ExitCode::from(cli::EXIT_USAGE)
+}
+
+async fn run(command: Command, given: &[String], log: LogFilter) -> ExitCode {
     match command {
         Command::Demo(args) => demo::run(&args).await,
-        Command::Host(args) => host(args, log).await,
+        Command::Host(args) => match args.complete(given) {
+            Ok(args) => host(args, log).await,
+            Err(error) => fail_config(&error),
+        },
         Command::Arbiter(args) => serve_arbiter(args).await,
         Command::Nbd(args) => serve_nbd(args).await,
         Command::Qmp(args) => qmp(args).await,
         Command::Compare(args) => compare_packets(args).await,
-        Command::Protect(args) => protect(args).await,
+        Command::Protect(args) => protect(args, given).await,
+        Command::Top(host) => show_top(host).await,
+        Command::Config(args) => configure(&args),
+        Command::Generate { dir } => match cli::generate::write(&dir) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(cli::EXIT_FAILED, &format!("{}: {error}", dir.display())),
+        },
         Command::Status(args) => show_status(args).await,
         Command::Check(args) => check_host(args).await,
+        Command::List(args) => list(args).await,
+        Command::Events(args) => show_events(args).await,
         Command::Remus(args) => match remus::run(&args.into()).await {
             Ok(()) => ExitCode::SUCCESS,
+            Err(RemusError::Control(error)) => fail_control(&error),
             Err(error) => fail(cli::EXIT_FAILED, &error),
         },
         Command::Receive(args) => receive(args).await,
-        Command::Unprotect(host) => order(&host, Request::Unprotect).await,
+        Command::Unprotect(host) => order(&host, "unprotect", Request::Unprotect).await,
         Command::Set(args) => set(args).await,
-        Command::Checkpoint(host) => order(&host, Request::Checkpoint).await,
-        Command::Failover(host) => order(&host, Request::Failover).await,
-        Command::Stop(host) => order(&host, Request::Stop).await,
+        Command::Checkpoint(host) => order(&host, "checkpoint", Request::Checkpoint).await,
+        Command::Failover(args) => failover(args).await,
+        Command::Stop(host) => order(&host, "stop", Request::Stop).await,
         // main has run it: it has no runtime.
         Command::SaveHelper(_) => ExitCode::SUCCESS,
         #[cfg(feature = "xen")]
@@ -142,7 +180,7 @@ async fn qmp(args: QmpArgs) -> ExitCode {
         let memory_budget_bytes = args.epoch_memory_mib << 20;
         let epochs = ReplicaConfig { memory_budget_bytes, spill_dir: args.spill_dir, ..ReplicaConfig::default() };
         let listening = || {
-            say::out(&format!("monitor listens on {}", socket.display()));
+            say_listening("monitor", &socket.display());
         };
         return match replica::run(&socket, &args.drives, epochs, listening).await {
             Ok(()) => ExitCode::SUCCESS,
@@ -187,7 +225,11 @@ async fn compare_packets(args: CompareArgs) -> ExitCode {
         return fail(cli::EXIT_USAGE, &error);
     }
     let opened = |opened: &compare::Opened| {
-        say::out(opened);
+        if say::is_json() {
+            say::out(&opened.to_json())
+        } else {
+            say::out(opened)
+        };
     };
     let report = |status: &serde_json::Value| {
         say::out(status);
@@ -253,11 +295,42 @@ fn save_helper(arguments: &[String]) -> ExitCode {
 }
 
 fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
-    say::err(&format!("xl-colo: {error}"));
+    let class = match code {
+        cli::EXIT_USAGE => "usage",
+        cli::EXIT_LOST => "lost",
+        cli::EXIT_ENVIRONMENT => "environment",
+        _ => "failed",
+    };
+    say::Failure { class, text: error.to_string(), remedy: None }.say();
     ExitCode::from(code)
 }
 
+fn fail_control(error: &ControlError) -> ExitCode {
+    say::Failure { class: error.class(), text: error.to_string(), remedy: error.remedy() }.say();
+    ExitCode::from(cli::EXIT_FAILED)
+}
+
+/// What is wrong with a configuration is wrong with the command line that named it.
+fn fail_config(error: &ConfigError) -> ExitCode {
+    let remedy = Some("xl-colo config writes one that is right".to_owned());
+    say::Failure { class: "config", text: error.to_string(), remedy }.say();
+    ExitCode::from(cli::EXIT_USAGE)
+}
+
+/// Says where something listens: a line, or an object.
+fn say_listening(what: &str, address: &dyn std::fmt::Display) {
+    if say::is_json() {
+        say::out(&serde_json::json!({"listening": address.to_string(), "what": what}));
+    } else {
+        say::out(&format_args!("{what} listens on {address}"));
+    }
+}
+
 async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
+    let configuration = match args.config.clone().map(configuration).transpose() {
+        Ok(configuration) => configuration,
+        Err(error) => return fail_config(&error),
+    };
     let mut seed = [0; 8];
     if let Err(error) = getrandom::fill(&mut seed) {
         return fail(cli::EXIT_ENVIRONMENT, &error);
@@ -274,7 +347,7 @@ async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
         }),
     });
     let config = HostConfig {
-        name: args.name,
+        name: args.name.unwrap_or_default(),
         listen: args.listen,
         run_dir: args.run_dir,
         disks: args.disks,
@@ -284,8 +357,9 @@ async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
         arbiter: args.arbiter,
         policy: args.policy,
         boot,
+        event_log: args.event_log,
         entropy_seed: args.seed.unwrap_or(u64::from_le_bytes(seed)),
-        configuration: None,
+        configuration,
         log,
         manager: Manager::of_environment(),
     };
@@ -298,13 +372,20 @@ async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
         });
     }
     let listening = |address: &Address| {
-        say::out(&format!("host {name} listens on {address}"));
+        say_listening(&format!("host {name}"), address);
     };
     match host::run(config, listening).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error @ HostError::Unfinished(_)) => fail(cli::EXIT_FAILED, &error),
         Err(error) => fail(cli::EXIT_ENVIRONMENT, &error),
     }
+}
+
+/// What SIGHUP reads again, and what it said at first.
+fn configuration(path: PathBuf) -> Result<Configuration, ConfigError> {
+    let keys = Config::load(&path)?.keys();
+    let read = Arc::new(move || Config::load(&path).map(|config| config.keys()).map_err(|error| error.to_string()));
+    Ok(Configuration { keys, read })
 }
 
 /// Changes what can change while the host runs, and says from when on.
@@ -315,13 +396,18 @@ async fn set(args: SetArgs) -> ExitCode {
             return fail(cli::EXIT_FAILED, &error);
         }
     }
-    match ask(&args.host, &Request::Set(live)).await {
-        Ok(done) => {
+    let host = HostRef { name: None, host: args.host, run_dir: args.run_dir };
+    match ask(&host, &Request::Set(live)).await {
+        Ok((_, done)) if say::is_json() => {
+            say::out(&done);
+            ExitCode::SUCCESS
+        }
+        Ok((_, done)) => {
             let said = done["said"].as_array().into_iter().flatten();
             let _ = said.filter_map(|line| line.as_str()).all(|line| say::out(&line));
             ExitCode::SUCCESS
         }
-        Err(error) => fail(cli::EXIT_FAILED, &error),
+        Err(error) => fail_control(&error),
     }
 }
 
@@ -330,7 +416,7 @@ async fn serve_arbiter(args: ArbiterArgs) -> ExitCode {
         Ok(listener) => listener,
         Err(error) => return fail(cli::EXIT_ENVIRONMENT, &format!("listen on {}: {error}", args.listen)),
     };
-    say::out(&format!("arbiter listens on {}", listener.local_address().unwrap_or(args.listen)));
+    say_listening("arbiter", &listener.local_address().unwrap_or(args.listen));
     match arbiter::serve(listener, args.file, Arc::new(|_| {})).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(cli::EXIT_FAILED, &error),
@@ -341,11 +427,16 @@ async fn receive(args: ReceiveArgs) -> ExitCode {
     let joined = if args.blackhole {
         receive::join_blackhole().await
     } else {
-        match ask(&args.host, &Request::Status).await.map(|status| status["listen"].as_str().map(str::parse::<Address>))
-        {
-            Ok(Some(Ok(address))) => receive::join(&address),
-            Ok(_) => return fail(cli::EXIT_FAILED, &"the host does not say where it listens"),
-            Err(error) => return fail(cli::EXIT_FAILED, &format!("nobody stands by here: {error}")),
+        match ask(&args.host, &Request::Status).await {
+            Ok((_, status)) => match status["listen"].as_str().map(str::parse::<Address>) {
+                Some(Ok(address)) => receive::join(&address),
+                _ => return fail(cli::EXIT_FAILED, &"the host does not say where it listens"),
+            },
+            Err(error) => {
+                let text = format!("nobody stands by here: {error}");
+                say::Failure { class: error.class(), text, remedy: error.remedy() }.say();
+                return ExitCode::from(cli::EXIT_FAILED);
+            }
         }
     };
     match joined {
@@ -354,44 +445,39 @@ async fn receive(args: ReceiveArgs) -> ExitCode {
     }
 }
 
-async fn protect(args: ProtectArgs) -> ExitCode {
-    let request = Request::Protect(Protect {
-        peer: args.peer.to_string(),
-        mode: args.mode,
-        resume: args.resume.into(),
-        checkpoint_delay_ms: args.checkpoint_delay_ms,
-        heartbeat_interval_ms: args.heartbeat_ms,
-        heartbeat_misses: args.heartbeat_misses,
-        delta_mib: args.delta_mib,
-        release_at_once: false,
-        packet_digests: args.packet_digests,
-        stay_in_lock_step: args.stay_in_lock_step,
-    });
-    let code = order(&args.host, request).await;
-    if !args.wait || code != ExitCode::SUCCESS {
-        return code;
+async fn protect(args: ProtectArgs, given: &[String]) -> ExitCode {
+    let (host, request) = match args.request(given) {
+        Ok((host, protect)) => (host, Request::Protect(protect)),
+        Err(error) => return fail_config(&error),
+    };
+    if !args.wait {
+        return order(&host, "protect", request).await;
     }
-    loop {
-        match ask(&args.host, &Request::Status).await {
-            Err(error) => return fail(cli::EXIT_FAILED, &error),
-            Ok(status) => match status["protection"].as_str() {
-                Some("protected") => return ExitCode::SUCCESS,
-                Some("syncing") => {}
-                other => {
-                    let why = status["why"].as_str().unwrap_or("no reason given");
-                    return fail(cli::EXIT_FAILED, &format!("the guest is {}: {why}", other.unwrap_or("gone")));
-                }
-            },
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+    let done = async {
+        let (socket, _) = ask(&host, &request).await?;
+        operator::until_protected(&socket).await
+    };
+    answer("protect", done.await)
+}
+
+async fn failover(args: FailoverArgs) -> ExitCode {
+    if !args.wait {
+        return order(&args.host, "failover", Request::Failover).await;
     }
+    let done = async {
+        let (socket, _) = ask(&args.host, &Request::Failover).await?;
+        operator::until_committed(&socket).await
+    };
+    answer("failover", done.await)
 }
 
 /// Says what it found on standard output; the exit code is 0 only if nothing is missing.
 async fn check_host(args: CheckArgs) -> ExitCode {
-    let lines = check::judge(&check::gather(args.peer.as_ref(), args.guest.as_deref()).await);
+    let numbered = args.guest.as_ref().and_then(|guest| xen::domain_name(guest.parse().ok()?));
+    let guest = numbered.or(args.guest);
+    let lines = check::judge(&check::gather(args.peer.as_ref(), guest.as_deref()).await);
     let able = lines.iter().all(|line| line.ok);
-    if args.json {
+    if say::is_json() {
         say::out(&serde_json::json!({"able": able, "lines": lines}));
     } else {
         let _ = lines.iter().all(|line| say::out(line));
@@ -402,9 +488,9 @@ async fn check_host(args: CheckArgs) -> ExitCode {
 async fn show_status(args: StatusArgs) -> ExitCode {
     loop {
         let is_read = match ask(&args.host, &Request::Status).await {
-            Err(error) => return fail(cli::EXIT_FAILED, &error),
-            Ok(status) if args.json => say::out(&status),
-            Ok(status) => match serde_json::from_value::<status::Status>(status) {
+            Err(error) => return fail_control(&error),
+            Ok((_, status)) if say::is_json() => say::out(&status),
+            Ok((_, status)) => match serde_json::from_value::<status::Status>(status) {
                 Ok(status) => say::out(&status),
                 Err(error) => return fail(cli::EXIT_FAILED, &format!("the host is of another version: {error}")),
             },
@@ -416,14 +502,101 @@ async fn show_status(args: StatusArgs) -> ExitCode {
     }
 }
 
-async fn order(host: &HostRef, request: Request) -> ExitCode {
-    match ask(host, &request).await {
-        Ok(_) => ExitCode::SUCCESS,
+async fn list(args: ListArgs) -> ExitCode {
+    let listed = match operator::list(&args.run_dir).await {
+        Ok(listed) => listed,
+        Err(error) => return fail_control(&error),
+    };
+    if say::is_json() {
+        say::out(&serde_json::json!({"hosts": listed}));
+    } else if listed.is_empty() {
+        say::out(&format_args!("no host runs here ({} has no socket)", args.run_dir.display()));
+    } else {
+        let _ = say::out(&operator::list_head()) && listed.iter().all(|listed| say::out(listed));
+    }
+    ExitCode::SUCCESS
+}
+
+async fn show_top(host: HostRef) -> ExitCode {
+    let shown = match operator::find(&host.run_dir, host.name()).await {
+        Ok(socket) => top::run(&socket).await,
+        Err(error) => Err(error.into()),
+    };
+    match shown {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(TopError::Control(error)) => fail_control(&error),
         Err(error) => fail(cli::EXIT_FAILED, &error),
     }
 }
 
-async fn ask(host: &HostRef, request: &Request) -> Result<serde_json::Value, String> {
-    let socket = control::choose(&host.run_dir, host.host.as_deref())?;
-    control::ask(&socket, request).await.map_err(|error| error.to_string())
+fn configure(args: &ConfigArgs) -> ExitCode {
+    let configured = (|| {
+        let mut config = Config::default();
+        if let Some(path) = &args.check {
+            config = Config::load(path)?;
+        }
+        // On the secondary's machine the domain's configuration need not be there.
+        let named = config.guest.xen.clone().filter(|xl| xl.exists());
+        if let Some(xl) = args.xl.clone().or(named) {
+            config.fill_from(&xl::Keys::load(&xl)?);
+            config.guest.xen = Some(xl);
+        }
+        Ok(config)
+    })();
+    match (configured, &args.check) {
+        (Err(error), _) => {
+            say::Failure { class: "config", text: ConfigError::to_string(&error), remedy: None }.say();
+            return ExitCode::from(cli::EXIT_FAILED);
+        }
+        (Ok(_), Some(path)) if say::is_json() => say::out(&serde_json::json!({"ok": true, "file": path})),
+        (Ok(_), Some(path)) => say::out(&format_args!("ok   {}", path.display())),
+        (Ok(config), None) if say::is_json() => say::out(&serde_json::json!({"toml": config.write()})),
+        (Ok(config), None) => say::out(&config.write().trim_end()),
+    };
+    ExitCode::SUCCESS
+}
+
+async fn show_events(args: EventsArgs) -> ExitCode {
+    let socket = match operator::find(&args.host.run_dir, args.host.name()).await {
+        Ok(socket) => socket,
+        Err(error) => return fail_control(&error),
+    };
+    let tell = |told: &Told| {
+        if told.lost > 0 && !say::is_json() {
+            say::err(&format_args!("{} events are lost: the host keeps the last {EVENTS_MAX}", told.lost));
+        } else if told.lost > 0 {
+            say::out(&serde_json::json!({"event": "lost", "count": told.lost}));
+        }
+        told.events.iter().all(|event| {
+            if say::is_json() { say::out(&serde_json::to_string(event).unwrap_or_default()) } else { say::out(event) }
+        })
+    };
+    match operator::read_events(&socket, args.since, args.follow, tell).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail_control(&error),
+    }
+}
+
+/// Gives a host an order, and says in JSON that it is carried out.
+async fn order(host: &HostRef, name: &str, request: Request) -> ExitCode {
+    answer(name, ask(host, &request).await.map(|(socket, _)| socket))
+}
+
+fn answer(name: &str, done: Result<PathBuf, ControlError>) -> ExitCode {
+    match done {
+        Ok(socket) => {
+            if say::is_json() {
+                let host = socket.file_stem().map(|host| host.to_string_lossy().into_owned());
+                say::out(&serde_json::json!({"done": name, "host": host}));
+            }
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail_control(&error),
+    }
+}
+
+async fn ask(host: &HostRef, request: &Request) -> Result<(PathBuf, serde_json::Value), ControlError> {
+    let socket = operator::find(&host.run_dir, host.name()).await?;
+    let answer = control::ask(&socket, request).await?;
+    Ok((socket, answer))
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use xen_colo::colo::hello::Mode;
-use xen_colo::daemon::status::Protection;
+use xen_colo::daemon::status::{Health, Protection};
 
 /// A command for a host of this world.
 async fn order(world: &World, host: &str, words: &[&str]) -> Output {
@@ -82,6 +82,24 @@ async fn the_life_of_a_pair_by_hand() {
     let stopped = world.a.becomes(Protection::Stopped).await;
     assert_eq!(stopped.why.as_deref(), Some("host b holds generation 2"));
     load.goes_on(10).await;
+    load.ends_unharmed().await;
+}
+
+/// It returns when the guest goes on there and its disk image has all that it wrote.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_that_is_waited_for_is_over() {
+    let world = World::start(Plan::default()).await;
+    let load = world.load();
+    world.protect(Mode::Colo).await;
+    load.goes_on(50).await;
+    let text = done(&order(&world, "b", &["failover", "--wait", "--json"]).await);
+    assert_eq!(serde_json::from_str::<Value>(&text).unwrap()["done"], "failover");
+    let status = world.b.status().await;
+    assert_eq!((status.protection, status.health), (Protection::TakenOver, Health::TakenOver), "{status:#?}");
+    world.a.becomes(Protection::Stopped).await;
+    let why = one_line(&order(&world, "a", &["failover", "--wait"]).await, 1);
+    assert!(why.contains("nothing to fail over"), "{why}");
+    load.goes_on(5).await;
     load.ends_unharmed().await;
 }
 
@@ -257,7 +275,11 @@ async fn a_wrong_command_line_is_exit_code_2() {
     for args in [
         &[][..],
         &["dance"],
-        &["status", "extra"],
+        &["status", "one", "two"],
+        &["status", "one", "--host", "two"],
+        &["list", "extra"],
+        &["events", "--since", "yesterday"],
+        &["config", "--check", "f", "--xl", "g"],
         &["protect"],
         &["protect", "127.0.0.1:1", "--mode", "hot"],
         &["protect", "127.0.0.1:1", "--heartbeat-misses", "1"],

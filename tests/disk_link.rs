@@ -5,7 +5,8 @@ use crate::common::until;
 use crate::common::world::{Plan, World};
 use xen_colo::colo::hello::Mode;
 use xen_colo::daemon::control::Request;
-use xen_colo::daemon::status::Protection;
+use xen_colo::daemon::events::{Told, Wanted, What};
+use xen_colo::daemon::status::{Health, Protection};
 
 /// Stream, packets, heartbeat, and then the disk: b's image is new, so nobody asks for its hashes.
 const DISK_LINK: usize = 3;
@@ -56,6 +57,12 @@ async fn after_all_of_them_the_images_are_the_same() {
     world.protect(Mode::Remus).await;
     cut_again_and_again(&world, &load).await;
     load.ends_unharmed().await;
+    let told = world.a.ask(Request::Events(Wanted::default())).await.unwrap();
+    let told: Told = serde_json::from_value(told).unwrap();
+    let kinds: Vec<_> = told.events.iter().map(|event| &event.what).collect();
+    let lost = kinds.iter().filter(|what| matches!(what, What::LinkLost { link, .. } if link == "disk")).count();
+    let back = kinds.iter().filter(|what| matches!(what, What::LinkBack { link } if link == "disk")).count();
+    assert!(back > 0 && back <= lost && lost <= CUTS, "{lost} lost, {back} back: {kinds:#?}");
     let checkpoints = world.b.status().await.checkpoints.total;
     world.a.order(Request::Checkpoint).await;
     let owned = world.b.is("a checkpoint more", |status| status.checkpoints.total > checkpoints).await;
@@ -75,6 +82,8 @@ async fn without_its_disk_link_the_pair_ends() {
     load.goes_on(10).await;
     world.wire.refuse();
     world.wire.cut(DISK_LINK);
+    let status = world.a.is("degraded", |status| status.health == Health::Degraded).await;
+    assert_eq!(status.degraded, ["the connection of a disk was lost, and is being made again"]);
     load.live.mark_kill();
     // The primary gives up first, and then both ask the arbiter: either may win.
     if world.one_survives().await {

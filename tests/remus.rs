@@ -5,7 +5,7 @@ use crate::common::world::{Plan, World};
 use crate::common::{XL_COLO, one_line, until, xl_colo};
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
-use xen_colo::daemon::status::Protection;
+use xen_colo::daemon::status::{Health, Protection};
 
 fn plan() -> Plan {
     Plan { fence: false, ..Plan::default() }
@@ -140,6 +140,7 @@ async fn into_a_black_hole() {
     load.goes_on(20).await;
     let told = status.to_string();
     assert!(told.contains("UNSAFE      packets leave before the peer owns"), "{told}");
+    assert_eq!((status.health, status.degraded.len()), (Health::Degraded, 1), "{told}");
     assert_eq!(world.a.status().await.packets.held, 0, "they wait for nothing");
     remus.signal();
     assert_eq!(remus.end().await.0, 0);

@@ -219,6 +219,18 @@ impl Heartbeat {
         self.heard_at.min(self.confirmed_sent_at) + self.detection
     }
 
+    /// How long ago the peer was heard, and how long ago the last beat was sent that it confirmed.
+    #[must_use]
+    pub fn silence(&self, now: Instant) -> (Duration, Duration) {
+        (now - self.heard_at, now - self.confirmed_sent_at)
+    }
+
+    /// How long either may be.
+    #[must_use]
+    pub fn detection(&self) -> Duration {
+        self.detection
+    }
+
     /// Whether the peer is lost at `now`.
     #[must_use]
     pub fn lost(&self, now: Instant) -> Option<Silence> {

@@ -335,6 +335,12 @@ impl Primary {
         self.progress_at = self.progress_at.max(now);
     }
 
+    /// Longest time between two checkpoints.
+    #[must_use]
+    pub fn checkpoint_delay(&self) -> Duration {
+        self.config.checkpoint_delay
+    }
+
     /// Longest time between two checkpoints from now on.
     pub fn set_checkpoint_delay(&mut self, delay: Duration) {
         self.config.checkpoint_delay = delay;

@@ -130,6 +130,15 @@ impl fmt::Display for Opened {
     }
 }
 
+impl Opened {
+    /// The same as an object.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        let ports = self.0.iter().map(|(name, at)| ((*name).to_owned(), at.to_string().into()));
+        serde_json::json!({"what": "compare", "listening": ports.collect::<serde_json::Map<_, _>>()})
+    }
+}
+
 /// Compares until SIGTERM or SIGINT. `opened` is called when peers can connect, `report` with a JSON object for each
 /// SIGUSR1.
 pub async fn run(

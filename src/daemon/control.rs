@@ -8,6 +8,7 @@
 //! The socket is 0600 in a directory that is 0700 (QEMU's monitor socket comes out 0755). A line is bounded.
 
 use super::address::{Address, Link, listen_unix};
+use super::events::{Events, Wanted};
 use super::live::Live;
 use crate::colo::hello::{Mode, ResumeOrder};
 use serde::{Deserialize, Serialize};
@@ -82,6 +83,8 @@ impl Protect {
 pub enum Request {
     /// How are you?
     Status,
+    /// What happened?
+    Events(Wanted),
     /// Replicate the guest to a peer.
     Protect(Protect),
     /// End the protection without a failover: the guest goes on here, and the peer drops what it has of it.
@@ -140,6 +143,22 @@ pub type Asked = (Request, oneshot::Sender<Answer>);
 /// Why a host could not be asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
+    /// Nobody is meant by that name, or it is not clear who is.
+    #[error("{text}{}", nearest.as_ref().map_or_else(String::new, |name| format!("; did you mean {name}?")))]
+    NoHost {
+        /// A sentence.
+        text: String,
+        /// The nearest name that there is.
+        nearest: Option<String>,
+    },
+    /// The directory of the sockets.
+    #[error("no host runs here: {run_dir}: {source}")]
+    Closed {
+        /// Which.
+        run_dir: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// No such host, or not ours.
     #[error("{path}: {source} (is the host running? `xl-colo host --name …` starts one)")]
     Connect {
@@ -154,6 +173,36 @@ pub enum ControlError {
     /// The host refused.
     #[error("{0}")]
     Refused(String),
+}
+
+impl ControlError {
+    /// What kind of failure it is, for programs.
+    #[must_use]
+    pub fn class(&self) -> &'static str {
+        match self {
+            Self::NoHost { .. } | Self::Closed { .. } | Self::Connect { .. } => "no-host",
+            Self::NoAnswer(_) => "no-answer",
+            Self::Refused(_) => "refused",
+        }
+    }
+
+    /// What to do next, where that is known and the text does not say it.
+    #[must_use]
+    pub fn remedy(&self) -> Option<String> {
+        match self {
+            Self::NoHost { .. } => Some("xl-colo list says who is here".into()),
+            Self::Closed { source, .. } | Self::Connect { source, .. }
+                if source.kind() == io::ErrorKind::PermissionDenied =>
+            {
+                Some("run this as the user whose host it is, or name another directory with --run-dir".into())
+            }
+            Self::Closed { .. } | Self::Connect { .. } => Some("xl-colo list says who is here".into()),
+            Self::NoAnswer(_) => {
+                Some("see whether its process is stopped or overloaded; xl-colo list has its number".into())
+            }
+            Self::Refused(_) => None,
+        }
+    }
 }
 
 /// The directory of a user's hosts: `/run/xen-colo` for root, the user's runtime directory otherwise.
@@ -174,26 +223,24 @@ pub fn socket_path(run_dir: &Path, host: &str) -> PathBuf {
 }
 
 /// The control sockets of the hosts that run here, by name.
-pub fn sockets(run_dir: &Path) -> Result<Vec<PathBuf>, String> {
-    let entries =
-        std::fs::read_dir(run_dir).map_err(|error| format!("no host runs here: {}: {error}", run_dir.display()))?;
+pub fn sockets(run_dir: &Path) -> Result<Vec<PathBuf>, ControlError> {
+    let closed = |source| ControlError::Closed { run_dir: run_dir.to_owned(), source };
+    let entries = std::fs::read_dir(run_dir).map_err(closed)?;
     let mut sockets: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
     sockets.retain(|path| path.extension().is_some_and(|extension| extension == "sock"));
     sockets.sort();
     Ok(sockets)
 }
 
-/// The socket of this host, or of the one that runs here; a sentence names the choice where there is one.
-pub fn choose(run_dir: &Path, host: Option<&str>) -> Result<PathBuf, String> {
-    if let Some(name) = host {
-        return Ok(socket_path(run_dir, name));
-    }
+/// The socket of the one host that runs here; a sentence names the choice where there is one.
+pub fn only(run_dir: &Path) -> Result<PathBuf, ControlError> {
+    let unclear = |text| ControlError::NoHost { text, nearest: None };
     match &sockets(run_dir)?[..] {
-        [] => Err(format!("no host runs here ({} has no socket)", run_dir.display())),
+        [] => Err(unclear(format!("no host runs here ({} has no socket)", run_dir.display()))),
         [one] => Ok(one.clone()),
         many => {
             let names: Vec<_> = many.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
-            Err(format!("several hosts run here; choose with --host: {}", names.join(", ")))
+            Err(unclear(format!("several hosts run here; choose with --host: {}", names.join(", "))))
         }
     }
 }
@@ -232,19 +279,20 @@ async fn lock_directory(run_dir: &Path) -> io::Result<std::fs::File> {
     }
 }
 
-/// Serves a control socket until the engine is gone.
-pub async fn serve(listener: UnixListener, engine: mpsc::Sender<Asked>) {
+/// Serves a control socket. What happened is told from `history`, also while the engine is busy, and when it is gone:
+/// its end is the last that is told.
+pub async fn serve(listener: UnixListener, engine: mpsc::Sender<Asked>, history: Events) {
     while let Ok((stream, _)) = listener.accept().await {
-        let engine = engine.clone();
+        let (engine, history) = (engine.clone(), history.clone());
         tokio::spawn(async move {
-            if let Err(error) = serve_one(Box::new(stream), engine).await {
+            if let Err(error) = serve_one(Box::new(stream), engine, history).await {
                 tracing::debug!(%error, "control client left");
             }
         });
     }
 }
 
-async fn serve_one(link: Link, engine: mpsc::Sender<Asked>) -> io::Result<()> {
+async fn serve_one(link: Link, engine: mpsc::Sender<Asked>, history: Events) -> io::Result<()> {
     let (read, mut write) = tokio::io::split(link);
     let mut lines = BufReader::new(read);
     loop {
@@ -254,6 +302,7 @@ async fn serve_one(link: Link, engine: mpsc::Sender<Asked>) -> io::Result<()> {
         }
         let answer = if line.ends_with(b"\n") || (line.len() as u64) < REQUEST_MAX_BYTES {
             match serde_json::from_slice(&line) {
+                Ok(Request::Events(wanted)) => Answer::Return(serde_json::to_value(history.read_soon(wanted).await)?),
                 Ok(request) => ask_engine(&engine, request).await,
                 Err(error) => Answer::error(format!("not a request this host knows: {error}")),
             }
@@ -322,7 +371,7 @@ mod tests {
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&run_dir), mode(&path)), (0o700, 0o600));
         let (engine, mut asked) = mpsc::channel::<Asked>(4);
-        tokio::spawn(serve(listener, engine));
+        tokio::spawn(serve(listener, engine, Events::new("a")));
         tokio::spawn(async move {
             while let Some((request, reply)) = asked.recv().await {
                 let answer = if request == Request::Checkpoint { Answer::error("no guest") } else { Answer::done() };

@@ -19,11 +19,14 @@ mod moments;
 mod orders;
 mod parts;
 mod report;
+mod telling;
 
 use self::digests::Digests;
 pub use self::leaving::Vacancy;
 use self::moments::Moment;
+pub use self::orders::UNDER_WAY;
 pub use self::parts::{EngineParts, HostInput, NetworkFrame};
+use self::telling::Telling;
 use super::control::{Answer as Reply, Asked};
 use super::guest::Guest;
 use super::links::packets::Told;
@@ -115,10 +118,12 @@ pub struct Engine {
     paused: bool,
     /// What was told last.
     moment: Moment,
+    telling: Telling,
     lost_at_unix_us: Option<u64>,
     decided_at_unix_us: Option<u64>,
     dropped_network: u64,
-    sent_bytes_before: u64,
+    /// Bytes sent over the stream and to the disks by links that have ended.
+    sent_before: (u64, u64),
     moved_bytes: u64,
     stopping: bool,
 }
@@ -149,10 +154,11 @@ impl Engine {
             sign_due: None,
             paused: false,
             moment: Moment::default(),
+            telling: Telling::default(),
             lost_at_unix_us: None,
             decided_at_unix_us: None,
             dropped_network: 0,
-            sent_bytes_before: 0,
+            sent_before: (0, 0),
             moved_bytes: 0,
             stopping: false,
         }
@@ -306,6 +312,7 @@ impl Engine {
         let Some(loss) = loss.filter(|loss| **loss != Loss::Dismissed) else { return };
         if self.lost_at_unix_us.is_none() {
             tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
+            self.tell_loss(loss);
             self.lost_at_unix_us = Some(unix_us());
         }
         if !(undecided && *loss == Loss::Requested) {
@@ -315,7 +322,8 @@ impl Engine {
 
     fn close_links(&mut self) {
         if let Some(links) = self.links.take() {
-            self.sent_bytes_before += links.sent_bytes.load(Ordering::Relaxed);
+            self.sent_before.0 += links.stream_bytes.load(Ordering::Relaxed);
+            self.sent_before.1 += links.disk_bytes.load(Ordering::Relaxed);
         }
     }
 
@@ -379,7 +387,7 @@ impl Engine {
     /// What is due after every input: progress seen on the links, deadlines, effects.
     fn after(&mut self, now: Instant) {
         if let Some(links) = &self.links {
-            let moved = links.sent_bytes.load(Ordering::Relaxed) + links.received_bytes.load(Ordering::Relaxed);
+            let moved = links.sent_bytes() + links.received_bytes.load(Ordering::Relaxed);
             if moved != self.moved_bytes {
                 self.moved_bytes = moved;
                 match &mut self.role {
@@ -409,6 +417,7 @@ impl Engine {
         self.tell_vacancy();
         self.tell_moment();
         self.give_sign_of_life(now);
+        self.tell_events(now);
     }
 
     fn tell_vacancy(&mut self) {
@@ -541,7 +550,8 @@ impl Engine {
         (self.links, self.peer, self.mode) = (Some(links), Some(peer), Some(mode));
         (self.holder, self.left, self.peer_left) = (None, None, None);
         (self.lost_at_unix_us, self.decided_at_unix_us) = (None, None);
-        (self.sent_bytes_before, self.moved_bytes, self.paused) = (0, 0, false);
+        (self.sent_before, self.moved_bytes, self.paused) = ((0, 0), 0, false);
         self.packet_link = degraded::PacketLink::default();
+        self.tell_from_zero();
     }
 }

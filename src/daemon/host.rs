@@ -21,8 +21,9 @@ use self::signals::{Attendant, Signals};
 use super::address::{Address, Link};
 use super::arbiter::Arbiter;
 use super::control::{self, Answer as Reply, Protect};
-use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, Vacancy};
+use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, UNDER_WAY, Vacancy};
 use super::engine_clock;
+use super::events::{self, Events, What, log::EventLog};
 use super::frames::{FrameReader, FrameWriter};
 use super::guest::GuestError;
 use super::links::{self, Outgoing, Side, lock, outbox};
@@ -53,6 +54,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// How long the first welcome may take: the peer makes a domain with all its devices before it.
 const ROOM_DEADLINE: Duration = Duration::from_secs(60);
+/// How long a host that ends waits for its event log.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Time between two attempts to reach the switch.
 const SWITCH_RETRY: Duration = Duration::from_millis(50);
 /// The feature a secondary names when its disks are new and all zero.
@@ -119,6 +122,8 @@ pub struct HostConfig {
     pub policy: Policy,
     /// The guest to boot.
     pub boot: Option<Boot>,
+    /// The event log; beside the control socket when absent.
+    pub event_log: Option<PathBuf>,
     /// Seeds the guest's hardware randomness on this host.
     pub entropy_seed: u64,
     /// What SIGHUP reads again; nothing, of a host that was started without a configuration.
@@ -157,6 +162,14 @@ pub enum HostError {
         name: String,
         /// Why not.
         source: GuestError,
+    },
+    /// The event log.
+    #[error("event log {}: {source}", path.display())]
+    EventLog {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
     },
     /// The engine's thread.
     #[error("start the engine: {0}")]
@@ -207,6 +220,12 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         run_dir: config.run_dir.clone(),
         source,
     })?;
+    let history = Events::new(&config.name);
+    let path = config.event_log.clone().unwrap_or_else(|| events::log::default_path(&config.run_dir, &config.name));
+    let log =
+        EventLog::open(&path, events::log::FILE_MAX_BYTES).map_err(|source| HostError::EventLog { path, source })?;
+    let writing = tokio::spawn(events::log::keep(history.clone(), log));
+    history.tell(None, What::HostStarted { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").into() });
     let (network_sender, network_in) = mpsc::channel(1024);
     let wire = Wire::new(network_sender.clone());
     let (guest, left) = boot(&config, &wire).await?;
@@ -215,7 +234,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let (protect_sender, mut protects) = mpsc::channel::<(Protect, oneshot::Sender<Reply>)>(1);
     let (host_sender, host_receiver) = mpsc::channel(1);
     let (network_out, network_outgoing) = outbox();
-    let events = super::qmp::teller();
+    let teller = super::qmp::teller();
     let (vacancy_sender, vacancy) = watch::channel(if guest.is_none() { Vacancy::Vacant } else { Vacancy::Taken });
     let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone(), guest.mirrors.clone()));
     let (line_sender, line) = watch::channel(String::new());
@@ -233,7 +252,8 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         network_in,
         network_out,
         vacancy: vacancy_sender,
-        events: events.clone(),
+        events: teller.clone(),
+        history: history.clone(),
         line: line_sender,
         manager: manager.clone(),
         log: config.log.clone(),
@@ -252,9 +272,9 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
         .map_err(HostError::Thread)?;
 
     let socket = control::socket_path(&config.run_dir, &config.name);
-    let monitor = super::qmp::host::HostMonitor { engine: control_sender.clone(), events };
+    let monitor = super::qmp::host::HostMonitor { engine: control_sender.clone(), events: teller };
     tokio::spawn(super::qmp::serve(monitor_listener, Arc::new(monitor)));
-    tokio::spawn(control::serve(control, control_sender.clone()));
+    tokio::spawn(control::serve(control, control_sender.clone(), history.clone()));
     if let Some(net) = config.net.clone() {
         tokio::spawn(switch_port(net, network_sender, network_outgoing));
     } else {
@@ -278,12 +298,19 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
                 },
             };
             let _ = reply.send(answer);
+            // The engine let them pass while the guest was not protected yet. Each would claim a generation that the pair
+            // then does not have, and neither host could go on alone.
+            while let Ok((_, reply)) = protects.try_recv() {
+                let _ = reply.send(Reply::error(UNDER_WAY));
+            }
         }
     });
     let attendant = Attendant { engine: control_sender, line, manager: manager.clone(), configuration, protecting };
     let ended = attendant.attend(signals, engine_end).await;
     manager.stopping();
     greeting.abort();
+    history.tell(None, What::HostEnded);
+    let _ = tokio::time::timeout(LAST_WORDS, writing).await;
     // Lets the answer to `stop` out, and removes what would look like a host that runs.
     tokio::time::sleep(Duration::from_millis(20)).await;
     let _ = std::fs::remove_file(socket);

@@ -158,8 +158,12 @@ pub struct Links {
     pub words: mpsc::Receiver<Word>,
     /// How often a disk link was lost and another took its place.
     pub disk_link_losses: Arc<AtomicU64>,
-    /// Bytes written to the stream and to NBD so far.
-    pub sent_bytes: Arc<AtomicU64>,
+    /// Disk links that are being made again.
+    pub disk_links_down: Arc<AtomicU64>,
+    /// Bytes written to the stream so far.
+    pub stream_bytes: Arc<AtomicU64>,
+    /// Bytes written to NBD so far.
+    pub disk_bytes: Arc<AtomicU64>,
     /// Bytes read from the stream so far.
     pub received_bytes: Arc<AtomicU64>,
     tasks: Vec<JoinHandle<()>>,
@@ -168,6 +172,12 @@ pub struct Links {
 }
 
 impl Links {
+    /// Bytes written to the stream and to NBD so far.
+    #[must_use]
+    pub fn sent_bytes(&self) -> u64 {
+        self.stream_bytes.load(Ordering::Relaxed) + self.disk_bytes.load(Ordering::Relaxed)
+    }
+
     /// Bytes that wait for the disk links.
     #[must_use]
     pub fn disk_waiting_bytes(&self) -> usize {
@@ -256,8 +266,8 @@ pub fn start(stream: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Sid
     let mut disk_out = Vec::new();
     let (hash_sender, hashes_in) = mpsc::channel(HASHES_IN);
     let (recycle, recycled) = mpsc::channel(4);
-    let (sent_bytes, disk_link_losses) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-    let received_bytes = Arc::new(AtomicU64::new(0));
+    let [stream_bytes, disk_bytes, received_bytes, disk_link_losses, disk_links_down] =
+        std::array::from_fn(|_| Arc::new(AtomicU64::new(0)));
     let mut tasks = Vec::new();
     let mut spawn = |what: &'static str, task: LinkTask| {
         let lost = lost_sender.clone();
@@ -271,21 +281,25 @@ pub fn start(stream: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Sid
             for (disk, link, count) in hashes {
                 spawn("hash link", Box::pin(hashes::read(link, disk, count, hash_sender.clone())));
             }
-            let writing = write_stream(stream_write, stream_outgoing, sent_pages, recycle, sent_bytes.clone());
+            let writing = write_stream(stream_write, stream_outgoing, sent_pages, recycle, stream_bytes.clone());
             spawn("checkpoint stream", Box::pin(writing));
             spawn("checkpoint stream", Box::pin(read_messages(stream_read, stream_sender)));
             for (disk, connect) in nbd.into_iter().enumerate() {
                 let (out, outgoing) = outbox();
                 disk_out.push(out);
                 let acks = Acks { disk, to: disk_sender.clone() };
-                let counters = (sent_bytes.clone(), disk_link_losses.clone());
+                let counters = disk::Counters {
+                    sent_bytes: disk_bytes.clone(),
+                    losses: disk_link_losses.clone(),
+                    down: disk_links_down.clone(),
+                };
                 spawn("disk link", Box::pin(disk::forward(connect, disk_name(disk), outgoing, acks, counters)));
             }
         }
         Side::Secondary { packets: (link, later), nr_pages, nbd, hashes } => {
             spawn("packet link", Box::pin(packets::serve(link, later, ends(Times::SECONDARY))));
             hashes.into_iter().for_each(|hashes| spawn("hash link", hashes));
-            let writing = write_stream(stream_write, stream_outgoing, None, recycle, sent_bytes.clone());
+            let writing = write_stream(stream_write, stream_outgoing, None, recycle, stream_bytes.clone());
             spawn("checkpoint stream", Box::pin(writing));
             let received = received_bytes.clone();
             spawn("checkpoint stream", Box::pin(read_items(stream_read, nr_pages, stream_sender, received)));
@@ -308,7 +322,9 @@ pub fn start(stream: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Sid
         heartbeat,
         words,
         disk_link_losses,
-        sent_bytes,
+        disk_links_down,
+        stream_bytes,
+        disk_bytes,
         received_bytes,
         tasks,
         said,

@@ -6,6 +6,7 @@
 //!  links     the four connections of a pair        address, frames   where they lead and how they are framed
 //!  guest     the guest and its host-side devices   nbd               the replica's server
 //!  check     whether this host is able              compare           the comparator behind QEMU's sockets
+//!  events    what happened, kept and written down    operator, top   what an operator's commands do
 //!  remus, receive   xl's way to protect a guest, and its far end
 //!  arbiter, fence   who may go on alone            control, status   what an operator asks and hears
 //!  qmp       the same orders over QEMU's monitor protocol, and a replica alone for a QEMU that is the primary
@@ -20,6 +21,7 @@ pub mod compare;
 pub mod control;
 pub mod edge;
 pub mod engine;
+pub mod events;
 mod exec;
 pub mod fence;
 pub mod frames;
@@ -32,6 +34,7 @@ pub mod manager;
 pub mod nbd;
 #[cfg(not(feature = "xen"))]
 pub mod no_xen;
+pub mod operator;
 pub mod pair;
 pub mod protected;
 pub mod qmp;
@@ -39,6 +42,7 @@ pub mod receive;
 pub mod remus;
 pub mod status;
 pub mod switch;
+pub mod top;
 #[cfg(feature = "xen")]
 pub mod xen;
 

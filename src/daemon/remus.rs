@@ -138,11 +138,12 @@ pub async fn run(config: &Config) -> Result<(), RemusError> {
             Protection::Protected if !protected => {
                 protected = true;
                 let peer = status.peer.unwrap_or_default();
-                say::out(&format!("{guest} is protected: host {peer} can go on with it"));
+                let text = format!("{guest} is protected: host {peer} can go on with it");
+                tell(&guest, "protected", &text);
             }
             Protection::Stopped => {
                 let why = status.why.unwrap_or_else(|| "another host has it".into());
-                say::out(&format!("{guest} is not here any more: {why}"));
+                tell(&guest, "stopped", &format!("{guest} is not here any more: {why}"));
                 return Ok(());
             }
             Protection::Unprotected | Protection::TakenOver | Protection::Failed | Protection::Empty => {
@@ -157,8 +158,17 @@ pub async fn run(config: &Config) -> Result<(), RemusError> {
         }
     }
     control::ask(&socket, &Request::Unprotect).await?;
-    say::out(&format!("{guest} goes on here, unprotected"));
+    tell(&guest, "unprotected", &format!("{guest} goes on here, unprotected"));
     Ok(())
+}
+
+/// A line, or an object with it.
+fn tell(guest: &str, health: &str, text: &str) {
+    if say::is_json() {
+        say::out(&serde_json::json!({"guest": guest, "health": health, "text": text}));
+    } else {
+        say::out(&text);
+    }
 }
 
 async fn status(socket: &Path) -> Result<Status, ControlError> {
@@ -170,7 +180,7 @@ async fn status(socket: &Path) -> Result<Status, ControlError> {
 async fn find(run_dir: &Path, domain: &str) -> Result<(PathBuf, String), RemusError> {
     let mut seen = Vec::new();
     let name = domain.parse().ok().and_then(xen::domain_name).unwrap_or_else(|| domain.to_owned());
-    for socket in control::sockets(run_dir).map_err(RemusError::NotFound)? {
+    for socket in control::sockets(run_dir)? {
         // One that does not answer may be a leftover.
         let Ok(status) = status(&socket).await else { continue };
         let elsewhere = matches!(status.protection, Protection::StandingBy | Protection::Stopped | Protection::Empty);

@@ -6,6 +6,7 @@
 use crate::colo::failover::{ExitReason, FailoverStatus};
 use crate::colo::hello::Mode;
 use crate::compare::FlowReport;
+use crate::daemon::events::{Checkpoint, Progress};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -38,6 +39,65 @@ pub enum Protection {
     Stopped,
     /// This host's copy is unusable.
     Failed,
+}
+
+/// What an operator asks first: is the guest safe?
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Health {
+    /// No guest is here.
+    #[default]
+    Empty,
+    /// If this host dies now, the guest is gone: nothing stands ready, or not yet.
+    Unprotected,
+    /// The peer could go on, and nothing is the matter.
+    Protected,
+    /// The peer could go on, and something is the matter: `degraded` says what.
+    Degraded,
+    /// This host could go on.
+    StandingBy,
+    /// The peer is lost, and it is not decided who goes on.
+    Undecided,
+    /// The guest goes on here, alone: `why` says why.
+    TakenOver,
+    /// Another host has it.
+    Stopped,
+    /// This host's copy is unusable.
+    Failed,
+}
+
+impl Health {
+    /// Of a guest that is so far protected, and of which this is the matter.
+    #[must_use]
+    pub fn of(protection: Protection, degraded: &[String]) -> Self {
+        match protection {
+            Protection::Empty => Self::Empty,
+            Protection::Unprotected | Protection::Syncing => Self::Unprotected,
+            Protection::Protected if degraded.is_empty() => Self::Protected,
+            Protection::Protected => Self::Degraded,
+            Protection::StandingBy => Self::StandingBy,
+            Protection::Arbitrating | Protection::Held => Self::Undecided,
+            Protection::TakenOver => Self::TakenOver,
+            Protection::Stopped => Self::Stopped,
+            Protection::Failed => Self::Failed,
+        }
+    }
+
+    /// As it is written.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Empty => "empty",
+            Self::Unprotected => "unprotected",
+            Self::Protected => "protected",
+            Self::Degraded => "degraded",
+            Self::StandingBy => "standing-by",
+            Self::Undecided => "undecided",
+            Self::TakenOver => "taken-over",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+        }
+    }
 }
 
 /// Which side of a pair a host is.
@@ -145,15 +205,62 @@ pub struct Checkpoints {
     pub by_cause: BTreeMap<String, u64>,
 }
 
-/// How long the guest stood still for a checkpoint, in µs.
+/// Times of many checkpoints, in µs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct PauseUs {
+pub struct Percentiles {
     /// Median.
     pub p50: Option<u32>,
     /// 99th percentile.
     pub p99: Option<u32>,
     /// Longest.
     pub max: Option<u32>,
+}
+
+/// The last checkpoint that the secondary owns.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct LastCheckpoint {
+    /// How old what it holds is at least: since the secondary owned it, in ms.
+    pub age_ms: u64,
+    /// It.
+    #[serde(flatten)]
+    pub checkpoint: Checkpoint,
+}
+
+/// What a protection put on the wire, in bytes.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct Wire {
+    /// Memory that was to be sent, as it is in the guest.
+    pub memory_bytes: u64,
+    /// What the stream carried for it, device state and messages included.
+    pub stream_bytes: u64,
+    /// What the disk links carried.
+    pub disk_bytes: u64,
+    /// `stream_bytes` to `memory_bytes`.
+    pub ratio: Option<f64>,
+}
+
+/// What waits to be sent, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Queues {
+    /// For the stream.
+    pub stream_bytes: u64,
+    /// For the packet link.
+    pub packets_bytes: u64,
+    /// For the disk links.
+    pub disk_bytes: u64,
+    /// For the network.
+    pub network_bytes: u64,
+}
+
+/// How the peer is, as its heartbeats tell.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct PeerHealth {
+    /// Since it was heard.
+    pub heartbeat_age_ms: u64,
+    /// Since the last beat of ours was sent that it confirmed.
+    pub confirmed_age_ms: u64,
+    /// It is lost when either is this old.
+    pub lost_after_ms: u64,
 }
 
 /// The guest's packets at the proxy.
@@ -248,17 +355,23 @@ pub struct Status {
     pub pid: u32,
     /// The guest's name, if there is one.
     pub guest: Option<String>,
+    /// Its number on this host, if it is a Xen domain.
+    #[serde(default)]
+    pub guest_id: Option<u16>,
     /// Where peers connect.
     #[serde(default)]
     pub listen: String,
-    /// How safe it is.
+    /// Whether it is safe.
+    #[serde(default)]
+    pub health: Health,
+    /// How safe it is, exactly.
     pub protection: Protection,
+    /// What is the matter, of a guest that is protected.
+    #[serde(default)]
+    pub degraded: Vec<String>,
     /// What makes it less safe than that, because somebody asked for it.
     #[serde(default)]
     pub risk: Option<String>,
-    /// What does not work as it should while the guest is protected, in a sentence.
-    #[serde(default)]
-    pub degraded: Option<String>,
     /// Why it is not protected, in a sentence.
     pub why: Option<String>,
     /// Which side of a pair it is, or was last.
@@ -288,10 +401,31 @@ pub struct Status {
     /// Why the comparator last asked for a checkpoint, and in which flow.
     #[serde(default)]
     pub asked: Option<String>,
-    /// Pauses.
-    pub pause_us: PauseUs,
+    /// The last of them.
+    #[serde(default)]
+    pub last_checkpoint: Option<LastCheckpoint>,
+    /// How long the guest stood still for each.
+    pub pause_us: Percentiles,
+    /// From one to the next.
+    #[serde(default)]
+    pub interval_us: Percentiles,
+    /// How many pages the guest writes to a second, over the last checkpoints.
+    #[serde(default)]
+    pub dirty_pages_per_s: Option<u64>,
     /// Bytes sent to the peer.
     pub bytes_sent: u64,
+    /// What they were.
+    #[serde(default)]
+    pub wire: Wire,
+    /// What waits.
+    #[serde(default)]
+    pub queues: Queues,
+    /// How the peer is.
+    #[serde(default)]
+    pub peer_health: Option<PeerHealth>,
+    /// Work that takes its time, while there is some.
+    #[serde(default)]
+    pub work: Option<Progress>,
     /// How often the connection of one of the disks was lost in this protection, and another took its place.
     #[serde(default)]
     pub disk_link_losses: u64,
@@ -374,8 +508,9 @@ impl fmt::Display for Status {
         if let Some(risk) = &self.risk {
             writeln!(f, "UNSAFE      {risk}")?;
         }
-        if let Some(degraded) = &self.degraded {
-            writeln!(f, "DEGRADED    {degraded}")?;
+        // What makes it unsafe was said.
+        for reason in self.degraded.iter().filter(|reason| Some(*reason) != self.risk.as_ref()) {
+            writeln!(f, "DEGRADED    {reason}")?;
         }
         if let Some(why) = &self.why {
             writeln!(f, "because     {why}")?;
@@ -413,8 +548,19 @@ impl fmt::Display for Status {
         if let Some(asked) = &self.asked {
             writeln!(f, "last asked  {asked}")?;
         }
-        if let PauseUs { p50: Some(p50), p99: Some(p99), max: Some(max) } = self.pause_us {
+        if let Some(LastCheckpoint { age_ms, checkpoint: last }) = &self.last_checkpoint {
+            let Checkpoint { checkpoint, cause, pages, .. } = last;
+            writeln!(f, "last        checkpoint {checkpoint} because of {cause}, {age_ms} ms ago, {pages} pages")?;
+        }
+        if let Percentiles { p50: Some(p50), p99: Some(p99), max: Some(max) } = self.pause_us {
             writeln!(f, "pause       p50 {p50} µs, p99 {p99} µs, max {max} µs")?;
+        }
+        if let Percentiles { p50: Some(p50), p99: Some(p99), max: Some(max) } = self.interval_us {
+            let [p50, p99, max] = [p50, p99, max].map(|us| us / 1000);
+            writeln!(f, "interval    p50 {p50} ms, p99 {p99} ms, max {max} ms")?;
+        }
+        if let Some(rate) = self.dirty_pages_per_s {
+            writeln!(f, "dirty       {rate} pages/s")?;
         }
         let packets = &self.packets;
         if packets.released + packets.waiting > 0 {
@@ -436,7 +582,23 @@ impl fmt::Display for Status {
         if self.protection == Protection::TakenOver && self.disk.waiting_bytes > 0 {
             writeln!(f, "merging     {} KiB still to be written to the disk image", self.disk.waiting_bytes >> 10)?;
         }
+        if self.mode.is_some() && self.role == Some(PairRole::Primary) {
+            let Queues { stream_bytes, packets_bytes, disk_bytes, network_bytes } = self.queues;
+            let [stream, packets, disk, network] =
+                [stream_bytes, packets_bytes, disk_bytes, network_bytes].map(|bytes| bytes.div_ceil(1024));
+            writeln!(f, "queues      stream {stream} KiB, packets {packets}, disk {disk}, network {network}")?;
+            writeln!(f, "disk lag    {} KiB wait for the peer", self.disk.waiting_bytes.div_ceil(1024))?;
+        }
+        if let Some(PeerHealth { heartbeat_age_ms, confirmed_age_ms, lost_after_ms }) = self.peer_health {
+            write!(f, "peer        heard {heartbeat_age_ms} ms ago, hears us {confirmed_age_ms} ms ago; ")?;
+            writeln!(f, "lost after {lost_after_ms} ms")?;
+        }
         write!(f, "sent        {} KiB", self.bytes_sent / 1024)?;
+        if let Some(ratio) = self.wire.ratio {
+            let (stream, disk) = (self.wire.stream_bytes / 1024, self.wire.disk_bytes / 1024);
+            let memory = self.wire.memory_bytes / 1024;
+            write!(f, ": stream {stream} for {memory} KiB of memory (ratio {ratio:.3}), disk {disk}")?;
+        }
         if self.disk_link_losses > 0 {
             write!(f, "\ndisk links  lost {} times, and made again", self.disk_link_losses)?;
         }

@@ -56,6 +56,10 @@ pub enum DomainError {
 pub trait Domain: Send {
     /// Size of the guest's memory in pages.
     fn nr_pages(&self) -> u64;
+    /// Its number on this host, where guests have numbers.
+    fn id(&self) -> Option<u16> {
+        None
+    }
     /// Adds the pages the guest has to `into`: not every number below [`Self::nr_pages`] need be one.
     fn present(&mut self, into: &mut Bitmap) -> Result<(), DomainError> {
         into.set_all();

@@ -139,6 +139,7 @@ impl Host {
             line: tokio::sync::watch::channel(String::new()).0,
             manager: Default::default(),
             log: Default::default(),
+            history: xen_colo::daemon::events::Events::new(name),
             runtime: tokio::runtime::Handle::current(),
         });
         std::thread::Builder::new().name(format!("engine {name}")).spawn(move || {

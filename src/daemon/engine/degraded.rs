@@ -31,8 +31,8 @@ impl Engine {
         }
     }
 
-    /// What does not work as it should, while there is a pair.
-    pub(super) fn degraded(&self) -> Option<String> {
+    /// What is the matter with the packet link, while there is a pair.
+    pub(super) fn packet_link_trouble(&self) -> Option<String> {
         let why = self.packet_link.down.as_ref().filter(|_| self.links.is_some())?;
         let so = match (&self.role, self.mode) {
             (Role::Primary(_), Some(Mode::Colo)) => "packets leave with checkpoints only",

@@ -8,11 +8,14 @@ use crate::colo::{Cause, Loss};
 use crate::daemon::control::{Answer as Reply, Request};
 use crate::daemon::engine_clock;
 use crate::daemon::live::Live;
-use crate::daemon::status::{PairRole, Protection, Status};
+use crate::daemon::status::{Health, PairRole, Protection, Queues, Status, Wire};
 use crate::hypervisor::{Domain, DomainError};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::oneshot;
+
+/// What a second one is told that wants to protect the guest.
+pub const UNDER_WAY: &str = "a protection of the guest is being begun already; see xl-colo status";
 
 impl Engine {
     /// Carries out a request of the control socket.
@@ -46,7 +49,8 @@ impl Engine {
                 } else {
                     // The host makes the links and answers, which takes a while.
                     if let Err(error) = self.parts.protect.try_send((protect, reply)) {
-                        tracing::warn!(%error, "a protect request is dropped: another is under way");
+                        let (_, reply) = error.into_inner();
+                        let _ = reply.send(Reply::error(UNDER_WAY));
                     }
                     return;
                 }
@@ -69,6 +73,11 @@ impl Engine {
             Request::PauseGuest => self.pause(true),
             Request::ResumeGuest => self.pause(false),
             Request::Set(live) => self.set(now, &live),
+            // The control socket answers this itself, and may wait for it.
+            Request::Events(wanted) => match serde_json::to_value(self.parts.history.read(wanted.since)) {
+                Ok(told) => Reply::Return(told),
+                Err(error) => Reply::error(error.to_string()),
+            },
             Request::Unprotect => return self.unprotect(now, reply),
             Request::Leave => return self.depart(now, reply),
             Request::Failover => return self.failover(now, reply),
@@ -214,7 +223,7 @@ impl Engine {
         });
     }
 
-    fn status(&mut self, now: Instant) -> Status {
+    pub(super) fn status(&mut self, now: Instant) -> Status {
         let mut status = Status {
             host: self.parts.name.clone(),
             listen: self.parts.listen.to_string(),
@@ -229,16 +238,34 @@ impl Engine {
             peer: self.peer.clone(),
             lost_at_unix_us: self.lost_at_unix_us,
             decided_at_unix_us: self.decided_at_unix_us,
-            bytes_sent: self.sent_bytes_before,
             digests: self.digests.report(),
+            packet_link_losses: self.packet_link.losses,
+            degraded: self.degraded(now),
+            work: self.work(),
+            peer_health: self.peer_health(now),
             ..Status::default()
         };
         status.packets.dropped_network = self.dropped_network;
-        (status.degraded, status.packet_link_losses) = (self.degraded(), self.packet_link.losses);
+        let (mut stream, mut disk) = self.sent_before;
         if let Some(links) = &self.links {
-            status.bytes_sent += links.sent_bytes.load(Ordering::Relaxed);
+            stream += links.stream_bytes.load(Ordering::Relaxed);
+            disk += links.disk_bytes.load(Ordering::Relaxed);
+            status.queues = Queues {
+                stream_bytes: links.stream_out.waiting_bytes() as u64,
+                packets_bytes: links.packets_out.waiting_bytes() as u64,
+                disk_bytes: links.disk_waiting_bytes() as u64,
+                network_bytes: 0,
+            };
             status.disk_link_losses = links.disk_link_losses.load(Ordering::Relaxed);
         }
+        (status.bytes_sent, status.wire.stream_bytes, status.wire.disk_bytes) = (stream + disk, stream, disk);
+        status.queues.network_bytes = self.parts.network_out.waiting_bytes() as u64;
+        status.guest_id = match &mut self.role {
+            Role::Empty => None,
+            Role::Running(guest) => guest.domain.as_ref().and_then(|domain| domain.id()),
+            Role::Primary(role) => role.side.domain().id(),
+            Role::Secondary(role) => role.side.domain().id(),
+        };
         match &mut self.role {
             Role::Empty => {
                 (status.state, status.why) = ("empty".into(), self.left.clone());
@@ -252,6 +279,9 @@ impl Engine {
             Role::Primary(role) => report::primary(&mut status, role, now),
             Role::Secondary(role) => report::secondary(&mut status, role),
         }
+        let Wire { memory_bytes, stream_bytes, .. } = status.wire;
+        status.wire.ratio = (memory_bytes > 0).then(|| stream_bytes as f64 / memory_bytes as f64);
+        status.health = Health::of(status.protection, &status.degraded);
         if status.protection == Protection::Stopped
             && let Some(holder) = &self.holder
         {

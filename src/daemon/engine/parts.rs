@@ -6,6 +6,7 @@ use crate::colo::{primary as primary_machine, secondary as secondary_machine};
 use crate::daemon::address::Address;
 use crate::daemon::arbiter::Arbiter;
 use crate::daemon::control::{Answer as Reply, Asked, Protect};
+use crate::daemon::events::Events;
 use crate::daemon::guest::Guest;
 use crate::daemon::links::{Links, Outbox};
 use crate::daemon::live::LogFilter;
@@ -90,6 +91,8 @@ pub struct EngineParts {
     pub manager: Manager,
     /// What is logged.
     pub log: LogFilter,
+    /// Where it is kept what happened here.
+    pub history: Events,
     /// Where tasks run.
     pub runtime: Handle,
 }

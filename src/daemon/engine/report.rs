@@ -4,9 +4,13 @@ use super::{PrimaryRole, SecondaryRole};
 use crate::clock::Instant;
 use crate::colo::hello::disk_name;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
+use crate::daemon::pair::Samples;
 use crate::daemon::pair::primary::PrimarySide;
 use crate::daemon::pair::secondary::SecondarySide;
-use crate::daemon::status::{Checkpoints, Disk, FLOWS_MAX, LockStep, Packets, PauseUs, Protection, Status};
+use crate::daemon::status::{
+    Checkpoints, Disk, FLOWS_MAX, LastCheckpoint, LockStep, Packets, Percentiles, Protection, Status,
+};
+use crate::page::PAGE_SIZE;
 use crate::replica::epochs::ReplicaStatus;
 use crate::replica::mirror::MirrorStatus;
 use crate::replica::state::{self, Standing};
@@ -66,8 +70,12 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
     }
     let by_cause = stats.checkpoints.iter().map(|(cause, count)| (cause.to_string(), *count)).collect();
     status.checkpoints = Checkpoints { total: stats.checkpoints.values().sum(), by_cause };
-    let pause = &stats.pause;
-    status.pause_us = PauseUs { p50: pause.percentile_us(50), p99: pause.percentile_us(99), max: pause.max_us() };
+    (status.pause_us, status.interval_us) = (percentiles(&stats.pause), percentiles(side.intervals()));
+    status.last_checkpoint = side
+        .last_taken()
+        .map(|taken| LastCheckpoint { age_ms: (now - taken.owned_at).as_millis() as u64, checkpoint: taken.into() });
+    status.dirty_pages_per_s = side.dirty_pages_per_s();
+    status.wire.memory_bytes = (stats.pages + stats.copy_pages) * PAGE_SIZE as u64;
     (status.pages, status.copied_pages) = (stats.pages, stats.copied_pages);
     status.asked.clone_from(&stats.asked);
     let packets = side.packets();
@@ -130,6 +138,11 @@ pub(super) fn secondary(status: &mut Status, role: &SecondaryRole) {
     };
     status.disks = side.replicas().status().into_iter().enumerate().map(disk).collect();
     status.disk = Disk { total_bytes: 0, ..Disk::sum(&status.disks) };
+}
+
+fn percentiles(samples: &Samples) -> Percentiles {
+    let [p50, p99] = [50, 99].map(|percent| samples.percentile_us(percent));
+    Percentiles { p50, p99, max: samples.max_us() }
 }
 
 /// What the images of a host without a guest are worth.

@@ -65,6 +65,15 @@ impl Acks {
     }
 }
 
+/// What is counted of a disk's link.
+pub(super) struct Counters {
+    pub(super) sent_bytes: Arc<AtomicU64>,
+    /// Connections that were lost.
+    pub(super) losses: Arc<AtomicU64>,
+    /// Links without a connection.
+    pub(super) down: Arc<AtomicU64>,
+}
+
 /// What the secondary said to a write, as a disk would.
 fn refused(why: impl std::fmt::Display) -> DiskError {
     DiskError::Io { what: "the secondary's disk".into(), source: io::Error::other(why.to_string()) }
@@ -85,22 +94,21 @@ fn submit(remote: &Remote, write: &DiskWrite) -> Result<u64, SubmitError> {
     }
 }
 
-/// Sends a disk's writes and hands on their answers, until the session is over. `counters` are the bytes written and
-/// the connections lost.
+/// Sends a disk's writes and hands on their answers, until the session is over.
 pub(super) async fn forward(
     connect: Connect,
     export: String,
     mut outgoing: Outgoing<DiskWrite>,
     acks: Acks,
-    (sent_bytes, losses): (Arc<AtomicU64>, Arc<AtomicU64>),
+    counters: Counters,
 ) -> io::Result<()> {
     let config = Config { patience: PATIENCE, ..Config::default() };
     let session = Session::new(export.clone(), config, engine_clock()).map_err(invalid)?;
-    let remote = Remote::open(session, connect, sent_bytes);
+    let remote = Remote::open(session, connect, counters.sent_bytes);
     remote.export().await.map_err(io::Error::other)?;
     let mut under_way: HashMap<u64, (u64, usize)> = HashMap::new();
     let mut waiting: Option<(usize, DiskWrite)> = None;
-    let mut lost = 0;
+    let (mut lost, mut is_down) = (0, false);
     loop {
         while let Some((bytes, write)) = waiting.take().or_else(|| outgoing.try_recv()) {
             match submit(&remote, &write) {
@@ -130,8 +138,15 @@ pub(super) async fn forward(
             },
             (total, why) = remote.lost_more_than(lost) => {
                 tracing::warn!(export, why, "a disk link was lost; another is being made");
-                losses.fetch_add(total - lost, Ordering::Relaxed);
+                counters.losses.fetch_add(total - lost, Ordering::Relaxed);
                 lost = total;
+                if !std::mem::replace(&mut is_down, true) {
+                    counters.down.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            () = remote.connected(), if is_down => {
+                is_down = false;
+                counters.down.fetch_sub(1, Ordering::Relaxed);
             }
         }
     }

@@ -156,6 +156,11 @@ impl Remote {
         self.shared.wait(look).await
     }
 
+    /// Waits until there is a connection that is ready.
+    pub async fn connected(&self) {
+        self.shared.wait(|session| (session.status().connections > 0).then_some(())).await
+    }
+
     /// How it is doing.
     #[must_use]
     pub fn status(&self) -> Status {

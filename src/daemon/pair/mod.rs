@@ -58,10 +58,9 @@ impl Samples {
     /// The `percent`-th percentile in µs, or `None` without samples.
     #[must_use]
     pub fn percentile_us(&self, percent: u32) -> Option<u32> {
-        let mut sorted = self.micros.clone();
-        sorted.sort_unstable();
-        let rank = (sorted.len() * percent as usize).div_ceil(100);
-        sorted.get(rank.saturating_sub(1)).copied()
+        let mut samples = self.micros.clone();
+        let at = (samples.len() * percent as usize).div_ceil(100).saturating_sub(1);
+        (!samples.is_empty()).then(|| *samples.select_nth_unstable(at).1)
     }
 
     /// The largest ever added, in µs.

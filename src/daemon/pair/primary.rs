@@ -14,8 +14,10 @@
 mod capture;
 mod link;
 mod out;
+mod steps;
 
 pub use self::out::{Effect, Stats};
+pub use self::steps::Taken;
 
 use super::{Clock, cause_of};
 use crate::bitmap::Bitmap;
@@ -84,6 +86,7 @@ pub struct PrimarySide {
     stats: Stats,
     /// The proxy's counters when it ended: an open one counts nothing.
     last_packets: Option<compare::Stats>,
+    steps: steps::Steps,
 }
 
 impl PrimarySide {
@@ -135,6 +138,7 @@ impl PrimarySide {
             effects: VecDeque::new(),
             stats: Stats { copied_pages: (0, to_copy), copy_begun: Some(now), ..Stats::default() },
             last_packets: None,
+            steps: steps::Steps::default(),
         })
     }
 
@@ -286,6 +290,7 @@ impl PrimarySide {
 
     /// A message from the secondary.
     pub fn handle_message(&mut self, now: Instant, message: Message) {
+        self.steps.heard(now, message);
         self.machine.handle_message(now, message);
         self.pump(now);
     }
@@ -408,6 +413,7 @@ impl PrimarySide {
             let mut bytes = Vec::with_capacity(pfns.len() * PAGE_SIZE);
             self.domain.read_pages(&pfns, &mut bytes).map_err(|e| e.to_string())?;
             self.stats.copied_pages.0 = (self.stats.copied_pages.0 + pfns.len() as u64).min(self.stats.copied_pages.1);
+            self.stats.copy_pages += pfns.len() as u64;
             self.effects.push_back(Effect::Pages(PageBatch { pfns, bytes }));
             return Ok(());
         }
@@ -482,7 +488,10 @@ impl PrimarySide {
 
     fn act(&mut self, now: Instant, action: Action) -> Result<(), String> {
         match action {
-            Action::Send(message) => self.effects.push_back(Effect::Message(message)),
+            Action::Send(message) => {
+                self.steps.said(now, message);
+                self.effects.push_back(Effect::Message(message));
+            }
             Action::Capture { resume } => {
                 self.capture(resume).map_err(|e| format!("capture: {e}"))?;
                 self.machine.handle_captured(now);
@@ -498,6 +507,7 @@ impl PrimarySide {
             Action::Release { epoch } => {
                 *self.stats.checkpoints.entry(self.machine.cause()).or_default() += 1;
                 self.stats.last_owned_at = Some(now);
+                self.steps.released(now, epoch, self.machine.cause());
                 self.proxy.checkpoint(now, epoch);
             }
             Action::AllowDisk { epoch } => self.mirrors.allow(self.disk_epoch_base + epoch),

@@ -266,6 +266,10 @@ impl Domain for XenDomain {
         self.nr_pages
     }
 
+    fn id(&self) -> Option<u16> {
+        Some(self.parts.domid.0)
+    }
+
     fn lockstep(&mut self) -> Result<(), DomainError> {
         match self.has_pv_drivers()? {
             false => Ok(()),

@@ -49,6 +49,7 @@ impl PrimarySide {
         let devices = self.domain.save_devices()?;
         let saved = (self.clock)();
         self.suspended_at = Some(begun);
+        self.steps.captured(begun, saved, self.capture.len(), devices.len());
         if resume {
             self.resume()?;
         }

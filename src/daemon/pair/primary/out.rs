@@ -63,6 +63,8 @@ pub struct Stats {
     pub pause: Samples,
     /// Pages captured.
     pub pages: u64,
+    /// Pages sent for the first copy, those that were written to meanwhile again.
+    pub copy_pages: u64,
     /// Pages of the first copy that are sent, and how many there are.
     pub copied_pages: (u64, u64),
     /// When the first copy began.

@@ -1,0 +1,147 @@
+//! The pieces that stand alone: a disk over NBD, a monitor, the comparator.
+
+use crate::daemon::compare::port::PortAddress;
+use crate::daemon::nbd::tls::Credentials;
+use clap::Args;
+use std::path::PathBuf;
+
+/// Arguments of `nbd`: the letters, meanings and defaults are qemu-nbd's.
+#[derive(Args, Debug)]
+pub struct NbdArgs {
+    /// The image: a file or a block device
+    pub image: PathBuf,
+    /// Serve on a Unix socket
+    #[arg(short = 'k', long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Serve on this TCP port
+    #[arg(short, long, value_name = "PORT", default_value_t = 10809, conflicts_with = "socket")]
+    pub port: u16,
+    /// Serve on this address
+    #[arg(short, long, value_name = "ADDRESS", default_value = "0.0.0.0", conflicts_with = "socket")]
+    pub bind: String,
+    /// The image's format; raw is the only one
+    #[arg(short, long, default_value = "raw", value_parser = ["raw"])]
+    pub format: String,
+    /// The export's name
+    #[arg(short = 'x', long, value_name = "NAME", default_value = "")]
+    pub export_name: String,
+    /// The export's description
+    #[arg(short = 'D', long, value_name = "TEXT", default_value = "")]
+    pub description: String,
+    /// Serve from this byte of the image on
+    #[arg(short, long, value_name = "BYTES", default_value_t = 0)]
+    pub offset: u64,
+    /// Take no writes
+    #[arg(short, long)]
+    pub read_only: bool,
+    /// Serve a replica's image that is not whole, to save what is in it
+    #[arg(long, requires = "read_only")]
+    pub salvage: bool,
+    /// Clients at the same time; 0 for any number
+    #[arg(short = 'e', long, value_name = "NUMBER", default_value_t = 1)]
+    pub shared: usize,
+    /// Go on when the last client has left
+    #[arg(short = 't', long)]
+    pub persistent: bool,
+    /// What a completed write means: writeback, or writethrough and directsync (durable), or unsafe (flushes do nothing)
+    #[arg(long, value_name = "MODE", default_value = "writeback",
+          value_parser = ["none", "writeback", "writethrough", "directsync", "unsafe"])]
+    pub cache: String,
+    /// The same as --cache=none, which here is --cache=writeback
+    #[arg(short, long, conflicts_with = "cache")]
+    pub nocache: bool,
+    /// Whether discarding frees space
+    #[arg(long, value_name = "MODE", default_value = "ignore", value_parser = ["ignore", "off", "unmap", "on"])]
+    pub discard: String,
+    /// Whether writes of zeroes are looked for, and free their space
+    #[arg(long, value_name = "MODE", default_value = "off", value_parser = ["off", "on", "unmap"])]
+    pub detect_zeroes: String,
+    /// Taken for the sake of scripts: threads read and write, whatever is asked for
+    #[arg(long, value_name = "MODE", value_parser = ["threads", "native", "io_uring"])]
+    pub aio: Option<String>,
+    /// Certificates: tls-creds-x509,id=ID,endpoint=server,dir=DIR[,verify-peer=on|off]
+    #[arg(long, value_name = "OBJECT")]
+    pub object: Option<Credentials>,
+    /// Serve nobody in the clear; the --object of this id has the certificates
+    #[arg(long, value_name = "ID", requires = "object")]
+    pub tls_creds: Option<String>,
+    /// Go to the background once clients can connect
+    #[arg(long)]
+    pub fork: bool,
+    /// Write the process's number to this file
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+    /// Log each client on standard error; XEN_COLO_LOG says more exactly what
+    #[arg(short, long)]
+    pub verbose: bool,
+}
+
+/// Arguments of `qmp`.
+#[derive(Args, Debug)]
+#[command(group(clap::ArgGroup::new("what").required(true).args(["connect", "socket"])))]
+pub struct QmpArgs {
+    /// Give an order to the monitor at this socket
+    #[arg(long, value_name = "PATH", requires = "command")]
+    pub connect: Option<PathBuf>,
+    /// Be a monitor at this socket
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// With --socket: a drive as QEMU's -drive has it: a raw image, or a replication node over one; again for each
+    #[arg(long = "drive", value_name = "OPTIONS", requires = "socket")]
+    pub drives: Vec<String>,
+    /// With --socket: memory in MiB for the disks' epochs together
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub epoch_memory_mib: u64,
+    /// With --socket: where disk epochs go that do not fit into memory
+    #[arg(long, value_name = "DIR", requires = "socket")]
+    pub spill_dir: Option<PathBuf>,
+    /// With --connect: how long the order may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub timeout_s: u64,
+    /// The command
+    #[arg(requires = "connect")]
+    pub command: Option<String>,
+    /// Its arguments, as a JSON object
+    #[arg(value_name = "JSON", default_value = "{}")]
+    pub arguments: String,
+}
+
+/// Arguments of `compare`: the names, defaults and refusals are those of colo-compare's properties.
+///
+/// A port is unix:PATH or tcp:HOST:PORT and listens; with ,server=off it connects, again and again. It has one peer at a
+/// time; the next one waits. What differs from QEMU: IPv6, VLANs and fragments are compared too, and what cannot be
+/// is held and asks for a checkpoint; no frame of the primary's is ever dropped, the guest waits instead; an oversized frame
+/// closes the connection, and the port takes the next peer; DO_CHECKPOINT is said once for each checkpoint. Without
+/// notify_dev what differs is held until the end. SIGTERM sends on what is held, as deleting QEMU's object does, and
+/// SIGUSR1 prints one line of JSON that says how it stands.
+#[derive(Args, Debug)]
+pub struct CompareArgs {
+    /// Where the primary's frames come from
+    #[arg(long, alias = "primary_in", value_name = "PORT")]
+    pub primary_in: Option<PortAddress>,
+    /// Where the secondary's frames come from
+    #[arg(long, alias = "secondary_in", value_name = "PORT")]
+    pub secondary_in: Option<PortAddress>,
+    /// Where frames go that may leave
+    #[arg(long, value_name = "PORT")]
+    pub outdev: Option<PortAddress>,
+    /// Where a toolstack is asked for checkpoints, and says that one was made (libxl's userspace proxy)
+    #[arg(long, alias = "notify_dev", value_name = "PORT")]
+    pub notify_dev: Option<PortAddress>,
+    /// Frames come with their virtio-net headers, and leave with them
+    #[arg(long, alias = "vnet_hdr_support")]
+    pub vnet_hdr_support: bool,
+    /// How long a frame waits for its like, exactly, before a checkpoint is asked for
+    #[arg(long, alias = "compare_timeout", value_name = "MS", default_value_t = 3000)]
+    pub compare_timeout: u32,
+    /// Taken for the sake of scripts: nothing is scanned for, a frame is noticed when it has waited long enough
+    #[arg(long, alias = "expired_scan_cycle", value_name = "MS", default_value_t = 1000)]
+    pub expired_scan_cycle: u32,
+    /// What a connection may hold, in packets of 4 KiB; all connections together four times that. Full asks for a
+    /// checkpoint, and nothing is dropped
+    #[arg(long, alias = "max_queue_size", value_name = "PACKETS", default_value_t = 1024)]
+    pub max_queue_size: u32,
+    /// Log each peer on standard error; XEN_COLO_LOG says more exactly what
+    #[arg(short, long)]
+    pub verbose: bool,
+}

@@ -1,0 +1,98 @@
+//! A pair run from configurations: what they say is done, what the command line says wins, what is wrong is said.
+
+use crate::common::host::{Host, host_command};
+use crate::common::{XL_COLO, one_line, turn, xl_colo};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use xen_colo::daemon::control::Request;
+use xen_colo::daemon::status::Protection;
+
+fn write(dir: &Path, name: &str, text: &str) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pair_runs_from_its_configurations() {
+    let _turn = turn().await;
+    let dir = tempfile::tempdir().unwrap();
+    let run_dir = dir.path().display().to_string();
+    let mut standby = host_command("b", dir.path());
+    standby.args(["--policy", "hold"]);
+    let b = Host::start("b", dir.path(), standby);
+    let config = format!(
+        "[host]\nname = \"a\"\nlisten = \"127.0.0.1:0\"\nrun_dir = {run_dir:?}\ndisks = [{:?}]\npolicy = \"hold\"\n\
+         event_log = {:?}\n[guest]\nboot = true\nmemory_mib = 4\ndisk_mib = 4\n\
+         [protect]\npeer = {:?}\nmode = \"remus\"\ncheckpoint_delay_ms = 77\nheartbeat_misses = 20\n",
+        dir.path().join("a.img"),
+        dir.path().join("a.log"),
+        b.address.to_string()
+    );
+    let config = write(dir.path(), "web.toml", &config);
+    let mut command = Command::new(XL_COLO);
+    command.args(["host", "--follow-stdin", "--config"]).arg(&config);
+    let a = Host::start("a", dir.path(), command);
+    assert_eq!(a.status().await.guest.as_deref(), Some("web"), "the guest is called as the file is");
+    assert!(dir.path().join("a.log").exists());
+    let words = ["protect", "web", "--wait", "--run-dir", &run_dir, "--config", config.to_str().unwrap()];
+    let output = xl_colo(&words).await;
+    assert!(output.status.success(), "{output:?}");
+    let status = a.becomes(Protection::Protected).await;
+    assert_eq!(status.mode.unwrap().to_string(), "remus");
+    assert_eq!(status.peer_health.unwrap().lost_after_ms, 2000, "20 of 100 ms");
+    assert_eq!((&status.health, &status.degraded[..]), (&xen_colo::daemon::status::Health::Protected, &[][..]));
+    let text = status.to_string();
+    for line in ["recovery    ", "peer        heard ", "queues      ", "disk lag    ", "pair        remus"] {
+        assert!(text.contains(&format!("\n{line}")), "{line}: {text}");
+    }
+    let status = a.is("measured", |status| status.interval_us.p50.is_some() && status.wire.ratio.is_some()).await;
+    let text = status.to_string();
+    for line in ["last        checkpoint ", "interval    ", "dirty       ", "pause       "] {
+        assert!(text.contains(&format!("\n{line}")), "{line}: {text}");
+    }
+    assert!(text.contains("(ratio ") && status.wire.memory_bytes >= 4 << 20, "{text}");
+    a.order(Request::Unprotect).await;
+    // The command line wins.
+    let output = xl_colo(&[&words[..], &["--mode", "colo"]].concat()).await;
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(a.becomes(Protection::Protected).await.mode.unwrap().to_string(), "colo");
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_a_configuration_is_said_with_its_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let check = async |path: &Path| xl_colo(&["config", "--check", path.to_str().unwrap()]).await;
+    let whole = xl_colo(&["config"]).await;
+    let path = write(dir.path(), "whole.toml", &String::from_utf8(whole.stdout).unwrap());
+    let fine = check(&path).await;
+    assert_eq!(String::from_utf8_lossy(&fine.stdout), format!("ok   {}\n", path.display()));
+    let xl = write(dir.path(), "web.cfg", "name = 'web'\ndisk = [ '/d,raw,xvda,rw,colo-hots=b' ]\n");
+    for (text, why) in [
+        ("[host]\nlisen = 1\n".to_owned(), "bad.toml:2: lisen is no key of [host]; did you mean listen?"),
+        ("[protect]\nmode = 3\n".to_owned(), "bad.toml:2: mode in [protect] is 3; it may be \"colo\" or \"remus\""),
+        (format!("[guest]\nxen = {xl:?}\n"), "web.cfg:2: colo-hots is no key of xl's or ours; did you mean colo-host?"),
+    ] {
+        let path = write(dir.path(), "bad.toml", &text);
+        let said = one_line(&check(&path).await, 1);
+        assert!(said.contains(why), "{text}: {said}");
+        let said =
+            one_line(&xl_colo(&["host", "--name", "a", "--disk", "d", "--config", path.to_str().unwrap()]).await, 2);
+        assert!(said.contains(why), "{text}: {said}");
+    }
+    let empty = write(dir.path(), "empty.toml", "");
+    let said = one_line(&xl_colo(&["host", "--config", empty.to_str().unwrap()]).await, 2);
+    assert!(said.contains("no disks in [host]; give --disk FILE"), "{said}");
+}
+/// The domain's own keys become a configuration.
+#[tokio::test]
+async fn xls_keys_are_taken_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = "colo,colo-host=192.0.2.2,colo-port=9740,colo-export=e,active-disk=/srv/a,hidden-disk=/srv/h,target=/d";
+    let xl = write(dir.path(), "web.cfg", &format!("disk = [\n 'format=raw,vdev=hda,{disk}',\n]\n"));
+    let output = xl_colo(&["config", "--xl", xl.to_str().unwrap()]).await;
+    let text = String::from_utf8(output.stdout).unwrap();
+    for line in ["\npeer = \"tcp:192.0.2.2:9740\"\n", "\nspill_dir = \"/srv\"\n", &format!("\nxen = {xl:?}\n")] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+}

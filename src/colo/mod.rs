@@ -63,6 +63,8 @@ pub enum Cause {
     Unparsable,
     /// A client frame could not be copied to the secondary.
     MirrorOverflow,
+    /// Frames of the guest were lost on their way to the proxy.
+    FramesLost,
     /// The operator asked.
     Command,
 }
@@ -81,6 +83,7 @@ impl std::fmt::Display for Cause {
             Self::DiskBound => "disk-bound",
             Self::Unparsable => "unparsable",
             Self::MirrorOverflow => "mirror-overflow",
+            Self::FramesLost => "frames-lost",
             Self::Command => "command",
         })
     }

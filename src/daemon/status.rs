@@ -128,6 +128,9 @@ pub struct Packets {
     pub dropped_stale: u64,
     /// Frames for the network that its queue could not take.
     pub dropped_network: u64,
+    /// Frames of the guest that the kernel lost on their way here.
+    #[serde(default)]
+    pub lost_by_kernel: u64,
 }
 
 /// The disk, or all disks together.
@@ -359,6 +362,9 @@ impl fmt::Display for Status {
                 "packets     {} compared, {} released, {} held, {} waiting",
                 packets.compared, packets.released, packets.held, packets.waiting
             )?;
+        }
+        if packets.lost_by_kernel > 0 {
+            writeln!(f, "            {} of the guest's lost by the kernel", packets.lost_by_kernel)?;
         }
         for flow in &self.flows {
             writeln!(f, "flow        {flow}")?;

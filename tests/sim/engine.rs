@@ -417,6 +417,7 @@ fn cause_name(cause: xen_colo::colo::Cause) -> &'static str {
         Cause::DiskBound => "cause disk-bound",
         Cause::Unparsable => "cause unparsable",
         Cause::MirrorOverflow => "cause mirror-overflow",
+        Cause::FramesLost => "cause frames-lost",
         Cause::Command => "cause command",
     }
 }

@@ -200,6 +200,7 @@ impl Engine {
             ..Status::default()
         };
         status.packets.dropped_network = self.dropped_network;
+        status.packets.lost_by_kernel = self.guest_queue().map_or(0, |queue| queue.lost());
         if let Some(links) = &self.links {
             status.bytes_sent += links.sent_bytes.load(Ordering::Relaxed);
             status.disk_link_losses = links.disk_link_losses.load(Ordering::Relaxed);

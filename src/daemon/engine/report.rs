@@ -77,6 +77,7 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         waiting: packets.currently_held,
         dropped_stale: packets.dropped_stale,
         dropped_network: status.packets.dropped_network,
+        lost_by_kernel: status.packets.lost_by_kernel,
     };
     status.flows = side.flows(FLOWS_MAX).into_iter().map(Into::into).collect();
     let copying = stats.copy_begun.map(|begun| stats.disk_read_at.unwrap_or(now) - begun);

@@ -3,8 +3,10 @@
 //! Exit codes: 0 done; 1 the command failed, with one line that says why; 2 the command line is wrong;
 //! 3 (`demo`) something was lost; 4 (`host`) this machine cannot give what was asked (port, memory, disk).
 
+mod filter;
 mod xl;
 
+pub use filter::FilterArgs;
 pub use xl::{ReceiveArgs, RemusArgs};
 
 use crate::colo::arbiter::Policy;
@@ -69,6 +71,8 @@ pub enum Command {
     Qmp(QmpArgs),
     /// Compare the packets of two guests behind QEMU's chardev sockets, in the place of its colo-compare object
     Compare(CompareArgs),
+    /// Stand in for QEMU's network filters on an interface of this host, towards a comparator
+    Filter(FilterArgs),
     /// Cleans up behind a killed host; started by it
     #[cfg(feature = "xen")]
     #[command(hide = true)]

@@ -32,6 +32,7 @@ fn main() -> ExitCode {
     let verbose = match &cli.command {
         Command::Nbd(args) => args.verbose,
         Command::Compare(args) => args.verbose,
+        Command::Filter(args) => args.verbose,
         _ => false,
     };
     let level = if verbose { "xen_colo=debug" } else { "warn" };
@@ -60,6 +61,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Nbd(args) => serve_nbd(args).await,
         Command::Qmp(args) => qmp(args).await,
         Command::Compare(args) => compare_packets(args).await,
+        Command::Filter(args) => filter_packets(args.into()).await,
         Command::Protect(args) => protect(args).await,
         Command::Status(args) => show_status(args).await,
         Command::Check(args) => check_host(args).await,
@@ -185,6 +187,24 @@ async fn compare_packets(args: CompareArgs) -> ExitCode {
     match compare::run(config, opened, report).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error @ CompareError::Listen { .. }) => fail(cli::EXIT_ENVIRONMENT, &error),
+        Err(error) => fail(cli::EXIT_FAILED, &error),
+    }
+}
+
+async fn filter_packets(config: xen_colo::daemon::filter::Config) -> ExitCode {
+    use xen_colo::daemon::filter::{self, FilterError};
+    if let Err(error) = config.check() {
+        return fail(cli::EXIT_USAGE, &error);
+    }
+    let opened = |opened: &filter::Opened| {
+        say::out(opened);
+    };
+    let report = |status: &serde_json::Value| {
+        say::out(status);
+    };
+    match filter::run(config, opened, report).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error @ (FilterError::Device { .. } | FilterError::Ports(_))) => fail(cli::EXIT_ENVIRONMENT, &error),
         Err(error) => fail(cli::EXIT_FAILED, &error),
     }
 }

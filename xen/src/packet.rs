@@ -85,11 +85,12 @@ impl Losses {
 }
 
 /// A packet socket on one interface. Clones share what is waiting.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct PacketSocket {
     shared: Arc<Shared>,
 }
 
+#[derive(Debug)]
 struct Shared {
     fd: OwnedFd,
     source: Source,
@@ -101,6 +102,7 @@ struct Shared {
     unusable: AtomicU64,
 }
 
+#[derive(Debug)]
 enum Source {
     /// Room for one frame.
     Calls(Mutex<Vec<u8>>),

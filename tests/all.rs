@@ -18,6 +18,7 @@ mod fuzz;
 mod garbage;
 mod hang;
 mod image;
+mod lock_step;
 mod nbd_command;
 mod nbd_interop;
 mod nbd_session;

@@ -26,6 +26,8 @@ pub(super) struct Device {
     end: End,
     /// Frames of a tap that nobody could finish.
     unusable: u64,
+    /// What it had dropped before.
+    dropped_before: u64,
 }
 
 impl Device {
@@ -36,7 +38,7 @@ impl Device {
         if let Some(error) = socket.refused() {
             tracing::warn!(device = name, %error, "the kernel has no ring to give; a call a frame instead");
         }
-        Ok(Self { name: name.into(), end: End::Interface(socket), unusable: 0 })
+        Ok(Self { name: name.into(), end: End::Interface(socket), unusable: 0, dropped_before: dropped(name) })
     }
 
     /// The network's side.
@@ -49,7 +51,7 @@ impl Device {
         if let Some(bridge) = bridge {
             tap.join(bridge).map_err(|error| failed(bridge, error))?;
         }
-        Ok(Self { name: tap.name(), end: End::Tap(tap), unusable: 0 })
+        Ok(Self { name: tap.name(), end: End::Tap(tap), unusable: 0, dropped_before: 0 })
     }
 
     /// Takes some of what is there; as it is, or finished.
@@ -105,17 +107,14 @@ impl Device {
         Err(failed(&self.name, error))
     }
 
-    /// Frames that came to this device and not to us.
+    /// Frames that came to this device and not to us; and those that it took from us and did not bring on, where it is
+    /// no tap (what a veth drops is what the other end has no room for).
     pub(super) fn lost(&self) -> u64 {
-        match &self.end {
+        let received = match &self.end {
             End::Interface(socket) => socket.losses().map_or(0, |losses| losses.total()),
-            // What a bridge could not queue is counted with the device.
-            End::Tap(_) => {
-                let counter = Path::new("/sys/class/net").join(&self.name).join("statistics/tx_dropped");
-                let dropped = std::fs::read_to_string(counter).ok().and_then(|text| text.trim().parse::<u64>().ok());
-                dropped.unwrap_or(0) + self.unusable
-            }
-        }
+            End::Tap(_) => self.unusable,
+        };
+        received + dropped(&self.name).saturating_sub(self.dropped_before)
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -124,6 +123,12 @@ impl Device {
             End::Tap(tap) => tap.as_fd(),
         }
     }
+}
+
+/// What the kernel could not queue on its way out of the device: for a tap, on its way to us.
+fn dropped(name: &str) -> u64 {
+    let counter = Path::new("/sys/class/net").join(name).join("statistics/tx_dropped");
+    std::fs::read_to_string(counter).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
 fn failed(name: &str, error: io::Error) -> FilterError {

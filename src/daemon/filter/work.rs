@@ -5,9 +5,10 @@
 //!          ─▶ mirror, redirect ─▶ nothing moved? wait
 //! ```
 //!
-//! The trap: the rewriter changes bytes of a segment, and what a checksum that is not finished covers is none of them; so
-//! it stays as it was. And a frame that the rewriter holds comes back without its virtio-net header: those for the
-//! guest are finished before it sees them.
+//! The trap: the rewriter knows frames only. It changes bytes of a segment, and what a checksum that is not finished covers
+//! is none of them; so that is put back as it was. A frame that it holds comes back without its virtio-net header; it is
+//! the very same bytes, so where they lie in memory names their header. (To finish frames first would be simpler, and
+//! a guest that gets 45 frames where the other got one has no room for them and loses some.)
 
 use super::device::{Device, Unfinished};
 use super::{Config, FilterError};
@@ -20,10 +21,11 @@ use crate::daemon::compare::port::Socket;
 use crate::daemon::compare::wake::Wake;
 use crate::daemon::compare::work::{Port, look, read};
 use crate::daemon::engine_clock;
-use ::xen::packet::offload::{HEADER_BYTES, VnetHeader, finish};
+use ::xen::packet::offload::{HEADER_BYTES, VnetHeader};
 use bytes::{Bytes, BytesMut};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::json;
+use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -37,6 +39,8 @@ pub(super) const TO_NETWORK: &str = "to_network";
 
 /// struct virtio_net_hdr_mrg_rxbuf, which is the header of virtio 1.
 const WIRE_HEADER_BYTES: usize = 12;
+/// Headers of frames that the rewriter holds, or held once and dropped.
+const HELD_MAX: usize = 8192;
 /// How often it is asked what the kernel has lost, at least.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -54,6 +58,22 @@ impl<T> Side<T> {
 
     fn is_there(&self) -> bool {
         self.number.is_some()
+    }
+}
+
+/// A checksum that is not finished, and where it is.
+type Sum = Option<(usize, [u8; 2])>;
+
+fn unfinished_sum(header: &VnetHeader, frame: &[u8]) -> Sum {
+    let at = header.unfinished_at()?;
+    Some((at, *frame.get(at..)?.first_chunk()?))
+}
+
+fn put_back(sum: Sum, frame: &mut [u8]) {
+    if let Some((at, sum)) = sum
+        && let Some(place) = frame.get_mut(at..at + sum.len())
+    {
+        place.copy_from_slice(&sum);
     }
 }
 
@@ -87,6 +107,8 @@ pub(super) struct Work<R> {
     to_guest: Side<Intake>,
     to_network: Side<Intake>,
     rewriter: Option<Rewriter>,
+    /// What belongs to the frames that the rewriter holds, by where they lie.
+    held: HashMap<usize, (VnetHeader, Sum)>,
     alone: bool,
     counts: Counts,
     /// Frames lost at the guest's side and at the network's, when that was last asked.
@@ -117,6 +139,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             to_network: Side::new(&ports, TO_NETWORK, Intake::new(vnet)),
             ports,
             rewriter: config.rewriter.then(Rewriter::new),
+            held: HashMap::new(),
             alone: false,
             counts: Counts::default(),
             lost: [0; 2],
@@ -250,36 +273,35 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
         moved
     }
 
-    /// Moves a frame of the guest's into the other's sequence space.
+    /// Moves a frame of the guest's into the other's sequence space, and brings the guest what waited for it.
     fn rewrite(&mut self, header: &VnetHeader, frame: &mut [u8]) {
         let Some(rewriter) = &mut self.rewriter else { return };
-        let sum = header.unfinished_at().and_then(|at| Some((at, *frame.get(at..)?.first_chunk::<2>()?)));
+        let sum = unfinished_sum(header, frame);
         rewriter.from_guest(engine_clock(), frame);
-        if let Some((at, sum)) = sum {
-            frame[at..at + 2].copy_from_slice(&sum);
-        }
-        while let Some(held) = rewriter.poll_output() {
+        put_back(sum, frame);
+        while let Some(mut frame) = rewriter.poll_output() {
+            let (header, sum) = self.held.remove(&(frame.as_ptr() as usize)).unwrap_or_default();
+            put_back(sum, &mut frame);
             self.counts.to_guest += 1;
-            self.counts.not_sent += u64::from(!self.dev.send(&VnetHeader::default(), &held));
+            self.counts.not_sent += u64::from(!self.dev.send(&header, &frame));
         }
     }
 
-    fn send_to_guest(&mut self, header: VnetHeader, frame: Vec<u8>) {
-        let Some(rewriter) = &mut self.rewriter else {
-            self.counts.to_guest += 1;
-            self.counts.not_sent += u64::from(!self.dev.send(&header, &frame));
-            return;
-        };
-        let Ok(frames) = finish(&header, frame) else {
-            self.counts.unusable += 1;
-            return;
-        };
-        for mut frame in frames {
-            if rewriter.from_network(engine_clock(), &mut frame) == Forward::Now {
-                self.counts.to_guest += 1;
-                self.counts.not_sent += u64::from(!self.dev.send(&VnetHeader::default(), &frame));
+    fn send_to_guest(&mut self, header: VnetHeader, mut frame: Vec<u8>) {
+        if let Some(rewriter) = &mut self.rewriter {
+            let (at, sum) = (frame.as_ptr() as usize, unfinished_sum(&header, &frame));
+            if rewriter.from_network(engine_clock(), &mut frame) == Forward::Held {
+                // Those of frames that were dropped meanwhile are among them.
+                if self.held.len() >= HELD_MAX {
+                    self.held.clear();
+                }
+                self.held.insert(at, (header, sum));
+                return;
             }
+            put_back(sum, &mut frame);
         }
+        self.counts.to_guest += 1;
+        self.counts.not_sent += u64::from(!self.dev.send(&header, &frame));
     }
 
     fn send_to_network(&mut self, header: &VnetHeader, frame: &[u8]) {

@@ -20,10 +20,12 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 pub const GUEST_V4: &str = "10.99.0.2";
 pub const GUEST_V6: &str = "fd99::2";
+static TURN: Mutex<()> = Mutex::new(());
 static NEXT: AtomicU32 = AtomicU32::new(0);
 /// What the guests serve: a file, and what they are given. Nothing in it tells the time.
 const SERVER: &str = r#"
@@ -71,8 +73,10 @@ pub struct Lab {
     pub comparator: Comparator,
     filters: Vec<Process>,
     services: Vec<Process>,
-    /// Last: a namespace stays while somebody is in it.
+    /// A namespace stays while somebody is in it, so it comes behind them.
     namespaces: Namespaces,
+    /// One lab at a time: two guests that starve each other on a small machine say nothing about their proxies.
+    _turn: MutexGuard<'static, ()>,
 }
 
 fn ip(words: &str) {
@@ -86,6 +90,7 @@ impl Lab {
         for program in ["ip", "python3", "curl", "ping"] {
             installed(program)?;
         }
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let prefix = format!("xc{:x}x{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let namespaces = Namespaces(prefix.clone());
         let added = Command::new("ip").args(["netns", "add", &format!("{prefix}-c")]).output().unwrap();
@@ -100,7 +105,7 @@ impl Lab {
         NAMES[1..].iter().for_each(|name| ip(&format!("netns add {prefix}-{name}")));
         let vnet: &[&str] = if options.contains(&"--vnet-hdr-support") { &["--vnet-hdr-support"] } else { &[] };
         let comparator = Comparator::ours(vnet);
-        let mut lab = Self { comparator, filters: Vec::new(), services: Vec::new(), namespaces };
+        let mut lab = Self { comparator, filters: Vec::new(), services: Vec::new(), namespaces, _turn: turn };
         lab.wire();
         let [mirror, primary, secondary, out] =
             ["mirror", "primary-in", "secondary-in", "outdev"].map(|name| lab.comparator.path(name));
@@ -189,7 +194,10 @@ impl Lab {
         let patience = PATIENCE.as_secs().to_string();
         let output = self.run("c", &[&["timeout", &patience], words].concat());
         let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{words:?}: {}: {said}\n{}", output.status, self.story());
+        if !output.status.success() {
+            let now = ["stdout", "ha", "hb"].map(|who| self.status(who).to_string()).join("\n");
+            panic!("{words:?}: {}: {said}\n{now}\n{}", output.status, self.story());
+        }
         output.stdout
     }
 
@@ -246,6 +254,14 @@ impl Lab {
             assert!(begun.elapsed() < PATIENCE, "{who} says nothing");
             std::thread::sleep(LOOK);
         }
+    }
+
+    /// Tells a filter that the other guest is gone.
+    pub fn go_alone(&self, host: &str) {
+        let filter = &self.filters[usize::from(host == "hb")].0;
+        let pid = rustix::process::Pid::from_child(filter);
+        rustix::process::kill_process(pid, rustix::process::Signal::USR2).unwrap();
+        self.until("it is alone", |lab| lab.status(host)["alone"] == true);
     }
 
     /// Frames that the kernel lost at any of the devices, by the filters' own account.

@@ -452,3 +452,27 @@ fn unfinished(frame: &Frame) -> Unfinished {
     let header = header.and_then(|header| header.first_chunk()).map(VnetHeader::parse);
     (header.unwrap_or_default(), frame.bytes.to_vec())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_finished_stays_as_it_was() {
+        let header = VnetHeader { flags: 1, csum_start: 34, csum_offset: 16, ..VnetHeader::default() };
+        let before: Vec<u8> = (0..60).collect();
+        let mut frame = before.clone();
+        let sum = unfinished_sum(&header, &frame);
+        // A sequence number, and the sum that would go with it.
+        frame[38] = 99;
+        frame[50] = 99;
+        put_back(sum, &mut frame);
+        assert_eq!((frame[38], &frame[50..52]), (99, &before[50..52]));
+        assert_eq!(unfinished_sum(&VnetHeader { flags: 0, ..header }, &before), None, "finished ones are kept right");
+        for csum_start in [43, u16::MAX] {
+            let header = VnetHeader { csum_start, ..header };
+            assert_eq!(unfinished_sum(&header, &before), None, "outside of the frame");
+        }
+        put_back(sum, &mut frame[..51]);
+    }
+}

@@ -8,6 +8,7 @@
 mod alone;
 pub mod config;
 mod demo;
+mod filter;
 pub mod generate;
 mod host;
 mod orders;
@@ -15,6 +16,7 @@ mod xl;
 
 pub use alone::{CompareArgs, NbdArgs, QmpArgs};
 pub use demo::{DemoArgs, NestedGuest, Victim};
+pub use filter::FilterArgs;
 pub use host::{ArbiterArgs, HostArgs};
 pub use orders::{
     CheckArgs, ConfigArgs, EventsArgs, FailoverArgs, HostRef, ListArgs, ProtectArgs, Resume, SetArgs, StatusArgs,
@@ -93,6 +95,8 @@ pub enum Command {
     Qmp(QmpArgs),
     /// Compare the packets of two guests behind QEMU's chardev sockets, in the place of its colo-compare object
     Compare(CompareArgs),
+    /// Stand in for QEMU's network filters on an interface of this host, towards a comparator
+    Filter(FilterArgs),
     /// Writes completions and man pages
     #[command(hide = true)]
     Generate {

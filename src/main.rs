@@ -47,6 +47,7 @@ fn main() -> ExitCode {
     let verbose = match &cli.command {
         Command::Nbd(args) => args.verbose,
         Command::Compare(args) => args.verbose,
+        Command::Filter(args) => args.verbose,
         _ => false,
     };
     let level = if verbose { "xen_colo=debug" } else { "warn" };
@@ -98,6 +99,7 @@ async fn run(command: Command, given: &[String], log: LogFilter) -> ExitCode {
         Command::Nbd(args) => serve_nbd(args).await,
         Command::Qmp(args) => qmp(args).await,
         Command::Compare(args) => compare_packets(args).await,
+        Command::Filter(args) => filter_packets(args.into()).await,
         Command::Protect(args) => protect(args, given).await,
         Command::Top(host) => show_top(host).await,
         Command::Config(args) => configure(&args),
@@ -128,44 +130,16 @@ async fn run(command: Command, given: &[String], log: LogFilter) -> ExitCode {
 }
 
 async fn serve_nbd(args: NbdArgs) -> ExitCode {
-    use xen_colo::daemon::nbd::export::{self, Cache, Config, Where};
+    use xen_colo::daemon::nbd::export;
     if args.fork {
         return match export::fork() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(cli::EXIT_FAILED, &error),
         };
     }
-    let at = match args.socket {
-        Some(path) => Where::Unix(path),
-        None => Where::Tcp(args.bind, args.port),
-    };
-    let tls = match (args.tls_creds, args.object) {
-        (Some(id), Some(object)) if object.id != id => {
-            return fail(cli::EXIT_FAILED, &format!("no --object has the id {id:?}; there is {:?}", object.id));
-        }
-        (Some(_), object) => object,
-        (None, _) => None,
-    };
-    let config = Config {
-        image: args.image,
-        at,
-        name: args.export_name,
-        description: args.description,
-        offset_bytes: args.offset,
-        read_only: args.read_only,
-        salvage: args.salvage,
-        max_connections: args.shared,
-        persistent: args.persistent,
-        cache: match args.cache.as_str() {
-            "writethrough" | "directsync" => Cache::WriteThrough,
-            "unsafe" => Cache::Unsafe,
-            _ => Cache::WriteBack,
-        },
-        discard: matches!(args.discard.as_str(), "unmap" | "on"),
-        detect_zeroes: args.detect_zeroes != "off",
-        unmap_zeroes: args.detect_zeroes == "unmap",
-        pid_file: args.pid_file,
-        tls,
+    let config = match args.config() {
+        Ok(config) => config,
+        Err(why) => return fail(cli::EXIT_FAILED, &why),
     };
     match export::run(config).await {
         Ok(()) => ExitCode::SUCCESS,
@@ -237,6 +211,24 @@ async fn compare_packets(args: CompareArgs) -> ExitCode {
     match compare::run(config, opened, report).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error @ CompareError::Listen { .. }) => fail(cli::EXIT_ENVIRONMENT, &error),
+        Err(error) => fail(cli::EXIT_FAILED, &error),
+    }
+}
+
+async fn filter_packets(config: xen_colo::daemon::filter::Config) -> ExitCode {
+    use xen_colo::daemon::filter::{self, FilterError};
+    if let Err(error) = config.check() {
+        return fail(cli::EXIT_USAGE, &error);
+    }
+    let opened = |opened: &filter::Opened| {
+        say::out(opened);
+    };
+    let report = |status: &serde_json::Value| {
+        say::out(status);
+    };
+    match filter::run(config, opened, report).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error @ (FilterError::Device { .. } | FilterError::Ports(_))) => fail(cli::EXIT_ENVIRONMENT, &error),
         Err(error) => fail(cli::EXIT_FAILED, &error),
     }
 }

@@ -23,6 +23,7 @@ mod generated;
 mod hang;
 mod image;
 mod list;
+mod lock_step;
 mod nbd_command;
 mod nbd_interop;
 mod nbd_session;

@@ -1,6 +1,7 @@
 //! The pieces that stand alone: a disk over NBD, a monitor, the comparator.
 
 use crate::daemon::compare::port::PortAddress;
+use crate::daemon::nbd::export::{Cache, Config, Where};
 use crate::daemon::nbd::tls::Credentials;
 use clap::Args;
 use std::path::PathBuf;
@@ -74,6 +75,44 @@ pub struct NbdArgs {
     /// Log each client on standard error; XEN_COLO_LOG says more exactly what
     #[arg(short, long)]
     pub verbose: bool,
+}
+
+impl NbdArgs {
+    /// What they come to.
+    pub fn config(self) -> Result<Config, String> {
+        let at = match self.socket {
+            Some(path) => Where::Unix(path),
+            None => Where::Tcp(self.bind, self.port),
+        };
+        let tls = match (self.tls_creds, self.object) {
+            (Some(id), Some(object)) if object.id != id => {
+                return Err(format!("no --object has the id {id:?}; there is {:?}", object.id));
+            }
+            (Some(_), object) => object,
+            (None, _) => None,
+        };
+        Ok(Config {
+            image: self.image,
+            at,
+            name: self.export_name,
+            description: self.description,
+            offset_bytes: self.offset,
+            read_only: self.read_only,
+            salvage: self.salvage,
+            max_connections: self.shared,
+            persistent: self.persistent,
+            cache: match self.cache.as_str() {
+                "writethrough" | "directsync" => Cache::WriteThrough,
+                "unsafe" => Cache::Unsafe,
+                _ => Cache::WriteBack,
+            },
+            discard: matches!(self.discard.as_str(), "unmap" | "on"),
+            detect_zeroes: self.detect_zeroes != "off",
+            unmap_zeroes: self.detect_zeroes == "unmap",
+            pid_file: self.pid_file,
+            tls,
+        })
+    }
 }
 
 /// Arguments of `qmp`.

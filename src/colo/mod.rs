@@ -66,6 +66,8 @@ pub enum Cause {
     MirrorOverflow,
     /// The packet link was lost, or there is one again.
     PacketLink,
+    /// Frames of the guest were lost on their way to the proxy.
+    FramesLost,
     /// The operator asked.
     Command,
 }
@@ -93,6 +95,7 @@ impl std::fmt::Display for Cause {
             Self::Unparsable => "unparsable",
             Self::MirrorOverflow => "mirror-overflow",
             Self::PacketLink => "packet-link",
+            Self::FramesLost => "frames-lost",
             Self::Command => "command",
         })
     }

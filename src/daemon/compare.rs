@@ -17,18 +17,18 @@
 //! The end of the process, by SIGTERM or SIGINT, is what deleting the object is in QEMU: what is held is sent on.
 //! Source: `net/colo-compare.c`; the property names, defaults and error texts are its own.
 
-mod intake;
-mod outbox;
+pub(super) mod intake;
+pub(super) mod outbox;
 pub mod port;
-mod wake;
-mod work;
+pub(super) mod wake;
+pub(super) mod work;
 
 use crate::compare;
-use port::{PortAddress, Source};
+use port::{PortAddress, Socket, Source};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use wake::Wake;
@@ -155,21 +155,8 @@ pub async fn run(
         ("outdev", Some(&config.outdev)),
         ("notify_dev", config.notify_dev.as_ref()),
     ];
-    let (give, peers) = channel();
-    let (mut ports, mut at) = (Vec::new(), Vec::new());
-    for (number, (name, address)) in wanted.into_iter().enumerate() {
-        let Some(address) = address else { continue };
-        let listen = |error| CompareError::Listen { name, at: address.clone(), error };
-        let (source, found) = Source::open(address).await.map_err(listen)?;
-        let (want, wanted) = channel();
-        let (give, wake) = (give.clone(), wake.clone());
-        std::thread::Builder::new()
-            .name(name.into())
-            .spawn(move || source.serve(name, number, &wanted, &give, &wake))?;
-        ports.push(Port::new(name, want));
-        at.push((name, found));
-    }
-    let remove = Remove(at.iter().filter(|(_, at)| at.server).map(|(_, at)| at.address.clone()).collect());
+    let wanted: Vec<_> = wanted.into_iter().filter_map(|(name, at)| Some((name, at?))).collect();
+    let Ports { ports, peers, at, remove } = Ports::open(&wanted, &wake).await?;
     opened(&Opened(at));
     let (ended, mut over) = tokio::sync::oneshot::channel();
     let work = Work::new(&config, ports, peers, wake.clone(), report);
@@ -189,8 +176,41 @@ pub async fn run(
     }
 }
 
+/// Sockets where peers are met from now on.
+pub(super) struct Ports {
+    /// In the order asked for.
+    pub(super) ports: Vec<Port>,
+    /// Peers, by the number of their port.
+    pub(super) peers: Receiver<(usize, Socket)>,
+    /// Where they are met.
+    pub(super) at: Vec<(&'static str, PortAddress)>,
+    /// Removes the sockets' names.
+    pub(super) remove: Remove,
+}
+
+impl Ports {
+    /// Opens them, and wakes for each peer.
+    pub(super) async fn open(wanted: &[(&'static str, &PortAddress)], wake: &Arc<Wake>) -> Result<Self, CompareError> {
+        let (give, peers) = channel();
+        let (mut ports, mut at) = (Vec::new(), Vec::new());
+        for (number, &(name, address)) in wanted.iter().enumerate() {
+            let listen = |error| CompareError::Listen { name, at: address.clone(), error };
+            let (source, found) = Source::open(address).await.map_err(listen)?;
+            let (want, wanted) = channel();
+            let (give, wake) = (give.clone(), wake.clone());
+            std::thread::Builder::new()
+                .name(name.into())
+                .spawn(move || source.serve(name, number, &wanted, &give, &wake))?;
+            ports.push(Port::new(name, want));
+            at.push((name, found));
+        }
+        let remove = Remove(at.iter().filter(|(_, at)| at.server).map(|(_, at)| at.address.clone()).collect());
+        Ok(Self { ports, peers, at, remove })
+    }
+}
+
 /// Unix sockets leave their names behind.
-struct Remove(Vec<crate::daemon::address::Address>);
+pub(super) struct Remove(Vec<crate::daemon::address::Address>);
 
 impl Drop for Remove {
     fn drop(&mut self) {

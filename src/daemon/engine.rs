@@ -28,7 +28,7 @@ pub use self::orders::UNDER_WAY;
 pub use self::parts::{EngineParts, HostInput, NetworkFrame};
 use self::telling::Telling;
 use super::control::{Answer as Reply, Asked};
-use super::guest::Guest;
+use super::guest::{Guest, GuestQueue};
 use super::links::packets::Told;
 use super::links::{DiskAnswer, Links, StreamIn, lock};
 use super::live::Live;
@@ -39,7 +39,7 @@ use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Register, Verdict};
 use crate::colo::heartbeat::Word;
 use crate::colo::hello::Mode;
-use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
+use crate::colo::{Cause, Exit, Loss, primary as primary_machine, secondary as secondary_machine};
 use crate::replica::mirror::Target;
 use crate::replica::mirror::resync::ChunkHash;
 use bytes::Bytes;
@@ -229,17 +229,25 @@ impl Engine {
 
     /// Completes when the guest has frames that may be taken.
     fn guest_frames(&self) -> impl Future<Output = ()> + use<> {
-        let (queue, ready) = match &self.role {
-            Role::Empty => (None, false),
-            Role::Running(guest) => (Some(guest.queue.clone()), true),
-            Role::Primary(role) => (Some(role.guest.queue.clone()), role.side.ready_for_guest_frames()),
-            Role::Secondary(role) => (Some(role.guest.queue.clone()), true),
+        let queue = self.guest_queue().cloned();
+        let ready = match &self.role {
+            Role::Primary(role) => role.side.ready_for_guest_frames(),
+            Role::Empty | Role::Running(_) | Role::Secondary(_) => true,
         };
         async move {
             match queue {
                 Some(queue) if ready => queue.wait().await,
                 _ => std::future::pending().await,
             }
+        }
+    }
+
+    fn guest_queue(&self) -> Option<&Arc<GuestQueue>> {
+        match &self.role {
+            Role::Empty => None,
+            Role::Running(guest) => Some(&guest.queue),
+            Role::Primary(role) => Some(&role.guest.queue),
+            Role::Secondary(role) => Some(&role.guest.queue),
         }
     }
 
@@ -432,6 +440,11 @@ impl Engine {
     }
 
     fn take_guest_frames(&mut self, now: Instant) {
+        let lost = self.guest_queue().is_some_and(|queue| queue.notice_lost());
+        if let (true, Role::Primary(role)) = (lost, &mut self.role) {
+            // Its guest has said what nobody will explain; a checkpoint makes it good, and the client repeats itself.
+            role.side.request_checkpoint(now, Cause::FramesLost);
+        }
         for _ in 0..BURST {
             match &mut self.role {
                 Role::Empty => return,

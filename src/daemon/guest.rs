@@ -31,6 +31,8 @@ const MIRROR_QUEUE_BYTES: u64 = 64 << 20;
 pub struct GuestQueue {
     frames: Mutex<(VecDeque<(u64, Bytes)>, usize)>,
     filled: Notify,
+    lost: AtomicU64,
+    lost_noticed: AtomicU64,
 }
 
 impl GuestQueue {
@@ -53,9 +55,29 @@ impl GuestQueue {
         popped
     }
 
-    /// Completes when there is a frame.
+    #[cfg_attr(not(feature = "xen"), allow(dead_code, reason = "only a domain's devices lose frames"))]
+    /// So many more frames of the guest's never arrived here.
+    pub(super) fn lose(&self, frames: u64) {
+        self.lost.fetch_add(frames, Ordering::SeqCst);
+        self.filled.notify_one();
+    }
+
+    /// Frames of the guest's that never arrived here.
+    pub(super) fn lost(&self) -> u64 {
+        self.lost.load(Ordering::SeqCst)
+    }
+
+    /// Whether there are more of these than the last time.
+    pub(super) fn notice_lost(&self) -> bool {
+        let lost = self.lost();
+        self.lost_noticed.swap(lost, Ordering::SeqCst) != lost
+    }
+
+    /// Completes when there is a frame, or one was lost.
     pub async fn wait(&self) {
-        while self.frames.lock().unwrap_or_else(PoisonError::into_inner).0.is_empty() {
+        while self.frames.lock().unwrap_or_else(PoisonError::into_inner).0.is_empty()
+            && self.lost() == self.lost_noticed.load(Ordering::SeqCst)
+        {
             self.filled.notified().await;
         }
     }
@@ -320,6 +342,18 @@ mod tests {
             sink(&vec![0; 1 << 20]);
         }
         assert_eq!(std::iter::from_fn(|| queue.pop()).count(), 8);
+    }
+
+    #[tokio::test]
+    async fn a_loss_is_noticed_once_and_waited_for_by_nobody() {
+        let queue = GuestQueue::default();
+        assert!(!queue.notice_lost());
+        queue.lose(3);
+        queue.wait().await;
+        assert_eq!((queue.pop(), queue.lost()), (None, 3));
+        assert_eq!((queue.notice_lost(), queue.notice_lost()), (true, false));
+        queue.lose(1);
+        assert_eq!((queue.notice_lost(), queue.lost()), (true, 4));
     }
 
     #[test]

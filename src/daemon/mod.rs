@@ -7,6 +7,7 @@
 //!  guest     the guest and its host-side devices   nbd               the replica's server
 //!  check     whether this host is able              compare           the comparator behind QEMU's sockets
 //!  events    what happened, kept and written down    operator, top   what an operator's commands do
+//!  filter    QEMU's network filters on an interface of this host, towards that comparator
 //!  remus, receive   xl's way to protect a guest, and its far end
 //!  arbiter, fence   who may go on alone            control, status   what an operator asks and hears
 //!  qmp       the same orders over QEMU's monitor protocol, and a replica alone for a QEMU that is the primary
@@ -24,6 +25,7 @@ pub mod engine;
 pub mod events;
 mod exec;
 pub mod fence;
+pub mod filter;
 pub mod frames;
 pub mod guest;
 pub mod hashes;

@@ -423,6 +423,7 @@ fn cause_name(cause: xen_colo::colo::Cause) -> &'static str {
         Cause::Unparsable => "cause unparsable",
         Cause::MirrorOverflow => "cause mirror-overflow",
         Cause::PacketLink => "cause packet-link",
+        Cause::FramesLost => "cause frames-lost",
         Cause::Command => "cause command",
     }
 }

@@ -15,39 +15,67 @@
 //! | [`qmp`] | the device model, by its monitor |
 //! | [`packet`] | whole frames of a network interface |
 //!
+//! Only [`packet`] can be built where no Xen is installed: all others are feature `hypervisor`.
+//!
 //! Guards release on drop and never panic there. Every handle is `Send`: any thread may use it, one at a time
 //! ([`Interface`] and [`ForeignMemory`] also from several at once). [`libxl::Context`] is the exception and says why.
 //!
 //! The trap of the whole: most of these libraries have one ABI a Xen release, and the hypervisor answers a tool of
 //! another release with EACCES. [`Interface::open`] looks first and says it in words.
 
+#[cfg(feature = "hypervisor")]
 mod cache;
+#[cfg(feature = "hypervisor")]
 mod domain;
+#[cfg(feature = "hypervisor")]
 mod error;
+#[cfg(feature = "hypervisor")]
 mod foreign;
+#[cfg(feature = "hypervisor")]
 pub mod hvm;
+#[cfg(feature = "hypervisor")]
 mod interface;
+#[cfg(feature = "hypervisor")]
 pub mod libxl;
+#[cfg(feature = "hypervisor")]
 mod logdirty;
+#[cfg(feature = "hypervisor")]
 mod memory;
 pub mod packet;
+#[cfg(feature = "hypervisor")]
 pub mod qmp;
+#[cfg(feature = "hypervisor")]
 pub mod refuse;
+#[cfg(feature = "hypervisor")]
 mod resume;
+#[cfg(feature = "hypervisor")]
 mod state;
+#[cfg(feature = "hypervisor")]
 mod store;
+#[cfg(feature = "hypervisor")]
 mod suspend;
 
+#[cfg(feature = "hypervisor")]
 pub use cache::PageCache;
+#[cfg(feature = "hypervisor")]
 pub use domain::{DomId, DomainInfo, SHUTDOWN_CRASH, SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, SHUTDOWN_SUSPEND};
+#[cfg(feature = "hypervisor")]
 pub use error::Error;
+#[cfg(feature = "hypervisor")]
 pub use foreign::{Access, ForeignMemory, Mapping};
+#[cfg(feature = "hypervisor")]
 pub use interface::{Abilities, Interface, Versions};
+#[cfg(feature = "hypervisor")]
 pub use logdirty::LogDirty;
+#[cfg(feature = "hypervisor")]
 pub use memory::PageType;
+#[cfg(feature = "hypervisor")]
 pub use resume::ExtendedState;
+#[cfg(feature = "hypervisor")]
 pub use state::{CpuPolicy, Msr, TscInfo};
+#[cfg(feature = "hypervisor")]
 pub use store::Store;
+#[cfg(feature = "hypervisor")]
 pub use suspend::SuspendChannel;
 
 /// Bytes in a page of a guest.

@@ -5,18 +5,28 @@
 //! which says what is missing, and [`offload`] does what the card would have done: what [`PacketSocket::recv`] gives are
 //! frames as they would be on a wire.
 //!
+//! There are two ways out of the kernel, [`Receive`]: a call a frame, or a [`ring`] of blocks. A network that a kernel on
+//! the other side is to finish gets its frames as they are, through [`PacketSocket::receive`] and
+//! [`PacketSocket::send_unfinished`], and so does a [`Tap`] of our own.
+//!
 //! Traps: until it is bound a packet socket hears every interface, so it is made for no protocol and bound last. The
 //! kernel takes a VLAN tag out of the frame and tells it on the side; it is put back. Frames that others send come too, as
 //! "outgoing" unless that is switched off. Sending does not wait: a guest that stands still would hold up its proxy.
 
 pub mod offload;
+mod ring;
+mod tap;
+
+pub use tap::Tap;
 
 use offload::{HEADER_BYTES, VnetHeader};
+use ring::Ring;
 use std::collections::VecDeque;
 use std::ffi::{CString, c_int, c_void};
 use std::io;
 use std::mem;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,6 +34,8 @@ use std::time::{Duration, Instant};
 const FRAME_MAX: usize = 68 << 10;
 /// What the kernel keeps for us while we are away.
 const RECEIVE_BUFFER: c_int = 8 << 20;
+/// What is on its way into the interface.
+const SEND_BUFFER: c_int = 4 << 20;
 
 // linux/if_packet.h, where the crate libc has none of that name.
 const PACKET_IGNORE_OUTGOING: c_int = 23;
@@ -46,19 +58,90 @@ struct Auxdata {
     vlan_tpid: u16,
 }
 
+/// How received frames come out of the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Receive {
+    /// A call for each, which has it as soon as the kernel does.
+    #[default]
+    Calls,
+    /// Memory shared with the kernel: cheaper for many frames, and a frame alone comes a millisecond late.
+    Ring,
+}
+
+/// Frames that were received and are not to be had.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Losses {
+    /// Lost by the kernel for want of room.
+    pub kernel: u64,
+    /// Too long, or asking for more than can be done.
+    pub unusable: u64,
+}
+
+impl Losses {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.kernel + self.unusable
+    }
+}
+
 /// A packet socket on one interface. Clones share what is waiting.
+#[derive(Clone, Debug)]
 pub struct PacketSocket {
-    fd: Arc<OwnedFd>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    fd: OwnedFd,
+    source: Source,
+    /// Why there is no ring, if one was wanted.
+    refused: Option<io::Error>,
     /// The rest of a segment that was cut up.
-    waiting: Arc<Mutex<VecDeque<Vec<u8>>>>,
+    waiting: Mutex<VecDeque<Vec<u8>>>,
+    lost_by_kernel: AtomicU64,
+    unusable: AtomicU64,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// Room for one frame.
+    Calls(Mutex<Vec<u8>>),
+    Ring(Mutex<Ring>),
 }
 
 impl PacketSocket {
-    /// Opens an interface by name, in promiscuous mode.
+    /// Opens an interface by name, in promiscuous mode, with a call for each frame.
     ///
     /// # Errors
     /// The system's: EPERM without CAP_NET_RAW, ENODEV without such an interface.
     pub fn open(interface: &str) -> io::Result<Self> {
+        Self::make(interface, None)
+    }
+
+    /// Opens an interface by name, in promiscuous mode. A kernel that has no ring to give is called for each frame:
+    /// [`PacketSocket::refused`].
+    ///
+    /// # Errors
+    /// The system's: EPERM without CAP_NET_RAW, ENODEV without such an interface.
+    pub fn open_to(interface: &str, receive: Receive) -> io::Result<Self> {
+        let ring = match receive {
+            Receive::Calls => return Self::open(interface),
+            Receive::Ring => Self::make(interface, Some(Ring::new)),
+        };
+        match ring {
+            Ok(socket) => Ok(socket),
+            // Another socket: this one may be half of what was asked for. What both refuse is not the ring's fault.
+            Err(error) => {
+                let mut socket = Self::open(interface)?;
+                if let Some(shared) = Arc::get_mut(&mut socket.shared) {
+                    shared.refused = Some(error);
+                }
+                Ok(socket)
+            }
+        }
+    }
+
+    fn make(interface: &str, ring: Option<fn(RawFd) -> io::Result<Ring>>) -> io::Result<Self> {
         let name = CString::new(interface).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         // SAFETY: the name is NUL-terminated.
         let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
@@ -80,6 +163,13 @@ impl PacketSocket {
         if set(raw, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &RECEIVE_BUFFER).is_err() {
             set(raw, libc::SOL_SOCKET, libc::SO_RCVBUF, &RECEIVE_BUFFER)?;
         }
+        if set(raw, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BUFFER).is_err() {
+            set(raw, libc::SOL_SOCKET, libc::SO_SNDBUF, &SEND_BUFFER)?;
+        }
+        let source = match ring {
+            Some(ring) => Source::Ring(Mutex::new(ring(raw)?)),
+            None => Source::Calls(Mutex::default()),
+        };
         let index = c_int::try_from(index).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let membership = libc::packet_mreq {
             mr_ifindex: index,
@@ -98,23 +188,22 @@ impl PacketSocket {
         if rc < 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { fd: Arc::new(fd), waiting: Arc::default() })
+        let [lost_by_kernel, unusable] = [const { AtomicU64::new(0) }; 2];
+        Ok(Self {
+            shared: Arc::new(Shared { fd, source, refused: None, waiting: Mutex::default(), lost_by_kernel, unusable }),
+        })
     }
 
-    /// Another handle of the same socket, for another thread.
-    ///
-    /// # Errors
-    /// None today.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { fd: self.fd.clone(), waiting: self.waiting.clone() })
+    /// Why there is no ring, if one was wanted.
+    pub fn refused(&self) -> Option<&io::Error> {
+        self.shared.refused.as_ref()
     }
 
     /// Receives one finished frame into `into`, whose content it replaces, and returns its length; nothing if none came
     /// in time.
     ///
     /// # Errors
-    /// `InvalidData` for a frame that cannot be finished: it is gone, the next can be received. Otherwise the system's:
-    /// ENETDOWN when the interface went down.
+    /// The system's: ENETDOWN when the interface went down.
     pub fn recv(&self, timeout: Duration, into: &mut Vec<u8>) -> io::Result<Option<usize>> {
         let end = Instant::now() + timeout;
         loop {
@@ -122,27 +211,68 @@ impl PacketSocket {
                 *into = frame;
                 return Ok(Some(into.len()));
             }
-            if let Some((header, vlan)) = self.receive(into)? {
-                if !header.needs_nothing() {
-                    let mut frames = VecDeque::from(offload::finish(&header, mem::take(into)).map_err(invalid)?);
-                    for frame in &mut frames {
-                        insert_vlan(frame, vlan);
-                    }
-                    *into = frames.pop_front().unwrap_or_default();
-                    self.waiting().append(&mut frames);
-                } else {
-                    insert_vlan(into, vlan);
-                }
-                return Ok(Some(into.len()));
+            if self.read(1, &mut |frame| self.waiting().push_back(frame.to_vec()))? > 0 {
+                continue;
             }
             let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() && !timeout.is_zero() {
-                return Ok(None);
-            }
             if !self.poll(left)? && Instant::now() >= end {
                 return Ok(None);
             }
         }
+    }
+
+    /// Shows up to `limit` of the kernel's frames to `each`, finished and cut as a card would do it, and returns how many
+    /// there were. Does not wait. `each` must not read from this socket.
+    ///
+    /// # Errors
+    /// The system's: ENETDOWN when the interface went down.
+    pub fn read(&self, limit: usize, each: &mut dyn FnMut(&[u8])) -> io::Result<usize> {
+        self.receive(limit, &mut |header, frame| {
+            if header.needs_nothing() {
+                return each(frame);
+            }
+            match offload::finish(header, frame.to_vec()) {
+                Ok(frames) => frames.iter().for_each(|frame| each(frame)),
+                Err(_) => self.count_unusable(1),
+            }
+        })
+    }
+
+    /// As [`PacketSocket::read`], with frames as the kernel has them: `each` is told what is left to be done.
+    ///
+    /// # Errors
+    /// The system's: ENETDOWN when the interface went down.
+    pub fn receive(&self, limit: usize, each: &mut dyn FnMut(&VnetHeader, &[u8])) -> io::Result<usize> {
+        match &self.shared.source {
+            Source::Ring(ring) => {
+                // Whoever panicked did so with a frame that is still there.
+                let taken = ring.lock().unwrap_or_else(PoisonError::into_inner).take(limit, each);
+                self.count_unusable(taken.unusable);
+                Ok(taken.frames)
+            }
+            Source::Calls(buffer) => {
+                let mut buffer = buffer.lock().unwrap_or_else(PoisonError::into_inner);
+                for taken in 0..limit {
+                    match self.call(&mut buffer) {
+                        Ok(Some((header, tag))) => with_tag(header, &buffer, tag, each),
+                        Ok(None) => return Ok(taken),
+                        // Told of one frame, and that one is gone. A kernel that has no words for what is to be done
+                        // to a frame (a segment within a tunnel) says EINVAL.
+                        Err(error)
+                            if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput) =>
+                        {
+                            self.count_unusable(1);
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+                Ok(limit)
+            }
+        }
+    }
+
+    fn count_unusable(&self, frames: u64) {
+        self.shared.unusable.fetch_add(frames, Ordering::Relaxed);
     }
 
     /// Sends one whole frame. Does not wait for room.
@@ -151,8 +281,15 @@ impl PacketSocket {
     /// The system's: `WouldBlock` or ENOBUFS when there is no room, which a network may answer by losing the frame;
     /// EMSGSIZE for a frame longer than the interface's MTU allows.
     pub fn send(&self, frame: &[u8]) -> io::Result<()> {
-        // Nothing is left to be finished.
-        let header = [0u8; HEADER_BYTES];
+        self.send_unfinished(&VnetHeader::default(), frame)
+    }
+
+    /// Sends a frame of which `header` says what is left to be done. Does not wait for room.
+    ///
+    /// # Errors
+    /// As [`PacketSocket::send`], and EINVAL for a header that does not fit the frame.
+    pub fn send_unfinished(&self, header: &VnetHeader, frame: &[u8]) -> io::Result<()> {
+        let header = header.bytes();
         let parts = [iovec(header.as_ptr().cast_mut(), header.len()), iovec(frame.as_ptr().cast_mut(), frame.len())];
         // SAFETY: a struct of plain numbers and null pointers.
         let mut message: libc::msghdr = unsafe { mem::zeroed() };
@@ -160,7 +297,7 @@ impl PacketSocket {
         message.msg_iovlen = parts.len();
         loop {
             // SAFETY: both parts are readable for the lengths said; sending does not write them.
-            if unsafe { libc::sendmsg(self.fd.as_raw_fd(), &message, libc::MSG_DONTWAIT) } >= 0 {
+            if unsafe { libc::sendmsg(self.raw(), &message, libc::MSG_DONTWAIT) } >= 0 {
                 return Ok(());
             }
             let error = io::Error::last_os_error();
@@ -170,34 +307,44 @@ impl PacketSocket {
         }
     }
 
-    /// Frames that the kernel lost for want of room since the last time this was asked.
+    /// What was lost since the socket was opened.
     ///
     /// # Errors
     /// The system's.
-    pub fn dropped(&self) -> io::Result<u32> {
-        // struct tpacket_stats: packets, drops.
-        let mut stats = [0u32; 2];
+    pub fn losses(&self) -> io::Result<Losses> {
+        // struct tpacket_stats_v3: packets, drops, and how often the ring was full; without a ring the first two. The
+        // kernel begins anew each time.
+        let mut stats = [0u32; 3];
         let mut length = mem::size_of_val(&stats) as libc::socklen_t;
         // SAFETY: the buffer is of the length said.
         let rc = unsafe {
             libc::getsockopt(
-                self.fd.as_raw_fd(),
+                self.raw(),
                 libc::SOL_PACKET,
                 PACKET_STATISTICS,
                 stats.as_mut_ptr().cast::<c_void>(),
                 &mut length,
             )
         };
-        if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(stats[1]) }
+        if rc < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let lost = u64::from(stats[1]);
+        let kernel = self.shared.lost_by_kernel.fetch_add(lost, Ordering::Relaxed) + lost;
+        Ok(Losses { kernel, unusable: self.shared.unusable.load(Ordering::Relaxed) })
+    }
+
+    fn raw(&self) -> RawFd {
+        self.shared.fd.as_raw_fd()
     }
 
     fn waiting(&self) -> MutexGuard<'_, VecDeque<Vec<u8>>> {
         // Whoever panicked left whole frames.
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// One frame as the kernel has it; nothing if there is none.
-    fn receive(&self, into: &mut Vec<u8>) -> io::Result<Option<(VnetHeader, Option<[u8; 4]>)>> {
+    fn call(&self, into: &mut Vec<u8>) -> io::Result<Option<(VnetHeader, Option<[u8; 4]>)>> {
         into.clear();
         into.reserve(FRAME_MAX);
         let mut header = [0u8; HEADER_BYTES];
@@ -211,7 +358,7 @@ impl PacketSocket {
         message.msg_control = control.as_mut_ptr().cast();
         message.msg_controllen = mem::size_of_val(&control);
         // SAFETY: all three buffers are writable for the lengths said.
-        let got = unsafe { libc::recvmsg(self.fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
+        let got = unsafe { libc::recvmsg(self.raw(), &mut message, libc::MSG_DONTWAIT) };
         if got < 0 {
             let error = io::Error::last_os_error();
             return match error.kind() {
@@ -233,24 +380,54 @@ impl PacketSocket {
     /// Whether a frame can be received within `timeout`.
     ///
     /// # Errors
-    /// The system's.
+    /// The system's, and what [`PacketSocket::take_error`] says.
     pub fn poll(&self, timeout: Duration) -> io::Result<bool> {
-        let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut poll = libc::pollfd { fd: self.raw(), events: libc::POLLIN, revents: 0 };
         let millis = c_int::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(c_int::MAX);
         // SAFETY: one entry.
         match unsafe { libc::poll(&mut poll, 1, millis) } {
-            ready if ready >= 0 => Ok(ready > 0),
+            ready if ready >= 0 => {
+                // Nobody else tells who reads a ring.
+                if poll.revents & libc::POLLERR != 0 {
+                    self.take_error()?;
+                }
+                Ok(ready > 0)
+            }
             _ => match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::Interrupted => Ok(false),
                 error => Err(error),
             },
         }
     }
+
+    /// What has happened to the interface, said once: ENETDOWN when it went down.
+    ///
+    /// # Errors
+    /// That.
+    pub fn take_error(&self) -> io::Result<()> {
+        let mut number: c_int = 0;
+        let mut length = mem::size_of_val(&number) as libc::socklen_t;
+        // SAFETY: the buffer is of the length said.
+        let rc = unsafe {
+            libc::getsockopt(self.raw(), libc::SOL_SOCKET, libc::SO_ERROR, (&raw mut number).cast(), &mut length)
+        };
+        match (rc, number) {
+            (0, 0) => Ok(()),
+            (0, number) => Err(io::Error::from_raw_os_error(number)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl AsFd for PacketSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.shared.fd.as_fd()
+    }
 }
 
 impl AsRawFd for PacketSocket {
     fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+        self.raw()
     }
 }
 
@@ -303,10 +480,15 @@ fn tag(auxdata: &Auxdata) -> Option<[u8; 4]> {
 }
 
 /// Behind both addresses.
-fn insert_vlan(frame: &mut Vec<u8>, tag: Option<[u8; 4]>) {
-    const ADDRESSES: usize = 12;
-    if let Some(tag) = tag.filter(|_| frame.len() >= ADDRESSES) {
-        frame.splice(ADDRESSES..ADDRESSES, tag);
+const ADDRESSES: usize = 12;
+
+/// Shows a frame to `each` with its tag where it belongs.
+fn with_tag(header: VnetHeader, frame: &[u8], tag: Option<[u8; 4]>, each: &mut dyn FnMut(&VnetHeader, &[u8])) {
+    match (tag, frame.split_at_checked(ADDRESSES)) {
+        (Some(tag), Some((addresses, rest))) => {
+            each(&header.moved(tag.len() as u16), &[addresses, &tag, rest].concat());
+        }
+        _ => each(&header, frame),
     }
 }
 

@@ -30,15 +30,15 @@ const SPARE_MAX: usize = 4;
 
 /// A frame, and the whole message it came in if that is needed to send it on.
 #[derive(Debug)]
-pub(super) struct Frame {
+pub(in crate::daemon) struct Frame {
     /// Its words and its virtio-net header too; empty without `vnet`.
-    pub(super) message: Bytes,
-    pub(super) bytes: Bytes,
+    pub(in crate::daemon) message: Bytes,
+    pub(in crate::daemon) bytes: Bytes,
 }
 
 /// What a read came to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Taken {
+pub(in crate::daemon) enum Taken {
     /// Bytes.
     Some,
     /// Nothing is there now.
@@ -49,7 +49,7 @@ pub(super) enum Taken {
 
 /// Why a peer is hung up on.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum IntakeError {
+pub(in crate::daemon) enum IntakeError {
     #[error(transparent)]
     Wire(#[from] WireError),
     #[error(transparent)]
@@ -58,7 +58,7 @@ pub(super) enum IntakeError {
 
 /// Reads the frames of one port.
 #[derive(Debug)]
-pub(super) struct Intake {
+pub(in crate::daemon) struct Intake {
     vnet: bool,
     /// What came and is not a whole message, and room for more.
     buffer: Vec<u8>,
@@ -67,17 +67,17 @@ pub(super) struct Intake {
 }
 
 impl Intake {
-    pub(super) fn new(vnet: bool) -> Self {
+    pub(in crate::daemon) fn new(vnet: bool) -> Self {
         Self { vnet, buffer: Vec::with_capacity(BUFFER_BYTES), lent: VecDeque::new(), spare: Vec::new() }
     }
 
     /// Another peer: what the last one began is gone.
-    pub(super) fn reset(&mut self) {
+    pub(in crate::daemon) fn reset(&mut self) {
         self.buffer.clear();
     }
 
     /// Reads once, and gives each whole frame to `each`.
-    pub(super) fn read(&mut self, socket: &Socket, each: impl FnMut(Frame)) -> Result<Taken, IntakeError> {
+    pub(in crate::daemon) fn read(&mut self, socket: &Socket, each: impl FnMut(Frame)) -> Result<Taken, IntakeError> {
         let read = loop {
             match rustix::io::read(socket, spare_capacity(&mut self.buffer)) {
                 Err(Errno::INTR) => {}

@@ -42,7 +42,7 @@ impl Piece {
 
 /// What waits to be written.
 #[derive(Debug)]
-pub(super) struct Outbox {
+pub(in crate::daemon) struct Outbox {
     vnet: bool,
     pieces: VecDeque<Piece>,
     /// Of the first piece.
@@ -52,12 +52,12 @@ pub(super) struct Outbox {
 }
 
 impl Outbox {
-    pub(super) fn new(vnet: bool) -> Self {
+    pub(in crate::daemon) fn new(vnet: bool) -> Self {
         Self { vnet, pieces: VecDeque::new(), written_bytes: 0, waiting_bytes: 0, spare: Vec::new() }
     }
 
     /// Adds a frame without its length, or with `vnet` a whole message.
-    pub(super) fn push(&mut self, bytes: Bytes) {
+    pub(in crate::daemon) fn push(&mut self, bytes: Bytes) {
         let length = (!self.vnet).then(|| (bytes.len() as u32).to_be_bytes());
         self.waiting_bytes += length.map_or(0, |length| length.len()) + bytes.len();
         if bytes.len() > COPY_BYTES {
@@ -72,20 +72,20 @@ impl Outbox {
         }
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(in crate::daemon) fn is_empty(&self) -> bool {
         self.pieces.is_empty()
     }
 
-    pub(super) fn is_full(&self) -> bool {
+    pub(in crate::daemon) fn is_full(&self) -> bool {
         self.waiting_bytes >= FULL_BYTES
     }
 
-    pub(super) fn waiting_bytes(&self) -> usize {
+    pub(in crate::daemon) fn waiting_bytes(&self) -> usize {
         self.waiting_bytes
     }
 
     /// Writes until nothing waits or the peer takes no more; whether something was written.
-    pub(super) fn write(&mut self, socket: &mut Socket) -> io::Result<bool> {
+    pub(in crate::daemon) fn write(&mut self, socket: &mut Socket) -> io::Result<bool> {
         let mut any = false;
         while !self.pieces.is_empty() {
             let mut skip = self.written_bytes;
@@ -124,7 +124,7 @@ impl Outbox {
     }
 
     /// Another peer: the message that was under way begins again.
-    pub(super) fn begin_again(&mut self) {
+    pub(in crate::daemon) fn begin_again(&mut self) {
         let begun = match self.pieces.front() {
             Some(Piece::Many(many)) => {
                 let mut at = 0;

@@ -77,7 +77,7 @@ impl fmt::Display for PortAddress {
 
 /// A connection that never blocks.
 #[derive(Debug)]
-pub(super) enum Socket {
+pub(in crate::daemon) enum Socket {
     Unix(UnixStream),
     Tcp(TcpStream),
 }
@@ -104,7 +104,7 @@ impl Socket {
     }
 
     /// Writes what it can of these, in order.
-    pub(super) fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+    pub(in crate::daemon) fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
             Self::Unix(stream) => stream.write_vectored(slices),
             Self::Tcp(stream) => stream.write_vectored(slices),
@@ -119,7 +119,7 @@ fn no_socket() -> io::Error {
 
 /// Where sockets come from.
 #[derive(Debug)]
-pub(super) enum Source {
+pub(in crate::daemon) enum Source {
     Unix(UnixListener),
     Tcp(TcpListener),
     Connect(Address),
@@ -127,7 +127,7 @@ pub(super) enum Source {
 
 impl Source {
     /// Listens, or will connect. Also returns where peers find it.
-    pub(super) async fn open(port: &PortAddress) -> io::Result<(Self, PortAddress)> {
+    pub(in crate::daemon) async fn open(port: &PortAddress) -> io::Result<(Self, PortAddress)> {
         let mut at = port.clone();
         let source = match (&port.address, port.server) {
             (address, false) => Self::Connect(address.clone()),
@@ -167,7 +167,7 @@ impl Source {
     }
 
     /// Hands a peer over for each `()` in `wanted`, until nobody wants any.
-    pub(super) fn serve(
+    pub(in crate::daemon) fn serve(
         self,
         name: &'static str,
         number: usize,

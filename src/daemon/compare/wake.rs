@@ -7,24 +7,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A descriptor that becomes readable, and the orders of whoever woke.
 #[derive(Debug)]
-pub(super) struct Wake {
+pub(in crate::daemon) struct Wake {
     event: OwnedFd,
     woken: AtomicBool,
     /// Let everything go and end.
-    pub(super) end: AtomicBool,
+    pub(in crate::daemon) end: AtomicBool,
+    /// Go on without the other guest.
+    pub(in crate::daemon) alone: AtomicBool,
     /// Say how it stands.
-    pub(super) report: AtomicBool,
+    pub(in crate::daemon) report: AtomicBool,
 }
 
 impl Wake {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(in crate::daemon) fn new() -> io::Result<Self> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let [woken, end, report] = [false; 3].map(AtomicBool::new);
-        Ok(Self { event, woken, end, report })
+        let [woken, end, alone, report] = [false; 4].map(AtomicBool::new);
+        Ok(Self { event, woken, end, alone, report })
     }
 
     /// Call it when all is in place that is to be seen.
-    pub(super) fn wake(&self) {
+    pub(in crate::daemon) fn wake(&self) {
         // Full means readable, which is all that is wanted.
         let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
         // Behind the write: whoever sees this empties the descriptor, and would leave a later write there for good.
@@ -32,7 +34,7 @@ impl Wake {
     }
 
     /// Whether somebody woke since the last time.
-    pub(super) fn take(&self) -> bool {
+    pub(in crate::daemon) fn take(&self) -> bool {
         // Looked at in every turn: the descriptor is only touched when there is something.
         if !self.woken.load(Ordering::Relaxed) {
             return false;
@@ -42,7 +44,7 @@ impl Wake {
         true
     }
 
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+    pub(in crate::daemon) fn fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
 }

@@ -45,10 +45,10 @@ const NOTIFY_DEV: usize = 3;
 
 /// A socket, its peer if there is one, and the way to ask for the next.
 #[derive(Debug)]
-pub(super) struct Port {
-    name: &'static str,
+pub(in crate::daemon) struct Port {
+    pub(in crate::daemon) name: &'static str,
     want: Sender<()>,
-    peer: Option<Socket>,
+    pub(in crate::daemon) peer: Option<Socket>,
 }
 
 impl Port {
@@ -56,13 +56,13 @@ impl Port {
         Self { name, want, peer: None }
     }
 
-    fn ask(&self) {
+    pub(in crate::daemon) fn ask(&self) {
         // The thread at the other end ends with the process.
         let _ = self.want.send(());
     }
 
     /// The peer is gone, or must go.
-    fn hang_up(&mut self, why: &dyn std::fmt::Display) {
+    pub(in crate::daemon) fn hang_up(&mut self, why: &dyn std::fmt::Display) {
         if self.peer.take().is_some() {
             tracing::warn!("{}: closed: {why}", self.name);
             self.ask();
@@ -412,7 +412,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
 }
 
 /// How many of these have something, when one has or the time is over.
-fn look(fds: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> io::Result<usize> {
+pub(in crate::daemon) fn look(fds: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> io::Result<usize> {
     match poll(fds, timeout) {
         Err(rustix::io::Errno::INTR) => Ok(0),
         looked => Ok(looked?),
@@ -420,7 +420,7 @@ fn look(fds: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> io::Result<usize>
 }
 
 /// Reads a port once; whether something happened.
-fn read(port: &mut Port, intake: &mut Intake, each: impl FnMut(Frame)) -> bool {
+pub(in crate::daemon) fn read(port: &mut Port, intake: &mut Intake, each: impl FnMut(Frame)) -> bool {
     let Some(peer) = &port.peer else { return false };
     match intake.read(peer, each) {
         Ok(Taken::Nothing) => return false,

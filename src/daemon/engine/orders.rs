@@ -246,6 +246,7 @@ impl Engine {
             ..Status::default()
         };
         status.packets.dropped_network = self.dropped_network;
+        status.packets.lost_by_kernel = self.guest_queue().map_or(0, |queue| queue.lost());
         let (mut stream, mut disk) = self.sent_before;
         if let Some(links) = &self.links {
             stream += links.stream_bytes.load(Ordering::Relaxed);

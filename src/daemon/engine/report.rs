@@ -86,6 +86,7 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         waiting: packets.currently_held,
         dropped_stale: packets.dropped_stale,
         dropped_network: status.packets.dropped_network,
+        lost_by_kernel: status.packets.lost_by_kernel,
     };
     status.lock_step = side.fallback().filter(|_| machine.is_protected()).map(|fallback| LockStep {
         buffering: fallback.tried_again_at().is_some(),

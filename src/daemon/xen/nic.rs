@@ -28,6 +28,8 @@ use tokio::sync::mpsc;
 const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a reader waits for a frame before it looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
+/// Frames taken at once.
+const READ_MAX: usize = 256;
 /// How often a device without a carrier is looked at.
 const CARRIER_LOOK_MICROS: u64 = 10_000;
 
@@ -68,7 +70,8 @@ impl Wire {
         let frames_in = self.frames_in.clone();
         // A full channel drops, as a full ring does.
         let take: Take = Box::new(move |frame| _ = frames_in.try_send(Bytes::copy_from_slice(frame)));
-        let device = Arc::new(Device::open(name, take)?);
+        // A network may lose what it brings.
+        let device = Arc::new(Device::open(name, take, Box::new(|_| ()))?);
         *lock(&self.device) = Some(device.clone());
         Reader::start(device, "network")
     }
@@ -90,10 +93,11 @@ impl GuestNic {
     ) -> Result<Self, GuestError> {
         let open = async |name: String| {
             appears(&name).await?;
-            let (queue, tag) = (queue.clone(), tag.clone());
+            let (queue, lossy, tag) = (queue.clone(), queue.clone(), tag.clone());
             // The frame first, and its epoch then.
             let take: Take = Box::new(move |frame| queue.push(tag.load(Ordering::SeqCst), frame));
-            Device::open(&name, take).map(Arc::new)
+            let lose: Lose = Box::new(move |frames| lossy.lose(frames));
+            Device::open(&name, take, lose).map(Arc::new)
         };
         let vif = open(format!("vif{domid}.0")).await?;
         let emulated = if emulated { Some(open(format!("vif{domid}.0-emu")).await?) } else { None };
@@ -139,6 +143,8 @@ async fn appears(device: &str) -> Result<(), GuestError> {
 }
 
 type Take = Box<dyn FnMut(&[u8]) + Send>;
+/// Told how many frames more the kernel lost.
+type Lose = Box<dyn Fn(u64) + Send + Sync>;
 
 /// A network device of this host.
 struct Device {
@@ -150,6 +156,8 @@ struct Device {
     looked_at_us: AtomicU64,
     /// Whoever reads holds it, so that what was read is also taken before the next reader sees nothing.
     take: Mutex<Take>,
+    lose: Lose,
+    lost: AtomicU64,
 }
 
 impl std::fmt::Debug for Device {
@@ -159,7 +167,8 @@ impl std::fmt::Debug for Device {
 }
 
 impl Device {
-    fn open(name: &str, take: Take) -> Result<Self, GuestError> {
+    fn open(name: &str, take: Take, lose: Lose) -> Result<Self, GuestError> {
+        // Not its ring: a frame alone would come late, and a suspend would not see the last ones.
         let socket = PacketSocket::open(name).map_err(|e| {
             let why = format!("network device {name}: {e}; the guest's vif must have script=vif-colo");
             GuestError::Toolstack(why)
@@ -170,6 +179,8 @@ impl Device {
             connected: AtomicBool::new(false),
             looked_at_us: AtomicU64::new(0),
             take: Mutex::new(take),
+            lose,
+            lost: AtomicU64::new(0),
         })
     }
 
@@ -188,16 +199,14 @@ impl Device {
     /// Takes everything there is.
     fn read(&self) -> std::io::Result<()> {
         let mut take = lock(&self.take);
-        let mut frame = Vec::new();
-        loop {
-            match self.socket.recv(Duration::ZERO, &mut frame) {
-                Ok(Some(_)) => take(&frame),
-                Ok(None) => return Ok(()),
-                // Nothing that could be sent on: its sender will find it lost.
-                Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {}
-                Err(error) => return Err(error),
-            }
+        while self.socket.read(READ_MAX, &mut |frame| take(frame))? == READ_MAX {}
+        let lost = self.socket.losses()?.total();
+        let before = self.lost.swap(lost, Ordering::Relaxed);
+        if lost > before {
+            tracing::warn!(device = %self.carrier.display(), frames = lost - before, "frames lost by the kernel");
+            (self.lose)(lost - before);
         }
+        Ok(())
     }
 }
 

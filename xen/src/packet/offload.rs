@@ -64,6 +64,24 @@ impl VnetHeader {
         Self { flags: bytes[0], gso_type: bytes[1], gso_size: half(4), csum_start: half(6), csum_offset: half(8) }
     }
 
+    /// To the wire, in this machine's byte order. The hint is left out.
+    pub fn bytes(&self) -> [u8; HEADER_BYTES] {
+        let [[s0, s1], [c0, c1], [o0, o1]] = [self.gso_size, self.csum_start, self.csum_offset].map(u16::to_ne_bytes);
+        [self.flags, self.gso_type, 0, 0, s0, s1, c0, c1, o0, o1]
+    }
+
+    /// Where the checksum stands that is not finished, if there is one: what is there covers the pseudo header only.
+    pub fn unfinished_at(&self) -> Option<usize> {
+        let at = usize::from(self.csum_start) + usize::from(self.csum_offset);
+        (self.flags & NEEDS_CSUM != 0).then_some(at)
+    }
+
+    /// The same frame with `bytes` more in front of all that is named here.
+    pub(super) fn moved(self, bytes: u16) -> Self {
+        let moved = if self.flags & NEEDS_CSUM != 0 { bytes } else { 0 };
+        Self { csum_start: self.csum_start.saturating_add(moved), ..self }
+    }
+
     /// The frame is as it would be on a wire.
     pub fn needs_nothing(&self) -> bool {
         self.flags & NEEDS_CSUM == 0 && self.gso_type == GSO_NONE

@@ -43,7 +43,7 @@ fn a_guests_frames_come_whole_and_finished() {
         frames += 1;
         longest = longest.max(length);
     }
-    println!("{frames} frames of {longest} bytes at most carried {payload} bytes; lost {:?}", socket.dropped());
+    println!("{frames} frames of {longest} bytes at most carried {payload} bytes; lost {:?}", socket.losses());
     assert!(longest <= 1514, "a frame longer than the wire's: {longest}");
     assert!(payload >= data.len(), "{payload}");
 }

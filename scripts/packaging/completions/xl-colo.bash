@@ -40,6 +40,9 @@ _xl__colo() {
             xl__colo,failover)
                 cmd="xl__colo__subcmd__failover"
                 ;;
+            xl__colo,filter)
+                cmd="xl__colo__subcmd__filter"
+                ;;
             xl__colo,help)
                 cmd="xl__colo__subcmd__help"
                 ;;
@@ -66,6 +69,9 @@ _xl__colo() {
                 ;;
             xl__colo,save-helper)
                 cmd="xl__colo__subcmd__save__subcmd__helper"
+                ;;
+            xl__colo,set)
+                cmd="xl__colo__subcmd__set"
                 ;;
             xl__colo,status)
                 cmd="xl__colo__subcmd__status"
@@ -103,6 +109,9 @@ _xl__colo() {
             xl__colo__subcmd__help,failover)
                 cmd="xl__colo__subcmd__help__subcmd__failover"
                 ;;
+            xl__colo__subcmd__help,filter)
+                cmd="xl__colo__subcmd__help__subcmd__filter"
+                ;;
             xl__colo__subcmd__help,help)
                 cmd="xl__colo__subcmd__help__subcmd__help"
                 ;;
@@ -130,6 +139,9 @@ _xl__colo() {
             xl__colo__subcmd__help,save-helper)
                 cmd="xl__colo__subcmd__help__subcmd__save__subcmd__helper"
                 ;;
+            xl__colo__subcmd__help,set)
+                cmd="xl__colo__subcmd__help__subcmd__set"
+                ;;
             xl__colo__subcmd__help,status)
                 cmd="xl__colo__subcmd__help__subcmd__status"
                 ;;
@@ -149,7 +161,7 @@ _xl__colo() {
 
     case "${cmd}" in
         xl__colo)
-            opts="-h -V --json --help --version demo host protect unprotect remus receive status list events top config check checkpoint failover stop arbiter nbd qmp compare save-helper help"
+            opts="-h -V --json --help --version demo host protect unprotect remus receive status list events top config check set checkpoint failover stop arbiter nbd qmp compare filter save-helper help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -382,8 +394,54 @@ _xl__colo() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        xl__subcmd__colo__subcmd__filter)
+            opts="-v -h --dev --net --tap --bridge --mirror --to-guest --redirect --to-network --rewriter --vnet-hdr-support --ring --verbose --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --dev)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --net)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tap)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --bridge)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --mirror)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --to-guest)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --redirect)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --to-network)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         xl__subcmd__colo__subcmd__help)
-            opts="demo host protect unprotect remus receive status list events top config check checkpoint failover stop arbiter nbd qmp compare save-helper help"
+            opts="demo host protect unprotect remus receive status list events top config check set checkpoint failover stop arbiter nbd qmp compare filter save-helper help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -495,6 +553,20 @@ _xl__colo() {
             return 0
             ;;
         xl__subcmd__colo__subcmd__help__subcmd__failover)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__help__subcmd__filter)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -621,6 +693,20 @@ _xl__colo() {
             return 0
             ;;
         xl__subcmd__colo__subcmd__help__subcmd__save__subcmd__helper)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__help__subcmd__set)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -897,7 +983,7 @@ _xl__colo() {
             return 0
             ;;
         xl__subcmd__colo__subcmd__protect)
-            opts="-h --config --host --run-dir --mode --resume --checkpoint-delay-ms --heartbeat-ms --heartbeat-misses --delta-mib --wait --json --help"
+            opts="-h --config --host --run-dir --mode --resume --checkpoint-delay-ms --heartbeat-ms --heartbeat-misses --delta-mib --packet-digests --stay-in-lock-step --wait --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1043,6 +1129,28 @@ _xl__colo() {
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__set)
+            opts="-h --host --run-dir --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --host)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --run-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;

@@ -375,6 +375,7 @@ fn every_file_is_compiled() {
             "tests/all.rs",
             "tests/bench/checkpoint.rs",
             "tests/bench/compare.rs",
+            "tests/bench/demo.rs",
             "tests/bench/judge.rs",
             "tests/bench/replica.rs",
         ],

@@ -6,9 +6,9 @@
 //!                                      └─ redirect ─▶ compare ◀─ redirect
 //! ```
 //!
-//! Both guests have the same addresses, and serve the same, unless told otherwise. What is switched off in them: TCP
-//! timestamps, whose echoes the rewriter does not move; duplicate address detection and router solicitation, which a
-//! guest has long behind it when its protection begins. In the hosts IPv6 is off, as `vif-colo` has it for a vif: what a
+//! Both guests have the same addresses, and serve the same, unless told otherwise. Their kernels' TCP is as it comes,
+//! with timestamps, SACK and window scaling. What is switched off in them: duplicate address detection and router
+//! solicitation, which a guest has long behind it when its protection begins. In the hosts IPv6 is off, as `vif-colo` has it for a vif: what a
 //! host says on a guest's interface the guest has never said.
 //!
 //! Everything ends when it is dropped: processes first, then the namespaces with all that is in them.
@@ -141,7 +141,6 @@ impl Lab {
         ip(&format!("-n {p}-ha link set client master br0 up"));
         self.address("c", "10.99.0.9", "fd99::9");
         for (guest, host) in [("ga", "ha"), ("gb", "hb")] {
-            set(guest, "net.ipv4.tcp_timestamps=0");
             ip(&format!(
                 "-n {p}-{guest} link add eth0 address 02:00:00:00:00:02 type veth peer name vif netns {p}-{host}"
             ));

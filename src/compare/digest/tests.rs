@@ -68,7 +68,7 @@ fn a_payload_that_guest_a_said_too_does_not_travel() {
     let frame = data(100, &[7; 1448]);
     link.a(frame.clone());
     link.b(frame.clone());
-    assert_eq!(link.out, [frame.clone()]);
+    assert_eq!(link.out, std::slice::from_ref(&frame));
     assert!(link.sent_bytes < 100, "{}", link.sent_bytes);
     assert_eq!(link.summaries.saved_bytes(), (frame.len() - link.sent_bytes) as u64);
     assert_eq!((link.expander.counts(), link.expander.said_bytes, link.expander.waiting_bytes), ((1, 0), 0, 0));

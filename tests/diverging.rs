@@ -6,6 +6,13 @@ use xen_colo::colo::hello::Mode;
 use xen_colo::daemon::control::{Protect, Request};
 use xen_colo::daemon::status::{Protection, Status};
 
+/// Protects the guest, which must run for so much of its time. An embedded guest always does, but for 100 percent.
+async fn protect(world: &World, min_run_percent: u8) {
+    let ordered = host::protect(&world.wire.address, Mode::Colo);
+    world.a.order(Request::Protect(Protect { min_run_percent: Some(min_run_percent), ..ordered })).await;
+    world.a.becomes(Protection::Protected).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flow_that_keeps_diverging_is_told_with_its_reason() {
     let world = World::start(Plan { fence: false, diverge: 100, ..Plan::default() }).await;
@@ -33,7 +40,7 @@ async fn of_copies_that_agree_no_flow_is_told() {
 async fn lock_step_that_does_not_pay_is_given_up_and_tried_again() {
     let world = World::start(Plan { fence: false, diverge: 100, ..Plan::default() }).await;
     let load = world.load();
-    world.protect(Mode::Colo).await;
+    protect(&world, 100).await;
     let buffering = |status: &Status| status.lock_step.is_some_and(|it| it.buffering);
     let status = world.a.is("output that is buffered", buffering).await;
     assert!(status.to_string().contains("lock-step   GIVEN UP for now: the guests differ too often"), "{status}");
@@ -50,7 +57,7 @@ async fn lock_step_that_does_not_pay_is_given_up_and_tried_again() {
 async fn a_guest_whose_output_is_buffered_survives_its_host() {
     let mut world = World::start(Plan { diverge: 100, ..Plan::default() }).await;
     let load = world.load();
-    world.protect(Mode::Colo).await;
+    protect(&world, 100).await;
     world.a.is("output that is buffered", |status| status.lock_step.is_some_and(|it| it.buffering)).await;
     load.goes_on(20).await;
     world.a.kill();
@@ -64,9 +71,7 @@ async fn a_guest_whose_output_is_buffered_survives_its_host() {
 async fn who_wants_lock_step_at_any_price_has_it() {
     let world = World::start(Plan { fence: false, diverge: 100, ..Plan::default() }).await;
     let load = world.load();
-    let protect = Protect { stay_in_lock_step: true, ..host::protect(&world.wire.address, Mode::Colo) };
-    world.a.order(Request::Protect(protect)).await;
-    world.a.becomes(Protection::Protected).await;
+    protect(&world, 0).await;
     load.goes_on(200).await;
     let status = world.a.status().await;
     assert!(status.lock_step.is_none() && status.checkpoints.total > 16, "{status}");

@@ -184,8 +184,9 @@ section! {
         delta_mib: Count<0, 1048576> = Count(64), "";
         /// Whether the secondary sends digests instead of payloads: saves most of the packet link, costs hashing.
         packet_digests: bool = false, "";
-        /// Whether packets are compared however often the guests differ, instead of buffered for a while.
-        stay_in_lock_step: bool = false, "";
+        /// The share of its time in percent that a guest in lock-step must run; while it runs for less, because differences
+        /// ask for checkpoints, output is buffered as in remus mode. 0: never.
+        min_run_percent: Count<0, 100> = Count(50), "";
     }
 }
 

@@ -89,9 +89,10 @@ pub struct ProtectArgs {
     /// Let the secondary send digests instead of payloads, which saves most of what its guest's packets cost the link
     #[arg(long)]
     pub packet_digests: bool,
-    /// Compare however often the guests differ; otherwise output is buffered for a while when comparing does not pay
-    #[arg(long)]
-    pub stay_in_lock_step: bool,
+    /// The share of its time that a guest in lock-step must run; while differences leave it less, output is buffered as in
+    /// remus mode; 0 for never, 50 by default
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub min_run_percent: Option<u8>,
     /// Return when the guest is protected, not when the copy has begun
     #[arg(long)]
     pub wait: bool,
@@ -136,7 +137,7 @@ impl ProtectArgs {
             delta_mib: self.delta_mib.or(Some(own.delta_mib.0)),
             release_at_once: false,
             packet_digests: self.packet_digests || own.packet_digests,
-            stay_in_lock_step: self.stay_in_lock_step || own.stay_in_lock_step,
+            min_run_percent: self.min_run_percent.or(u8::try_from(own.min_run_percent.0).ok()),
         };
         let host = HostRef { name: None, host: self.host.clone().or(name), run_dir: self.run_dir.clone() };
         Ok((host, protect))

@@ -9,10 +9,10 @@
 //! Trying     | 16 checkpoints were taken                                   | Comparing, the pause is the first again
 //! ```
 //!
-//! A checkpoint is *hasty* when a difference asked for it before both guests had run for as long as plain buffering lets
-//! the primary run. Each such checkpoint costs what a checkpoint costs in Remus, and the comparing and the second guest
-//! come on top: that is where lock-step loses. A difference now and then, however often in a minute, is what lock-step
-//! is for. While the output is buffered the secondary's guest rests, so nobody can see whether the copies would agree
+//! A checkpoint is *hasty* when a difference asked for it and the guest has run, since the last one, for less than a share
+//! of its time: by default, for less long than it then stands still. Plain buffering lets a guest run at least that long,
+//! and needs no second one: that is where lock-step loses. Where a pause is short it does not, however often the copies
+//! differ: a difference is answered at once, and buffered output waits (measured: `scripts/bench.sh demo`). While the output is buffered the secondary's guest rests, so nobody can see whether the copies would agree
 //! again: it is tried, and a trial that fails makes the next one later. That is the hysteresis.
 //!
 //! The trap: it may change only at a capture. An epoch whose output is partly compared and partly buffered has no rule.
@@ -27,6 +27,8 @@ const WINDOW: u32 = 16;
 const TOO_MANY: u32 = 12;
 /// Hasty ones that end a trial.
 const TOO_MANY_ON_TRIAL: u32 = 4;
+/// The share of its time that a guest must run, unless somebody says otherwise.
+pub const MIN_RUN_PERCENT_DEFAULT: u8 = 50;
 /// The first pause.
 const PAUSE_FIRST: Duration = Duration::from_secs(2);
 /// The longest.
@@ -46,6 +48,13 @@ enum State {
     Comparing,
     Buffering { until: Instant },
     Trying { taken: u32 },
+}
+
+/// Whether a guest that ran so long between two pauses, of which the last took so long, ran for less than a share of its
+/// time.
+#[must_use]
+pub fn runs_too_little(ran: Duration, pause: Duration, min_run_percent: u8) -> bool {
+    ran * 100 < (ran + pause) * u32::from(min_run_percent)
 }
 
 /// The machine.
@@ -146,6 +155,21 @@ mod tests {
         assert_eq!(capture(&mut fallback, 0, &scattered[..14]), Compared);
         assert_eq!(capture(&mut fallback, 0, &scattered[14..15]), Buffered);
         assert_eq!((fallback.count(), fallback.tried_again_at()), (1, Some(at(2000))));
+    }
+
+    #[test]
+    fn a_guest_runs_too_little_when_it_stands_still_for_longer() {
+        let ms = Duration::from_millis;
+        for (ran, pause, percent, little) in [
+            (9, 10, 50, true),
+            (10, 10, 50, false),
+            (5, 0, 50, false),
+            (5, 1, 100, true),
+            (0, 9, 0, false),
+            (0, 0, 50, false),
+        ] {
+            assert_eq!(runs_too_little(ms(ran), ms(pause), percent), little, "{ran} {pause} {percent}");
+        }
     }
 
     #[test]

@@ -60,8 +60,9 @@ pub struct Config {
     pub claim: Claim,
     /// Whether the guest's packets wait for nothing. It gives the first rule up: for measuring (`xl remus -n`).
     pub release_at_once: bool,
-    /// Whether output is buffered as in Remus while comparing it does not pay ([`super::fallback`]).
-    pub fall_back: bool,
+    /// The share of its time that a guest in lock-step must run: while it runs for less, because differences ask for one
+    /// checkpoint after the other, output is buffered as in Remus ([`super::fallback`]). 0: never.
+    pub min_run_percent: u8,
 }
 
 impl Config {
@@ -81,7 +82,7 @@ impl Config {
             arbiter_deadline: super::arbiter::ARBITER_DEADLINE_DEFAULT,
             claim,
             release_at_once: false,
-            fall_back: true,
+            min_run_percent: super::fallback::MIN_RUN_PERCENT_DEFAULT,
         }
     }
 }
@@ -166,8 +167,6 @@ pub struct Primary {
     cause: Cause,
     last_start: Option<Instant>,
     idle_since: Instant,
-    /// How long no checkpoint was under way before the last one began.
-    ran: Duration,
     progress_at: Instant,
     dismissed_at: Instant,
     actions: VecDeque<Action>,
@@ -188,7 +187,6 @@ impl Primary {
             cause: Cause::First,
             last_start: None,
             idle_since: now,
-            ran: Duration::ZERO,
             progress_at: now,
             dismissed_at: now,
             actions: VecDeque::new(),
@@ -217,12 +215,6 @@ impl Primary {
     #[must_use]
     pub fn cause(&self) -> Cause {
         self.cause
-    }
-
-    /// How long no checkpoint was under way before the last one began.
-    #[must_use]
-    pub fn ran(&self) -> Duration {
-        self.ran
     }
 
     /// Why the peer was lost, once it was.
@@ -458,7 +450,6 @@ impl Primary {
         }
         self.cause = self.requested.take().unwrap_or(Cause::Delay);
         self.last_start = Some(now);
-        self.ran = now - self.idle_since;
         self.progress_at = now;
         self.state = State::WaitReply;
         self.actions.push_back(Action::Send(Message::CheckpointRequest));

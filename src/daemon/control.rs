@@ -63,9 +63,10 @@ pub struct Protect {
     /// Lets the secondary send digests instead of payloads, if it can: saves half of the packet link, costs hashing.
     #[serde(default)]
     pub packet_digests: bool,
-    /// Goes on comparing however often the guests differ, instead of buffering for a while. COLO only.
+    /// The share of its time, in percent, that a guest in lock-step must run; while differences leave it less, output is
+    /// buffered as in Remus. 0: never; 50 when absent.
     #[serde(default)]
-    pub stay_in_lock_step: bool,
+    pub min_run_percent: Option<u8>,
 }
 
 impl Protect {

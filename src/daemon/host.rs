@@ -432,7 +432,7 @@ async fn knock(
     machine.resume = protect.resume;
     machine.policy = config.policy.clone();
     machine.release_at_once = protect.release_at_once;
-    machine.fall_back = !protect.stay_in_lock_step;
+    machine.min_run_percent = protect.min_run_percent.unwrap_or(machine.min_run_percent).min(100);
     if let Some(delay_ms) = protect.checkpoint_delay_ms {
         machine.checkpoint_delay = Duration::from_millis(delay_ms);
     }

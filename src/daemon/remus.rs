@@ -113,7 +113,7 @@ impl Config {
             delta_mib: self.uncompressed.then_some(0),
             release_at_once: self.no_network,
             packet_digests: false,
-            stay_in_lock_step: false,
+            min_run_percent: None,
         }
     }
 }

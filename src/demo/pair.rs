@@ -194,7 +194,7 @@ impl World for Pair {
             delta_mib: None,
             release_at_once: false,
             packet_digests: false,
-            stay_in_lock_step: false,
+            min_run_percent: None,
         };
         self.ask("a", &Request::Protect(protect)).await.map(drop)
     }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! round:   unprotected │ colo │ colo with digests │ remus          one guest, protected and let go again each time
-//!          diverging copies: unprotected │ colo │ colo that never falls back │ remus
+//!          diverging copies: unprotected │ colo │ colo that always falls back │ remus
 //! ```
 //!
 //! The embedded guest serves the demo's load without pauses: one long connection and a few that are short. What is
@@ -35,11 +35,11 @@ struct Way {
     name: &'static str,
     mode: Option<Mode>,
     packet_digests: bool,
-    stay_in_lock_step: bool,
+    min_run_percent: Option<u8>,
 }
 
 const fn way(name: &'static str, mode: Option<Mode>) -> Way {
-    Way { name, mode, packet_digests: false, stay_in_lock_step: false }
+    Way { name, mode, packet_digests: false, min_run_percent: None }
 }
 
 const AGREEING: [Way; 4] = [
@@ -51,7 +51,7 @@ const AGREEING: [Way; 4] = [
 const DIVERGING: [Way; 4] = [
     way("unprotected", None),
     way("colo", Some(Mode::Colo)),
-    Way { stay_in_lock_step: true, ..way("colo, no fall-back", Some(Mode::Colo)) },
+    Way { min_run_percent: Some(100), ..way("colo, falling back", Some(Mode::Colo)) },
     way("remus", Some(Mode::Remus)),
 ];
 
@@ -83,8 +83,8 @@ async fn measure(diverge: u8, ways: &[Way], rounds: usize, window: Duration) -> 
             let way = &ways[at];
             if let Some(mode) = way.mode {
                 let asked = protect(&world.wire.address, mode);
-                let (packet_digests, stay_in_lock_step) = (way.packet_digests, way.stay_in_lock_step);
-                world.a.order(Request::Protect(Protect { packet_digests, stay_in_lock_step, ..asked })).await;
+                let (packet_digests, min_run_percent) = (way.packet_digests, way.min_run_percent);
+                world.a.order(Request::Protect(Protect { packet_digests, min_run_percent, ..asked })).await;
                 world.a.becomes(Protection::Protected).await;
             }
             rates[at].push(rate(&live, window).await);

@@ -54,7 +54,7 @@ pub fn protect(peer: &Address, mode: Mode) -> Protect {
         delta_mib: None,
         release_at_once: false,
         packet_digests: false,
-        stay_in_lock_step: false,
+        min_run_percent: None,
     }
 }
 

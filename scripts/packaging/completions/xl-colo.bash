@@ -983,7 +983,7 @@ _xl__colo() {
             return 0
             ;;
         xl__subcmd__colo__subcmd__protect)
-            opts="-h --config --host --run-dir --mode --resume --checkpoint-delay-ms --heartbeat-ms --heartbeat-misses --delta-mib --packet-digests --stay-in-lock-step --wait --json --help"
+            opts="-h --config --host --run-dir --mode --resume --checkpoint-delay-ms --heartbeat-ms --heartbeat-misses --delta-mib --packet-digests --min-run-percent --wait --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1022,6 +1022,10 @@ _xl__colo() {
                     return 0
                     ;;
                 --delta-mib)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --min-run-percent)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

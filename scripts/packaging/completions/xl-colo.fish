@@ -93,8 +93,8 @@ complete -c xl-colo -n "__fish_xl_colo_using_subcommand protect" -l checkpoint-d
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand protect" -l heartbeat-ms -d 'Time between two heartbeats' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand protect" -l heartbeat-misses -d 'Missed heartbeats after which the peer is lost' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand protect" -l delta-mib -d 'Memory in MiB that remembers sent pages, so that only what changed in them is sent again; 0: pages go whole' -r
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand protect" -l min-run-percent -d 'The share of its time that a guest in lock-step must run; while differences leave it less, output is buffered as in remus mode; 0 for never, 50 by default' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand protect" -l packet-digests -d 'Let the secondary send digests instead of payloads, which saves most of what its guest\'s packets cost the link'
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand protect" -l stay-in-lock-step -d 'Compare however often the guests differ; otherwise output is buffered for a while when comparing does not pay'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand protect" -l wait -d 'Return when the guest is protected, not when the copy has begun'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand protect" -l json -d 'Say what there is to say in JSON, an object a line; why a command failed too, on standard error: {"error":{"class":…,"text":…,"do":…}}'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand protect" -s h -l help -d 'Print help (see more with \'--help\')'

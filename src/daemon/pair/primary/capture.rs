@@ -5,12 +5,13 @@
 //!   (it runs)   └──────────────────── the guest stands still ───────────────────┘
 //! ```
 
-use super::{OUTPUT_DELAY, PrimarySide};
+use super::PrimarySide;
 use crate::clock::Instant;
-use crate::colo::fallback::Release;
+use crate::colo::fallback::{Release, runs_too_little};
 use crate::hypervisor::DomainError;
 use crate::page::PAGE_SIZE;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// Pages that may become dirty between finding room for a capture and the suspend, before the room is too small.
 const ROOM_MARGIN_PAGES: usize = 256;
@@ -71,8 +72,9 @@ impl PrimarySide {
 
     /// How the output of the epoch that begins is released: a capture is the only moment at which it may change.
     fn choose_release(&mut self, now: Instant, epoch: u64) {
-        let patience = OUTPUT_DELAY.max(self.last_pause);
-        let hasty = self.machine.cause().is_difference() && self.machine.ran() < patience;
+        let ran = self.resumed_at.map_or(Duration::MAX / 200, |at| now - at);
+        let too_little = runs_too_little(ran, self.last_pause, self.min_run_percent);
+        let hasty = self.machine.cause().is_difference() && too_little;
         let Some(fallback) = &mut self.fallback else { return };
         let before = fallback.release();
         let release = fallback.handle_capture(now, hasty);
@@ -85,7 +87,8 @@ impl PrimarySide {
     pub(super) fn resume(&mut self) -> Result<(), DomainError> {
         self.domain.resume()?;
         if let Some(begun) = self.suspended_at.take() {
-            self.last_pause = (self.clock)() - begun;
+            let now = (self.clock)();
+            (self.last_pause, self.resumed_at) = (now - begun, Some(now));
             self.stats.pause.add(self.last_pause);
         }
         Ok(())

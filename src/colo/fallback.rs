@@ -50,16 +50,10 @@ enum State {
     Trying { taken: u32 },
 }
 
-/// Whether a guest that ran so long between two pauses, of which the last took so long, ran for less than a share of its
-/// time.
-#[must_use]
-pub fn runs_too_little(ran: Duration, pause: Duration, min_run_percent: u8) -> bool {
-    ran * 100 < (ran + pause) * u32::from(min_run_percent)
-}
-
 /// The machine.
 #[derive(Debug)]
 pub struct Fallback {
+    min_run_percent: u8,
     state: State,
     /// A bit a checkpoint, the last one lowest: whether it was hasty.
     history: u16,
@@ -67,13 +61,19 @@ pub struct Fallback {
     count: u64,
 }
 
-impl Default for Fallback {
-    fn default() -> Self {
-        Self { state: State::Comparing, history: 0, pause: PAUSE_FIRST, count: 0 }
-    }
-}
-
 impl Fallback {
+    /// For a guest that must run for this share of its time. It compares, until that does not pay.
+    #[must_use]
+    pub fn new(min_run_percent: u8) -> Self {
+        Self { min_run_percent, state: State::Comparing, history: 0, pause: PAUSE_FIRST, count: 0 }
+    }
+
+    /// Whether a guest that ran so long between two pauses, of which the last took so long, ran for too little of its time.
+    #[must_use]
+    pub fn runs_too_little(&self, ran: Duration, pause: Duration) -> bool {
+        ran * 100 < (ran + pause) * u32::from(self.min_run_percent)
+    }
+
     /// A checkpoint was captured; `hasty`: a difference asked for it, too soon. Returns how the epoch that it opens is
     /// released.
     pub fn handle_capture(&mut self, now: Instant, hasty: bool) -> Release {
@@ -148,9 +148,9 @@ mod tests {
     #[test]
     fn twelve_hasty_checkpoints_of_sixteen_end_lock_step_and_eleven_do_not() {
         let sparse: Vec<_> = (0..160).map(|n| n % 16 < 11).collect();
-        let mut fallback = Fallback::default();
+        let mut fallback = Fallback::new(MIN_RUN_PERCENT_DEFAULT);
         assert_eq!(capture(&mut fallback, 0, &sparse), Compared);
-        let mut fallback = Fallback::default();
+        let mut fallback = Fallback::new(MIN_RUN_PERCENT_DEFAULT);
         let scattered = [[true, true, true, false]; 4].concat();
         assert_eq!(capture(&mut fallback, 0, &scattered[..14]), Compared);
         assert_eq!(capture(&mut fallback, 0, &scattered[14..15]), Buffered);
@@ -168,13 +168,14 @@ mod tests {
             (0, 9, 0, false),
             (0, 0, 50, false),
         ] {
-            assert_eq!(runs_too_little(ms(ran), ms(pause), percent), little, "{ran} {pause} {percent}");
+            let fallback = Fallback::new(percent);
+            assert_eq!(fallback.runs_too_little(ms(ran), ms(pause)), little, "{ran} {pause} {percent}");
         }
     }
 
     #[test]
     fn it_is_tried_again_later_each_time_until_a_trial_holds() {
-        let mut fallback = Fallback::default();
+        let mut fallback = Fallback::new(MIN_RUN_PERCENT_DEFAULT);
         assert_eq!(capture(&mut fallback, 0, &[true; 12]), Buffered);
         let mut begun_ms = 0;
         for pause_ms in [2_000, 4_000, 8_000, 16_000, 32_000, 60_000, 60_000] {

@@ -11,11 +11,12 @@
 //! given before the register is on the medium, or an arbiter's power cut lets both sides win.
 
 use super::address::{Address, BadAddress, Link, Listener};
+use super::durable;
 use crate::colo::arbiter::{Answer, Claim, Register, Verdict};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::OpenOptions;
+use std::io::{self};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -177,23 +178,11 @@ fn on_file(path: &Path, request: Request) -> io::Result<Reply> {
             let before = register.clone();
             let verdict = register.swap(&claim);
             if *register != before {
-                replace(path, &serde_json::to_vec_pretty(&registers)?)?;
+                durable::replace(path, &serde_json::to_vec_pretty(&registers)?)?;
             }
             Ok(Reply::Verdict(verdict))
         }
     }
-}
-
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let temporary = path.with_extension("new");
-    let mut file = File::create(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    std::fs::rename(&temporary, path)?;
-    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        File::open(folder)?.sync_all()?;
-    }
-    Ok(())
 }
 
 /// Called with each claim that won, before its claimant hears of it: the place for a fence at the network.

@@ -172,7 +172,8 @@ pub enum What {
         /// How long the load took.
         load_us: u64,
     },
-    /// A connection of the pair is gone: `peer` for the peer itself, `disk` for a disk's, which is made again.
+    /// A connection of the pair is gone: `peer` for the peer itself, `disk` for a disk's and `packets` for the
+    /// packets', which are made again.
     LinkLost {
         /// Which.
         link: String,
@@ -327,8 +328,7 @@ fn utc(unix_us: u64) -> String {
 /// Cuts a text that may be long.
 #[must_use]
 pub fn cut(text: &str) -> String {
-    let end = (0..=text.len().min(TEXT_MAX_BYTES)).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-    text[..end].to_owned()
+    text[..text.floor_char_boundary(TEXT_MAX_BYTES)].to_owned()
 }
 
 /// Which events somebody wants.

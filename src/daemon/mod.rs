@@ -12,6 +12,7 @@
 //!  arbiter, fence   who may go on alone            control, status   what an operator asks and hears
 //!  qmp       the same orders over QEMU's monitor protocol, and a replica alone for a QEMU that is the primary
 //!  live, manager   what SIGHUP may change, and what systemd is told    protected   what a host that was killed left
+//!  durable   small files that are replaced whole
 //!  switch, edge     the demo's network
 //! ```
 
@@ -20,6 +21,7 @@ pub mod arbiter;
 pub mod check;
 pub mod compare;
 pub mod control;
+mod durable;
 pub mod edge;
 pub mod engine;
 pub mod events;

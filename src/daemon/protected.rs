@@ -11,10 +11,11 @@
 //!
 //! It is in `IMAGE.colo-protected`, and for a block device in `/var/lib/xen-colo`, as the image's record is.
 
+use super::durable;
 use crate::replica::state;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 /// Longest line, in bytes.
@@ -42,19 +43,8 @@ impl Protected {
     pub fn write(&self, path: &Path) -> io::Result<()> {
         let mut line = serde_json::to_vec(self)?;
         line.push(b'\n');
-        let dir = directory(path);
-        fs::create_dir_all(dir)?;
-        let new = path.with_extension("colo-protected.new");
-        let written = File::create(&new).and_then(|mut file| {
-            file.write_all(&line)?;
-            file.sync_all()?;
-            fs::rename(&new, path)?;
-            File::open(dir)?.sync_all()
-        });
-        if written.is_err() {
-            let _ = fs::remove_file(&new);
-        }
-        written
+        fs::create_dir_all(durable::directory(path))?;
+        durable::replace(path, &line)
     }
 
     /// The line that was left, if there is one. What is there and cannot be read as one is an error: it was not nothing.
@@ -75,12 +65,8 @@ pub fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         Err(_) => Ok(()),
-        Ok(()) => File::open(directory(path))?.sync_all(),
+        Ok(()) => durable::sync_directory(path),
     }
-}
-
-fn directory(path: &Path) -> &Path {
-    path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use super::{Engine, Role};
 use crate::clock::Instant;
 use crate::colo::hello::Mode;
+use crate::daemon::events::{What, cut};
 use crate::daemon::links::packets::Told;
 
 /// How the packet link does.
@@ -19,11 +20,11 @@ impl Engine {
     pub(super) fn packet_link(&mut self, now: Instant, told: Told) {
         let up = told == Told::Up;
         if let Told::Down(why) = told {
-            tracing::warn!(host = %self.parts.name, reason = %why, "colo_packet_link_lost");
+            self.tell(What::LinkLost { link: "packets".into(), reason: cut(&why) });
             self.packet_link.losses += 1;
             self.packet_link.down = Some(why);
         } else {
-            tracing::info!(host = %self.parts.name, "colo_packet_link_made");
+            self.tell(What::LinkBack { link: "packets".into() });
             self.packet_link.down = None;
         }
         if let Role::Primary(role) = &mut self.role {

@@ -16,6 +16,10 @@ use crate::replica::mirror::MirrorStatus;
 use crate::replica::state::{self, Standing};
 use std::path::PathBuf;
 
+/// What a guest risks whose packets wait for nothing.
+pub(super) const RELEASED_AT_ONCE: &str =
+    "packets leave before the peer owns what they tell (release-at-once, remus -n)";
+
 /// How safe the guest is, as its primary sees it.
 pub(super) fn of_primary(side: &PrimarySide) -> Protection {
     use primary_machine::State;
@@ -63,7 +67,7 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
     (status.failover, status.exit_reason) = (machine.failover(), machine.exit_reason());
     let stats = side.stats();
     if side.releases_at_once() && machine.is_protected() {
-        status.risk = Some("packets leave before the peer owns what they tell (release-at-once, remus -n)".into());
+        status.risk = Some(RELEASED_AT_ONCE.into());
     }
     if machine.is_protected() {
         status.recovery_point_ms = stats.last_owned_at.map(|at| (now - at).as_millis() as u64);

@@ -41,7 +41,7 @@ pub(super) struct Telling {
 fn of_side(side: &PrimarySide, now: Instant) -> Vec<String> {
     let mut reasons = Vec::new();
     if side.releases_at_once() {
-        reasons.push("packets leave before the peer owns what they tell (release-at-once, remus -n)".to_owned());
+        reasons.push(report::RELEASED_AT_ONCE.to_owned());
     }
     if side.fallback().is_some_and(|fallback| fallback.release() == Release::Buffered) {
         reasons.push(

@@ -64,7 +64,6 @@ pub struct PrimarySide {
     release_at_once: bool,
     /// Whether lock-step pays, if it is asked.
     fallback: Option<Fallback>,
-    min_run_percent: u8,
     /// When the guest last went on after a pause.
     resumed_at: Option<Instant>,
     domain: Box<dyn Domain>,
@@ -120,8 +119,8 @@ impl PrimarySide {
         Ok(Self {
             mode: config.mode,
             release_at_once: config.release_at_once,
-            fallback: (config.mode == Mode::Colo && config.min_run_percent > 0).then(Fallback::default),
-            min_run_percent: config.min_run_percent,
+            fallback: (config.mode == Mode::Colo && config.min_run_percent > 0)
+                .then(|| Fallback::new(config.min_run_percent)),
             resumed_at: None,
             generation: config.claim.expected,
             machine: Primary::new(now, config),

@@ -7,11 +7,10 @@
 
 use super::PrimarySide;
 use crate::clock::Instant;
-use crate::colo::fallback::{Release, runs_too_little};
+use crate::colo::fallback::Release;
 use crate::hypervisor::DomainError;
 use crate::page::PAGE_SIZE;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 /// Pages that may become dirty between finding room for a capture and the suspend, before the room is too small.
 const ROOM_MARGIN_PAGES: usize = 256;
@@ -72,10 +71,9 @@ impl PrimarySide {
 
     /// How the output of the epoch that begins is released: a capture is the only moment at which it may change.
     fn choose_release(&mut self, now: Instant, epoch: u64) {
-        let ran = self.resumed_at.map_or(Duration::MAX / 200, |at| now - at);
-        let too_little = runs_too_little(ran, self.last_pause, self.min_run_percent);
-        let hasty = self.machine.cause().is_difference() && too_little;
         let Some(fallback) = &mut self.fallback else { return };
+        let too_little = self.resumed_at.is_some_and(|at| fallback.runs_too_little(now - at, self.last_pause));
+        let hasty = self.machine.cause().is_difference() && too_little;
         let before = fallback.release();
         let release = fallback.handle_capture(now, hasty);
         if release != before {

@@ -31,21 +31,27 @@ install_cargo_deb() {
 }
 
 main() {
-	local packages
-	install_cargo_deb
-	mapfile -t packages < <(missing_packages | sort -u)
-	if [[ ${#packages[@]} -eq 0 ]]; then
-		return 0
-	fi
-	if ! command -v apt-get >/dev/null || [[ $(id -u) -ne 0 ]]; then
-		echo "not installed, and this is no root shell with apt-get: ${packages[*]}" >&2
-		return 0
-	fi
+	local packages round
 	export DEBIAN_FRONTEND=noninteractive
-	echo "installing ${packages[*]}"
-	if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}"; } >/dev/null; then
-		echo "apt-get could not install all of: ${packages[*]}" >&2
-	fi
+	install_cargo_deb
+	# Twice: a package of another release that was here may have to make way for one that comes, and is then missing itself
+	# (qemu-utils of the backports, for qemu-system-x86).
+	for round in 1 2; do
+		mapfile -t packages < <(missing_packages | sort -u)
+		if [[ ${#packages[@]} -eq 0 ]]; then
+			return 0
+		fi
+		if ! command -v apt-get >/dev/null || [[ $(id -u) -ne 0 ]]; then
+			echo "not installed, and this is no root shell with apt-get: ${packages[*]}" >&2
+			return 0
+		fi
+		echo "installing ${packages[*]} (round $round)"
+		if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}"; } >/dev/null; then
+			echo "apt-get could not install all of: ${packages[*]}" >&2
+		fi
+	done
+	mapfile -t packages < <(missing_packages | sort -u)
+	[[ ${#packages[@]} -eq 0 ]] || echo "still missing after two rounds of apt-get: ${packages[*]}" >&2
 }
 
 main "$@"

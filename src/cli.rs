@@ -3,7 +3,7 @@
 //! Exit codes: 0 done; 1 the command failed, with one line that says why; 2 the command line is wrong;
 //! 3 (`demo`) something was lost; 4 (`host`) this machine cannot give what was asked (port, memory, disk).
 //!
-//! A file for each group of commands: `host`, `orders`, `demo`, `alone`, and `xl` with the letters of `xl`.
+//! A file for each group of commands: `host`, `orders`, `demo`, `alone`, `qemu`, and `xl` with the letters of `xl`.
 
 mod alone;
 pub mod config;
@@ -12,6 +12,7 @@ mod filter;
 pub mod generate;
 mod host;
 mod orders;
+mod qemu;
 mod xl;
 
 pub use alone::{CompareArgs, NbdArgs, QmpArgs};
@@ -22,6 +23,7 @@ pub use orders::{
     CheckArgs, ConfigArgs, EventsArgs, FailoverArgs, HostRef, ListArgs, ProtectArgs, Resume, SetArgs, StatusArgs,
     Target,
 };
+pub use qemu::{Lost, QemuArgs, QemuMonitors, QemuPair, QemuVerb};
 pub use xl::{ReceiveArgs, RemusArgs};
 
 use crate::colo::arbiter::Policy;
@@ -93,6 +95,8 @@ pub enum Command {
     Nbd(NbdArgs),
     /// Give an order to a QMP monitor, ours or a QEMU's; or be one, for a replica whose primary is a QEMU
     Qmp(QmpArgs),
+    /// Make two QEMUs that run a COLO pair, and end it, by their own commands
+    Qemu(QemuArgs),
     /// Compare the packets of two guests behind QEMU's chardev sockets, in the place of its colo-compare object
     Compare(CompareArgs),
     /// Stand in for QEMU's network filters on an interface of this host, towards a comparator

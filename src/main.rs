@@ -1,7 +1,13 @@
 //! `xl-colo`: parse, run, and turn what came of it into an exit code.
 #![forbid(unsafe_code)]
 
+/// What is too much for one file.
+mod main {
+    pub(crate) mod alone;
+}
+
 use clap::{CommandFactory, FromArgMatches};
+use main::alone;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -9,8 +15,8 @@ use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 use xen_colo::cli::config::{Config, ConfigError, xl};
 use xen_colo::cli::{
-    self, ArbiterArgs, CheckArgs, Cli, Command, CompareArgs, ConfigArgs, EventsArgs, FailoverArgs, HostArgs, HostRef,
-    ListArgs, NbdArgs, ProtectArgs, QmpArgs, ReceiveArgs, SetArgs, StatusArgs,
+    self, ArbiterArgs, CheckArgs, Cli, Command, ConfigArgs, EventsArgs, FailoverArgs, HostArgs, HostRef, ListArgs,
+    ProtectArgs, ReceiveArgs, SetArgs, StatusArgs,
 };
 use xen_colo::daemon::address::Address;
 use xen_colo::daemon::control::{self, ControlError, Request};
@@ -96,10 +102,11 @@ async fn run(command: Command, given: &[String], log: LogFilter) -> ExitCode {
             Err(error) => fail_config(&error),
         },
         Command::Arbiter(args) => serve_arbiter(args).await,
-        Command::Nbd(args) => serve_nbd(args).await,
-        Command::Qmp(args) => qmp(args).await,
-        Command::Compare(args) => compare_packets(args).await,
-        Command::Filter(args) => filter_packets(args.into()).await,
+        Command::Nbd(args) => alone::serve_nbd(args).await,
+        Command::Qmp(args) => alone::qmp(args).await,
+        Command::Qemu(args) => alone::qemu(args.verb).await,
+        Command::Compare(args) => alone::compare_packets(args).await,
+        Command::Filter(args) => alone::filter_packets(args.into()).await,
         Command::Protect(args) => protect(args, given).await,
         Command::Top(host) => show_top(host).await,
         Command::Config(args) => configure(&args),
@@ -126,110 +133,6 @@ async fn run(command: Command, given: &[String], log: LogFilter) -> ExitCode {
         Command::SaveHelper(_) => ExitCode::SUCCESS,
         #[cfg(feature = "xen")]
         Command::Keeper { .. } | Command::Libxl { .. } => unreachable!("they need no runtime"),
-    }
-}
-
-async fn serve_nbd(args: NbdArgs) -> ExitCode {
-    use xen_colo::daemon::nbd::export;
-    if args.fork {
-        return match export::fork() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(cli::EXIT_FAILED, &error),
-        };
-    }
-    let config = match args.config() {
-        Ok(config) => config,
-        Err(why) => return fail(cli::EXIT_FAILED, &why),
-    };
-    match export::run(config).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(cli::EXIT_FAILED, &error),
-    }
-}
-
-async fn qmp(args: QmpArgs) -> ExitCode {
-    use xen_colo::daemon::qmp::{client::Monitor, replica};
-    use xen_colo::replica::epochs::ReplicaConfig;
-    if let Some(socket) = args.socket {
-        let memory_budget_bytes = args.epoch_memory_mib << 20;
-        let epochs = ReplicaConfig { memory_budget_bytes, spill_dir: args.spill_dir, ..ReplicaConfig::default() };
-        let listening = || {
-            say_listening("monitor", &socket.display());
-        };
-        return match replica::run(&socket, &args.drives, epochs, listening).await {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(cli::EXIT_ENVIRONMENT, &error),
-        };
-    }
-    let (Some(socket), Some(command)) = (args.connect, args.command) else { return ExitCode::from(cli::EXIT_FAILED) };
-    let arguments = match serde_json::from_str::<serde_json::Value>(&args.arguments) {
-        Ok(arguments @ serde_json::Value::Object(_)) => arguments,
-        Ok(_) => return fail(cli::EXIT_FAILED, &"the arguments are a JSON object"),
-        Err(error) => return fail(cli::EXIT_FAILED, &format!("the arguments are no JSON: {error}")),
-    };
-    let order = async {
-        let mut monitor = Monitor::connect(&socket, Duration::from_secs(args.timeout_s)).await?;
-        monitor.execute(&command, &arguments).await
-    };
-    match order.await {
-        Ok(value) => {
-            say::out(&value);
-            ExitCode::SUCCESS
-        }
-        Err(error) => fail(cli::EXIT_FAILED, &error),
-    }
-}
-
-async fn compare_packets(args: CompareArgs) -> ExitCode {
-    use xen_colo::daemon::compare::{self, BadConfig, CompareError, Config};
-    let (Some(primary_in), Some(secondary_in), Some(outdev)) = (args.primary_in, args.secondary_in, args.outdev) else {
-        return fail(cli::EXIT_USAGE, &"colo compare needs 'primary_in' ,'secondary_in','outdev' property set");
-    };
-    let config = Config {
-        primary_in,
-        secondary_in,
-        outdev,
-        notify_dev: args.notify_dev,
-        vnet_hdr_support: args.vnet_hdr_support,
-        compare_timeout: Duration::from_millis(args.compare_timeout.into()),
-        max_queue_size: args.max_queue_size as usize,
-    };
-    let scanned = if args.expired_scan_cycle == 0 { Err(BadConfig::NotPositive("expired_scan_cycle")) } else { Ok(()) };
-    if let Err(error) = config.check().and(scanned) {
-        return fail(cli::EXIT_USAGE, &error);
-    }
-    let opened = |opened: &compare::Opened| {
-        if say::is_json() {
-            say::out(&opened.to_json())
-        } else {
-            say::out(opened)
-        };
-    };
-    let report = |status: &serde_json::Value| {
-        say::out(status);
-    };
-    match compare::run(config, opened, report).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error @ CompareError::Listen { .. }) => fail(cli::EXIT_ENVIRONMENT, &error),
-        Err(error) => fail(cli::EXIT_FAILED, &error),
-    }
-}
-
-async fn filter_packets(config: xen_colo::daemon::filter::Config) -> ExitCode {
-    use xen_colo::daemon::filter::{self, FilterError};
-    if let Err(error) = config.check() {
-        return fail(cli::EXIT_USAGE, &error);
-    }
-    let opened = |opened: &filter::Opened| {
-        say::out(opened);
-    };
-    let report = |status: &serde_json::Value| {
-        say::out(status);
-    };
-    match filter::run(config, opened, report).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error @ (FilterError::Device { .. } | FilterError::Ports(_))) => fail(cli::EXIT_ENVIRONMENT, &error),
-        Err(error) => fail(cli::EXIT_FAILED, &error),
     }
 }
 

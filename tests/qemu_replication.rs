@@ -12,7 +12,8 @@
 //! compared byte for byte. Source: qemu `docs/block-replication.txt`, `block/replication.c`.
 
 use crate::common::conversation::Conversation;
-use crate::common::{Listening, PATIENCE, installed, run, until};
+use crate::common::qemu::{Drive, Qemu, difference};
+use crate::common::{installed, run, until};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -29,74 +30,6 @@ use xen_colo::replica::mirror::{Holds, Mirror, Payload, Target};
 
 const SIZE: usize = 8 << 20;
 const EXPORT: &str = "disk0";
-
-/// A QEMU without a machine, killed at the end.
-struct Qemu {
-    _process: Listening,
-    monitor: Monitor,
-}
-
-impl Qemu {
-    async fn start(dir: &Path, drives: &[String]) -> Option<Self> {
-        let program = installed("qemu-system-x86_64")?;
-        let socket = dir.join("qmp");
-        let drives = drives.iter().flat_map(|drive| ["-drive", drive.as_str()]);
-        let mut command = Command::new(program);
-        command
-            .args(["-machine", "none", "-S", "-nodefaults", "-display", "none"])
-            .args(drives)
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
-        let _process = Listening::start(&mut command, &socket);
-        let mut qemu = Self { _process, monitor: Monitor::connect(&socket, PATIENCE).await.unwrap() };
-        let known = qemu.order("query-commands", json!({})).await;
-        if !known.to_string().contains("\"xen-set-replication\"") {
-            eprintln!("SKIP: this qemu-system-x86_64 is built without replication");
-            return None;
-        }
-        Some(qemu)
-    }
-
-    async fn order(&mut self, command: &str, arguments: Value) -> Value {
-        let done = self.monitor.execute(command, &arguments).await;
-        done.unwrap_or_else(|error| panic!("{command}: {error}"))
-    }
-
-    /// A line for people; what it says is an error or nothing.
-    async fn line(&mut self, line: &str) -> String {
-        self.order("human-monitor-command", json!({"command-line": line})).await.as_str().unwrap_or_default().to_owned()
-    }
-
-    /// Serves drives on a socket, to look at them and to write as a guest would.
-    async fn serve(&mut self, socket: &Path, drives: &[&str]) {
-        self.order("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": socket}}})).await;
-        for drive in drives {
-            self.order("nbd-server-add", json!({"device": drive, "writable": true})).await;
-        }
-    }
-}
-
-/// A guest's disk, over QEMU's own NBD server.
-struct Drive(Conversation);
-
-impl Drive {
-    async fn open(socket: &Path, name: &str) -> Self {
-        Self(Conversation::open(Address::Unix(socket.to_owned()), name).await)
-    }
-
-    async fn write(&mut self, value: u8, offset: usize, len: usize) {
-        self.0.writes(offset as u64, vec![value; len]).await.unwrap();
-    }
-
-    async fn whole(&mut self) -> Vec<u8> {
-        self.0.reads(0, SIZE as u32).await.unwrap().to_vec()
-    }
-}
-
-/// Where two disks differ first; for an assertion that says more than that they do.
-pub fn difference(is: &[u8], wanted: &[u8]) -> Option<String> {
-    let at = is.iter().zip(wanted).position(|(a, b)| a != b)?;
-    Some(format!("byte {at} is {:#x}, not {:#x}", is[at], wanted[at]))
-}
 
 fn paths(dir: &TempDir) -> impl Fn(&str) -> PathBuf {
     let dir = dir.path().to_owned();
@@ -143,7 +76,7 @@ async fn stock_primary() -> Option<Result<(), String>> {
         "if=none,id=disk,driver=quorum,vote-threshold=1,read-pattern=fifo,{}",
         file.split(',').map(|part| format!("children.0.{part}")).collect::<Vec<_>>().join(",")
     );
-    let mut qemu = Qemu::start(dir.path(), &[quorum]).await?;
+    let mut qemu = Qemu::start(&path("qmp"), &[quorum], &[]).await?;
     let nbd = path("nbd").display().to_string();
     let said = qemu.line(&format!(
         "drive_add -n buddy driver=replication,mode=primary,node-name=replica,file.driver=nbd,file.server.type=unix,\
@@ -279,7 +212,7 @@ async fn our_primary_replicates_into_a_stock_secondary() {
             at("hidden")
         ),
     ];
-    let Some(mut qemu) = Qemu::start(dir.path(), &drives).await else { return };
+    let Some(mut qemu) = Qemu::start(&path("qmp"), &drives, &[]).await else { return };
     qemu.serve(&path("nbd"), &["local", "top"]).await;
     qemu.order("xen-set-replication", json!({"enable": true, "primary": false})).await;
 
@@ -295,7 +228,7 @@ async fn our_primary_replicates_into_a_stock_secondary() {
     qemu.order("xen-colo-do-checkpoint", json!({})).await;
     let mut top = Drive::open(&path("nbd"), "top").await;
     let mut last = vec![0x11; SIZE];
-    assert_eq!(difference(&top.whole().await, &last), None);
+    assert_eq!(difference(&top.whole(SIZE).await, &last), None);
 
     const H: usize = SIZE / 2;
     for round in 0x21..0x24_u8 {
@@ -305,10 +238,10 @@ async fn our_primary_replicates_into_a_stock_secondary() {
         primary.checkpoint().await;
         let mut seen = last.clone();
         seen[..65536].fill(0x33);
-        assert_eq!(difference(&top.whole().await, &seen), None, "before checkpoint {round:#x}");
+        assert_eq!(difference(&top.whole(SIZE).await, &seen), None, "before checkpoint {round:#x}");
         qemu.order("xen-colo-do-checkpoint", json!({})).await;
         last[H + 512..].fill(round);
-        assert_eq!(difference(&top.whole().await, &last), None, "after checkpoint {round:#x}");
+        assert_eq!(difference(&top.whole(SIZE).await, &last), None, "after checkpoint {round:#x}");
     }
     let status = qemu.order("query-xen-replication-status", json!({})).await;
     assert_eq!(status["error"], false, "{status}");
@@ -320,7 +253,7 @@ async fn our_primary_replicates_into_a_stock_secondary() {
     drop(primary);
     qemu.order("nbd-server-remove", json!({"name": "local", "mode": "hard"})).await;
     qemu.order("xen-set-replication", json!({"enable": false, "primary": false, "failover": true})).await;
-    assert_eq!(difference(&top.whole().await, &last), None, "after the takeover");
+    assert_eq!(difference(&top.whole(SIZE).await, &last), None, "after the takeover");
     until("QEMU has committed", async || {
         difference(&std::fs::read(path("secondary")).unwrap(), &last).map_or(Ok(()), Err)
     })

@@ -310,6 +310,8 @@ pub(crate) fn dead_files(files: &BTreeMap<String, String>, roots: &[&str]) -> Ve
             {
                 todo.push(format!("{folder}/{}.rs", name.text));
                 todo.push(format!("{folder}/{}/mod.rs", name.text));
+                // What a root declares inside a module that is called as it is.
+                todo.push(format!("{}/{}.rs", path.trim_end_matches(".rs"), name.text));
             }
         }
     }

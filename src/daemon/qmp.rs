@@ -7,12 +7,14 @@
 //!
 //! - [`host`]: the monitor of a host's guest, whose orders go to the engine;
 //! - [`replica`]: the monitor of a replica that stands alone, for a QEMU that is the primary;
-//! - [`client`]: the other end.
+//! - [`client`]: the other end;
+//! - [`pair`]: two QEMUs, ordered to be a pair.
 //!
 //! The trap: the order of a client that has left goes on to its end. It cannot be taken back halfway.
 
 pub mod client;
 pub mod host;
+pub mod pair;
 pub mod replica;
 
 use crate::qmp::server::Session;

@@ -9,7 +9,8 @@
 //! - [`commands`]: what can be ordered, decoded with QEMU's words for what is wrong with an order;
 //! - [`lines`]: the lines for people that libxl sends through `human-monitor-command`;
 //! - [`server`]: a session, from the greeting on;
-//! - [`client`]: the other end of one.
+//! - [`client`]: the other end of one;
+//! - [`pair`]: what two QEMUs are told to become a pair, and to be none any more.
 //!
 //! What is said where, and in which words, was compared with QEMU 7.2; `tests/qmp_words.rs` does it again.
 //! Source: QEMU `docs/interop/qmp-spec.txt`; `qapi/`.
@@ -18,6 +19,7 @@ pub mod client;
 pub mod codec;
 pub mod commands;
 pub mod lines;
+pub mod pair;
 pub mod server;
 
 use serde_json::{Value, json};

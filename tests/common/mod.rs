@@ -5,6 +5,7 @@
 //!  host     one `xl-colo host` child: status, orders, signals                    peer    a scripted host, one step at a time
 //!  conversation  our NBD client on a socket
 //!  comparator    one behind its four sockets, ours or QEMU's        frames     what guests send through it
+//!  qemu     one without a machine
 //!  lab      two guests with real kernels, in network namespaces
 //!  wire     a proxy that can go silent, close, and heal
 //! ```
@@ -20,6 +21,7 @@ pub mod host;
 pub mod lab;
 pub mod load;
 pub mod peer;
+pub mod qemu;
 pub mod wire;
 pub mod world;
 

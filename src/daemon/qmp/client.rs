@@ -1,13 +1,14 @@
 //! Gives orders to a monitor: ours, or a real QEMU's.
 
+use crate::daemon::address::{Address, Link};
 use crate::qmp::client::{Client, ClientError};
 use crate::qmp::{Event, QmpError};
 use serde_json::Value;
+use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 
 /// How long an order may take, unless told otherwise. libxl waits 5 s.
 pub const DEADLINE: Duration = Duration::from_secs(10);
@@ -18,10 +19,10 @@ const READ_BYTES: usize = 16 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
     /// Nobody listens there.
-    #[error("cannot connect to the monitor {}: {source}", path.display())]
+    #[error("cannot connect to the monitor {at}: {source}")]
     Connect {
         /// The socket.
-        path: PathBuf,
+        at: Address,
         /// Why not.
         source: io::Error,
     },
@@ -60,18 +61,28 @@ pub enum MonitorError {
 }
 
 /// A connection to a monitor.
-#[derive(Debug)]
 pub struct Monitor {
-    link: UnixStream,
+    link: Link,
     machine: Client,
     deadline: Duration,
 }
 
+impl fmt::Debug for Monitor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Monitor").field("machine", &self.machine).finish_non_exhaustive()
+    }
+}
+
 impl Monitor {
-    /// Connects and negotiates. `deadline` is for this and for every order.
+    /// Connects to a Unix socket and negotiates. `deadline` is for this and for every order.
     pub async fn connect(path: &Path, deadline: Duration) -> Result<Self, MonitorError> {
-        let connect = |source| MonitorError::Connect { path: path.to_owned(), source };
-        let attempt = tokio::time::timeout(deadline, UnixStream::connect(path)).await;
+        Self::connect_to(&Address::Unix(path.to_owned()), deadline).await
+    }
+
+    /// The same, wherever it is.
+    pub async fn connect_to(at: &Address, deadline: Duration) -> Result<Self, MonitorError> {
+        let connect = |source| MonitorError::Connect { at: at.clone(), source };
+        let attempt = tokio::time::timeout(deadline, at.connect()).await;
         let link = attempt.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(connect)?;
         let mut monitor = Self { link, machine: Client::default(), deadline };
         monitor.until("greeting", deadline, |machine| machine.is_ready().then_some(())).await?;

@@ -31,6 +31,7 @@ mod nbd_tls;
 mod packaging;
 mod packet_link;
 mod partition;
+mod qemu_pair;
 mod qemu_replication;
 mod qmp;
 mod qmp_words;

@@ -14,14 +14,12 @@
 use crate::common::conversation::Conversation;
 use crate::common::qemu::{Drive, Qemu, difference};
 use crate::common::{installed, run, until};
-use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use serde_json::json;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 use xen_colo::daemon::address::Address;
 use xen_colo::daemon::nbd::serve_connection;
-use xen_colo::daemon::qmp::client::Monitor;
 use xen_colo::disk::{Disk, FileDisk};
 use xen_colo::mutant::{self, Mutant};
 use xen_colo::nbd::client::Completion;

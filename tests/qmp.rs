@@ -7,8 +7,8 @@
 
 use crate::common::conversation::Conversation;
 use crate::common::host::{Host, host_command, protect};
+use crate::common::qemu::difference;
 use crate::common::{Listening, PATIENCE, XL_COLO, installed, one_line, run, turn, until, xl_colo};
-use crate::qemu_replication::difference;
 use serde_json::{Value, json};
 use std::fs::Permissions;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};

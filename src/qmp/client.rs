@@ -5,6 +5,7 @@
 //! ---------|------------------------|-----------------------------------------|---------
 //! new      | a greeting             | sends qmp_capabilities                  | Greeted
 //! Greeted  | its return             | –                                       | Ready
+//! Greeted  | a greeting             | sends qmp_capabilities                  | Greeted
 //! Ready    | an order               | sends it, with an id of ours            | Ready
 //! Ready    | a reply with that id   | gives it to whoever polls               | Ready
 //! Ready    | a reply with another   | drops it: the order was given up        | Ready
@@ -12,7 +13,8 @@
 //! any      | anything else          | [`ClientError`]: of no further use      | –
 //! ```
 //!
-//! A QEMU serves one client at a time; the next one waits for its greeting. A line of QEMU's is JSON on one line, and may
+//! A QEMU serves one client at a time; the next one waits for its greeting. The trap: a QEMU that is still starting may greet
+//! whom it has greeted already, and forgets what was negotiated. A line of QEMU's is JSON on one line, and may
 //! be long: [`LINE_MAX_BYTES`] bounds it.
 //!
 //! Source: QEMU `docs/interop/qmp-spec.txt`.
@@ -146,7 +148,7 @@ impl Client {
         }
         let outcome = outcome(&mut said);
         match (self.state, outcome) {
-            (State::New, None) if said.get("QMP").is_some() => {
+            (State::New | State::Greeted, None) if said.get("QMP").is_some() => {
                 let version = &said["QMP"]["version"]["qemu"];
                 self.version = ["major", "minor", "micro"].map(|part| version[part].as_u64().unwrap_or(0));
                 self.send(&json!({"execute": "qmp_capabilities", "id": 0}));
@@ -155,6 +157,8 @@ impl Client {
             (State::Greeted, Some(Ok(_))) => self.state = State::Ready,
             (State::Greeted, Some(Err(error))) => return Err(ClientError::Refused(error)),
             (State::Ready, Some(outcome)) => match said.get("id").and_then(Value::as_u64) {
+                // Of what was negotiated once more.
+                Some(0) => {}
                 Some(id) if id <= self.last_id => self.replies.push_back((id, outcome)),
                 _ => return Err(shown()),
             },

@@ -126,6 +126,8 @@ pub enum Command {
     Yank(Vec<YankInstance>),
     /// `query-yank`
     QueryYank,
+    /// `query-block-jobs`
+    QueryBlockJobs,
     /// `quit`
     Quit,
     /// `qmp_capabilities`, which the session carries out
@@ -142,7 +144,7 @@ pub enum Command {
 type Decode = fn(&mut Arguments) -> Result<Command, QmpError>;
 
 /// Every command: its name, whether it may be sent out of band, and how its arguments are read.
-const TABLE: [(&str, bool, Decode); 25] = [
+const TABLE: [(&str, bool, Decode); 26] = [
     ("xen-set-replication", false, set_replication),
     ("query-xen-replication-status", false, |_| Ok(Command::QueryReplicationStatus)),
     ("xen-colo-do-checkpoint", false, |_| Ok(Command::DoCheckpoint)),
@@ -173,6 +175,7 @@ const TABLE: [(&str, bool, Decode); 25] = [
     ("query-replication", false, |_| Ok(Command::QueryReplication)),
     ("yank", true, yank),
     ("query-yank", true, |_| Ok(Command::QueryYank)),
+    ("query-block-jobs", false, |_| Ok(Command::QueryBlockJobs)),
     ("quit", false, |_| Ok(Command::Quit)),
     (CAPABILITIES, false, capabilities),
     ("query-version", false, |_| Ok(Command::QueryVersion)),

@@ -189,7 +189,7 @@ impl Service for HostMonitor {
             }
             Command::Yank(instances) if instances.is_empty() => return done(),
             Command::Yank(_) => return Err(no_instance()),
-            Command::QueryYank => return Ok(json!([])),
+            Command::QueryYank | Command::QueryBlockJobs => return Ok(json!([])),
             Command::NbdStart { .. }
             | Command::ExportAdd(_)
             | Command::ExportDel { .. }

@@ -129,7 +129,9 @@ impl Monitors {
 
     async fn order(&mut self, side: Side, order: &Order) -> Result<(), PairError> {
         let returned = match self.ask(side, order.command, &order.arguments).await {
-            Err(PairError::Monitor { source: MonitorError::Refused { source, .. }, .. }) if order.is_done_by(&source) => {
+            Err(PairError::Monitor { source: MonitorError::Refused { source, .. }, .. })
+                if order.is_done_by(&source) =>
+            {
                 return Ok(());
             }
             returned => returned?,
@@ -204,10 +206,11 @@ impl Monitors {
         }
     }
 
-    /// Who carries the guest of this side.
+    /// Who carries the guest of this side. A replica of ours is in COLO too, and has no migration.
     async fn frame(&mut self, side: Side) -> Result<Frame, PairError> {
         let status = self.ask(side, "query-colo-status", &json!({})).await?;
-        Ok(if status["mode"] == "none" { Frame::Xen } else { Frame::Migrate })
+        let migrates = self.ask(side, "query-migrate", &json!({})).await.is_ok();
+        Ok(if migrates && status["mode"] != "none" { Frame::Migrate } else { Frame::Xen })
     }
 
     /// One checkpoint of a pair whose guest a Xen toolstack carries: both stand still, seal, and go on.

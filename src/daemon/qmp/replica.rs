@@ -64,6 +64,7 @@ const COMMANDS: &[&str] = &[
     "query-replication",
     "yank",
     "query-yank",
+    "query-block-jobs",
     "quit",
     "query-version",
     "query-commands",
@@ -375,6 +376,16 @@ fn status(phase: &Phase) -> Value {
     }
 }
 
+/// After a takeover what is not in an image yet is a commit job, as a QEMU's is.
+fn merging(phase: &Phase) -> Value {
+    let Phase::TakenOver(replicas, names) = phase else { return json!([]) };
+    let job = |(name, status): (&String, ReplicaStatus)| {
+        let left = status.debt_bytes;
+        (status.stage != Stage::Done).then(|| json!({"type": "commit", "device": name, "len": left, "offset": 0}))
+    };
+    names.iter().zip(replicas.status()).filter_map(job).collect()
+}
+
 fn add_drive(state: &mut State, drive: lines::Drive) -> Result<(), String> {
     let name = drive.name().to_owned();
     if state.drives.contains_key(&name) {
@@ -548,6 +559,7 @@ impl Service for ReplicaMonitor {
             Command::Yank(instances) if instances.is_empty() => done(),
             Command::Yank(_) => Err(no_instance()),
             Command::QueryYank => Ok(json!([])),
+            Command::QueryBlockJobs => Ok(merging(&state.phase)),
             Command::Quit => {
                 self.end();
                 done()

@@ -420,3 +420,21 @@ fn the_two_ends_understand_each_other() {
     let endless = vec![b' '; client::LINE_MAX_BYTES + 1];
     assert_eq!(client.handle_input(&endless), Err(client::ClientError::TooLong));
 }
+
+/// As a QEMU of Debian 12 does now and then to whom came while it was starting.
+#[test]
+fn who_is_greeted_twice_negotiates_twice() {
+    let greeting = b"{\"QMP\": {\"version\": {\"qemu\": {\"major\": 7}}, \"capabilities\": []}}\r\n";
+    let mut client = client::Client::default();
+    client.handle_input(&[&greeting[..], greeting].concat()).unwrap();
+    let said = client.poll_output().unwrap();
+    assert_eq!(said.windows(17).filter(|said| said == b"qmp_capabilities\"").count(), 2);
+    client.handle_input(b"{\"return\": {}, \"id\": 0}\r\n").unwrap();
+    assert!(client.is_ready());
+    let id = client.execute("stop", &json!({}));
+    let complete = b"{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"complete\"}, \"id\": 0}\r\n";
+    client.handle_input(complete).unwrap();
+    assert_eq!(client.poll_reply(), None);
+    client.handle_input(format!("{{\"return\": {{}}, \"id\": {id}}}\r\n").as_bytes()).unwrap();
+    assert_eq!(client.poll_reply(), Some((id, Ok(json!({})))));
+}

@@ -58,6 +58,9 @@ _xl__colo() {
             xl__colo,protect)
                 cmd="xl__colo__subcmd__protect"
                 ;;
+            xl__colo,qemu)
+                cmd="xl__colo__subcmd__qemu"
+                ;;
             xl__colo,qmp)
                 cmd="xl__colo__subcmd__qmp"
                 ;;
@@ -127,6 +130,9 @@ _xl__colo() {
             xl__colo__subcmd__help,protect)
                 cmd="xl__colo__subcmd__help__subcmd__protect"
                 ;;
+            xl__colo__subcmd__help,qemu)
+                cmd="xl__colo__subcmd__help__subcmd__qemu"
+                ;;
             xl__colo__subcmd__help,qmp)
                 cmd="xl__colo__subcmd__help__subcmd__qmp"
                 ;;
@@ -154,6 +160,57 @@ _xl__colo() {
             xl__colo__subcmd__help,unprotect)
                 cmd="xl__colo__subcmd__help__subcmd__unprotect"
                 ;;
+            xl__colo__subcmd__help__subcmd__qemu,checkpoint)
+                cmd="xl__colo__subcmd__help__subcmd__qemu__subcmd__checkpoint"
+                ;;
+            xl__colo__subcmd__help__subcmd__qemu,failover)
+                cmd="xl__colo__subcmd__help__subcmd__qemu__subcmd__failover"
+                ;;
+            xl__colo__subcmd__help__subcmd__qemu,protect)
+                cmd="xl__colo__subcmd__help__subcmd__qemu__subcmd__protect"
+                ;;
+            xl__colo__subcmd__help__subcmd__qemu,status)
+                cmd="xl__colo__subcmd__help__subcmd__qemu__subcmd__status"
+                ;;
+            xl__colo__subcmd__help__subcmd__qemu,unprotect)
+                cmd="xl__colo__subcmd__help__subcmd__qemu__subcmd__unprotect"
+                ;;
+            xl__colo__subcmd__qemu,checkpoint)
+                cmd="xl__colo__subcmd__qemu__subcmd__checkpoint"
+                ;;
+            xl__colo__subcmd__qemu,failover)
+                cmd="xl__colo__subcmd__qemu__subcmd__failover"
+                ;;
+            xl__colo__subcmd__qemu,help)
+                cmd="xl__colo__subcmd__qemu__subcmd__help"
+                ;;
+            xl__colo__subcmd__qemu,protect)
+                cmd="xl__colo__subcmd__qemu__subcmd__protect"
+                ;;
+            xl__colo__subcmd__qemu,status)
+                cmd="xl__colo__subcmd__qemu__subcmd__status"
+                ;;
+            xl__colo__subcmd__qemu,unprotect)
+                cmd="xl__colo__subcmd__qemu__subcmd__unprotect"
+                ;;
+            xl__colo__subcmd__qemu__subcmd__help,checkpoint)
+                cmd="xl__colo__subcmd__qemu__subcmd__help__subcmd__checkpoint"
+                ;;
+            xl__colo__subcmd__qemu__subcmd__help,failover)
+                cmd="xl__colo__subcmd__qemu__subcmd__help__subcmd__failover"
+                ;;
+            xl__colo__subcmd__qemu__subcmd__help,help)
+                cmd="xl__colo__subcmd__qemu__subcmd__help__subcmd__help"
+                ;;
+            xl__colo__subcmd__qemu__subcmd__help,protect)
+                cmd="xl__colo__subcmd__qemu__subcmd__help__subcmd__protect"
+                ;;
+            xl__colo__subcmd__qemu__subcmd__help,status)
+                cmd="xl__colo__subcmd__qemu__subcmd__help__subcmd__status"
+                ;;
+            xl__colo__subcmd__qemu__subcmd__help,unprotect)
+                cmd="xl__colo__subcmd__qemu__subcmd__help__subcmd__unprotect"
+                ;;
             *)
                 ;;
         esac
@@ -161,7 +218,7 @@ _xl__colo() {
 
     case "${cmd}" in
         xl__colo)
-            opts="-h -V --json --help --version demo host protect unprotect remus receive status list events top config check set checkpoint failover stop arbiter nbd qmp compare filter save-helper help"
+            opts="-h -V --json --help --version demo host protect unprotect remus receive status list events top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -441,7 +498,7 @@ _xl__colo() {
             return 0
             ;;
         xl__subcmd__colo__subcmd__help)
-            opts="demo host protect unprotect remus receive status list events top config check set checkpoint failover stop arbiter nbd qmp compare filter save-helper help"
+            opts="demo host protect unprotect remus receive status list events top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -639,6 +696,90 @@ _xl__colo() {
         xl__subcmd__colo__subcmd__help__subcmd__protect)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__help__subcmd__qemu)
+            opts="protect status checkpoint failover unprotect"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__help__subcmd__qemu__subcmd__checkpoint)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__help__subcmd__qemu__subcmd__failover)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__help__subcmd__qemu__subcmd__protect)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__help__subcmd__qemu__subcmd__status)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__help__subcmd__qemu__subcmd__unprotect)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
@@ -1026,6 +1167,304 @@ _xl__colo() {
                     return 0
                     ;;
                 --min-run-percent)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu)
+            opts="-h --json --help protect status checkpoint failover unprotect help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu__subcmd__checkpoint)
+            opts="-h --primary --secondary --timeout-s --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --primary)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --secondary)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --timeout-s)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu__subcmd__failover)
+            opts="-h --primary --secondary --timeout-s --disk --net --loop-dir --lost --wait --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --primary)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --secondary)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --timeout-s)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --disk)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --net)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --loop-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lost)
+                    COMPREPLY=($(compgen -W "primary secondary" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu__subcmd__help)
+            opts="protect status checkpoint failover unprotect help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu__subcmd__help__subcmd__checkpoint)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu__subcmd__help__subcmd__failover)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu__subcmd__help__subcmd__help)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu__subcmd__help__subcmd__protect)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu__subcmd__help__subcmd__status)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu__subcmd__help__subcmd__unprotect)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu__subcmd__protect)
+            opts="-h --primary --secondary --timeout-s --disk --net --loop-dir --nbd --migrate --checkpoint-delay-ms --patience-s --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --primary)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --secondary)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --timeout-s)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --disk)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --net)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --loop-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --nbd)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --migrate)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --checkpoint-delay-ms)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --patience-s)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu__subcmd__status)
+            opts="-h --primary --secondary --timeout-s --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --primary)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --secondary)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --timeout-s)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__qemu__subcmd__unprotect)
+            opts="-h --primary --secondary --timeout-s --disk --net --loop-dir --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --primary)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --secondary)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --timeout-s)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --disk)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --net)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --loop-dir)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

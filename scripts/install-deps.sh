@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests drive besides Rust, on Debian and its kin: other people's NBD programs, curl, and what packs and
-# judges a package.
+# judges a package or judges metrics.
 # Without root or apt-get it says what is missing and goes on: the tests concerned say so too.
 set -euo pipefail
 
@@ -30,12 +30,27 @@ install_cargo_deb() {
 		cargo install --quiet --locked cargo-deb@3.8.0 || echo "cargo-deb could not be installed" >&2
 }
 
-main() {
+# What judges metrics and alerts. Its package starts a server of Prometheus on every address, so only the tool is taken out of it.
+install_promtool() {
+	! command -v promtool >/dev/null || return 0
+	if ! command -v apt-get >/dev/null || [[ $(id -u) -ne 0 ]]; then
+		echo "not installed, and this is no root shell with apt-get: promtool (prometheus)" >&2
+		return 0
+	fi
+	local dir
+	dir=$(mktemp -d)
+	echo "installing promtool"
+	(cd "$dir" && apt-get download -qq prometheus && dpkg-deb --fsys-tarfile prometheus_*.deb |
+		tar -x --to-stdout ./usr/bin/promtool >promtool && install -m 755 promtool /usr/local/bin/) 2>/dev/null ||
+		echo "promtool could not be installed" >&2
+	rm -rf "$dir"
+}
+
+# Twice: a package of another release that was here may have to make way for one that comes, and is then missing itself
+# (qemu-utils of the backports, for qemu-system-x86).
+install_packages() {
 	local packages round
 	export DEBIAN_FRONTEND=noninteractive
-	install_cargo_deb
-	# Twice: a package of another release that was here may have to make way for one that comes, and is then missing itself
-	# (qemu-utils of the backports, for qemu-system-x86).
 	for round in 1 2; do
 		mapfile -t packages < <(missing_packages | sort -u)
 		if [[ ${#packages[@]} -eq 0 ]]; then
@@ -52,6 +67,12 @@ main() {
 	done
 	mapfile -t packages < <(missing_packages | sort -u)
 	[[ ${#packages[@]} -eq 0 ]] || echo "still missing after two rounds of apt-get: ${packages[*]}" >&2
+}
+
+main() {
+	install_cargo_deb
+	install_packages
+	install_promtool
 }
 
 main "$@"

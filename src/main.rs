@@ -249,6 +249,7 @@ async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
         spill_dir: args.spill_dir,
         epoch_memory_bytes: args.epoch_memory_mib << 20,
         net: args.net,
+        metrics_listen: args.metrics_listen,
         arbiter: args.arbiter,
         policy: args.policy,
         boot,
@@ -266,8 +267,9 @@ async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
             std::process::exit(0);
         });
     }
-    let listening = |address: &Address| {
+    let listening = |address: &Address, metrics: Option<&str>| {
         say_listening(&format!("host {name}"), address);
+        metrics.iter().for_each(|url| say_listening(&format!("metrics of host {name}"), url));
     };
     match host::run(config, listening).await {
         Ok(()) => ExitCode::SUCCESS,

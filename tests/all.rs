@@ -24,6 +24,7 @@ mod hang;
 mod image;
 mod list;
 mod lock_step;
+mod metrics;
 mod nbd_command;
 mod nbd_interop;
 mod nbd_session;

@@ -177,7 +177,7 @@ inside() {
 	local file
 	for file in /usr/lib/systemd/system/xl-colo{@.service,.target,-arbiter.service} /etc/xen/scripts/{vif,block}-colo \
 		/etc/xen/scripts/colo-proxy-setup /usr/lib/ocf/resource.d/xen-colo/guest /usr/share/doc/xen-colo/copyright \
-		/usr/share/doc/xen-colo/examples/{web.env,pvh-remus.cfg,hvm-colo.cfg}; do
+		/usr/share/doc/xen-colo/examples/{web.env,pvh-remus.cfg,hvm-colo.cfg,grafana/xen-colo.json,prometheus/xen-colo.rules.yml}; do
 		[[ -s $file ]] || die "$file is not installed"
 	done
 	/usr/lib/ocf/resource.d/xen-colo/guest meta-data 2>/dev/null | xmllint --noout - || die "the agent has no meta-data"

@@ -18,6 +18,7 @@ use crate::colo::hello::{Mode, ResumeOrder};
 use crate::daemon::address::Address;
 use crate::daemon::arbiter::Arbiter;
 use crate::daemon::live::Keys;
+use crate::daemon::metrics::MetricsAddress;
 use crate::daemon::operator::nearest;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -148,6 +149,8 @@ section! {
         policy: Policy = Policy::Arbiter, "";
         /// Where to write down what happens; NAME.events beside the control socket by default.
         event_log: Option<PathBuf> = None, "\"/var/log/xen-colo/web.events\"";
+        /// Where Prometheus reads how the host is, at /metrics; nowhere by default. Anybody who reaches it can read there.
+        metrics_listen: Option<MetricsAddress> = None, "\"9741\"";
     }
 }
 

@@ -4,6 +4,7 @@ use crate::colo::arbiter::Policy;
 use crate::daemon::address::Address;
 use crate::daemon::arbiter::Arbiter;
 use crate::daemon::control;
+use crate::daemon::metrics::MetricsAddress;
 use clap::Args;
 use std::path::PathBuf;
 
@@ -37,6 +38,10 @@ pub struct HostArgs {
     /// The switch port of the guest's NIC
     #[arg(long, value_name = "ADDRESS")]
     pub net: Option<Address>,
+    /// Tell Prometheus how the host and its guest are, at /metrics: a port of the loopback address, or the address of another
+    /// interface written out; anybody who reaches it can read there. Port 0 is any. Off by default
+    #[arg(long, value_name = "[ADDRESS:]PORT")]
+    pub metrics_listen: Option<MetricsAddress>,
     /// Who decides which host goes on alone: file:PATH, or the address of `xl-colo arbiter`
     #[arg(long, value_name = "ARBITER")]
     pub arbiter: Option<Arbiter>,
@@ -110,6 +115,7 @@ impl HostArgs {
         self.spill_dir = self.spill_dir.or(host.spill_dir);
         self.arbiter = self.arbiter.or(host.arbiter);
         self.event_log = self.event_log.or(host.event_log);
+        self.metrics_listen = self.metrics_listen.or(host.metrics_listen);
         if self.guest.is_none() && guest.boot {
             self.guest = path.file_stem().map(|name| name.to_string_lossy().into_owned());
             self.xen = self.xen.or(guest.xen);

@@ -73,6 +73,24 @@ pub enum Cause {
 }
 
 impl Cause {
+    /// All of them.
+    pub const ALL: [Self; 14] = [
+        Self::First,
+        Self::Delay,
+        Self::PayloadDiffers,
+        Self::Aged,
+        Self::OneSided,
+        Self::Reused,
+        Self::OutputWaits,
+        Self::PacketBound,
+        Self::DiskBound,
+        Self::Unparsable,
+        Self::MirrorOverflow,
+        Self::PacketLink,
+        Self::FramesLost,
+        Self::Command,
+    ];
+
     /// Whether the two guests' output asked for it: what costs a checkpoint in lock-step alone.
     #[must_use]
     pub fn is_difference(self) -> bool {

@@ -20,6 +20,7 @@ mod orders;
 mod parts;
 mod report;
 mod telling;
+mod totals;
 
 use self::digests::Digests;
 pub use self::leaving::Vacancy;
@@ -124,6 +125,8 @@ pub struct Engine {
     dropped_network: u64,
     /// Bytes sent over the stream and to the disks by links that have ended.
     sent_before: (u64, u64),
+    /// What the pairs before counted.
+    kept: totals::Kept,
     moved_bytes: u64,
     stopping: bool,
 }
@@ -159,6 +162,7 @@ impl Engine {
             decided_at_unix_us: None,
             dropped_network: 0,
             sent_before: (0, 0),
+            kept: totals::Kept::default(),
             moved_bytes: 0,
             stopping: false,
         }
@@ -501,10 +505,14 @@ impl Engine {
         peer: String,
         targets: &[Target],
     ) -> Reply {
+        let takes_its_place = matches!(&self.role, Role::Primary(role) if role.side.can_be_protected());
+        if takes_its_place {
+            self.keep_totals();
+        }
         let role = std::mem::replace(&mut self.role, Role::Empty);
         let mut guest = match role {
             Role::Running(guest) => guest,
-            Role::Primary(role) if role.side.can_be_protected() => {
+            Role::Primary(role) if takes_its_place => {
                 let PrimaryRole { side, mut guest } = *role;
                 guest.domain = Some(side.into_domain());
                 guest
@@ -550,6 +558,7 @@ impl Engine {
         let clock = Arc::new(engine_clock);
         match SecondarySide::new(now, config, domain, replicas, guest.epoch.clone(), guest.geometry.mac, clock) {
             Ok(side) => {
+                self.keep_totals();
                 self.role = Role::Secondary(Box::new(SecondaryRole { side, guest }));
                 self.digests = Digests::of_secondary(links.digests);
                 self.adopt(links, peer, mode);

@@ -29,6 +29,7 @@ use super::guest::GuestError;
 use super::links::{self, Outgoing, Side, lock, outbox};
 use super::live::{Configuration, LogFilter};
 use super::manager::Manager;
+use super::metrics::{Metrics, MetricsAddress};
 use super::nbd::remote::{self, Connect, Dialling};
 use super::xen::{Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
@@ -116,6 +117,8 @@ pub struct HostConfig {
     pub epoch_memory_bytes: u64,
     /// The switch port.
     pub net: Option<Address>,
+    /// Where metrics are read; nowhere when absent.
+    pub metrics_listen: Option<MetricsAddress>,
     /// The arbiter.
     pub arbiter: Option<Arbiter>,
     /// What must be won before going on alone.
@@ -142,6 +145,14 @@ pub enum HostError {
     Listen {
         /// Where.
         address: Address,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The metrics.
+    #[error("--metrics-listen {address}: {source}")]
+    Metrics {
+        /// Where.
+        address: MetricsAddress,
         /// Why not.
         source: io::Error,
     },
@@ -200,8 +211,9 @@ struct Shared {
     wire: Wire,
 }
 
-/// Runs a host until it is told to stop. `ready` is called when its sockets are open.
-pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(), HostError> {
+/// Runs a host until it is told to stop. `ready` is called when its sockets are open, with where peers connect and where
+/// metrics are read.
+pub async fn run(config: HostConfig, ready: impl FnOnce(&Address, Option<&str>)) -> Result<(), HostError> {
     if config.policy == Policy::Arbiter && config.arbiter.is_none() {
         return Err(HostError::Policy(
             "the arbiter policy needs --arbiter file:PATH or --arbiter ADDRESS (or choose --policy hold, script:PATH, alone)",
@@ -209,6 +221,14 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     }
     let address = config.listen.clone();
     let listener = address.listen().await.map_err(|source| HostError::Listen { address, source })?;
+    let metrics = match config.metrics_listen {
+        Some(address) => Metrics::listen(&config.name, address)
+            .await
+            .map(Some)
+            .map_err(|source| HostError::Metrics { address, source })?,
+        None => None,
+    };
+    let metrics_url = metrics.as_ref().map(Metrics::url);
     let control = control::listen(&config.run_dir, &config.name).await.map_err(|source| HostError::Control {
         host: config.name.clone(),
         run_dir: config.run_dir.clone(),
@@ -242,6 +262,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let engine = Engine::new(EngineParts {
         name: config.name.clone(),
         listen: listener.local_address().unwrap_or_else(|_| config.listen.clone()),
+        metrics: metrics_url.clone(),
         guest,
         left,
         disks: config.disks.clone(),
@@ -275,6 +296,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let monitor = super::qmp::host::HostMonitor { engine: control_sender.clone(), events: teller };
     tokio::spawn(super::qmp::serve(monitor_listener, Arc::new(monitor)));
     tokio::spawn(control::serve(control, control_sender.clone(), history.clone()));
+    metrics.map(|metrics| tokio::spawn(metrics.serve(control_sender.clone(), history.clone())));
     if let Some(net) = config.net.clone() {
         tokio::spawn(switch_port(net, network_sender, network_outgoing));
     } else {
@@ -284,7 +306,8 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address)) -> Result<(),
     let shared = Arc::new(Shared { config, vacancy, host: host_sender, wire });
     // Before anybody is told that it runs, and may order its end.
     let signals = Signals::new().map_err(HostError::Signals)?;
-    ready(&listener.local_address().unwrap_or_else(|_| shared.config.listen.clone()));
+    let address = listener.local_address().unwrap_or_else(|_| shared.config.listen.clone());
+    ready(&address, metrics_url.as_deref());
     manager.ready();
     tokio::spawn(tell_status(line.clone(), manager.clone()));
     let greeting = tokio::spawn(greet_all(listener, shared.clone()));

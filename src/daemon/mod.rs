@@ -12,7 +12,7 @@
 //!  arbiter, fence   who may go on alone            control, status   what an operator asks and hears
 //!  qmp       the same orders over QEMU's monitor protocol, and a replica alone for a QEMU that is the primary
 //!  live, manager   what SIGHUP may change, and what systemd is told    protected   what a host that was killed left
-//!  durable   small files that are replaced whole
+//!  durable   small files that are replaced whole    metrics           what Prometheus reads
 //!  switch, edge     the demo's network
 //! ```
 
@@ -35,6 +35,7 @@ pub mod host;
 pub mod links;
 pub mod live;
 pub mod manager;
+pub mod metrics;
 pub mod nbd;
 #[cfg(not(feature = "xen"))]
 pub mod no_xen;

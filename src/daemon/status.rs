@@ -11,8 +11,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 mod packets;
+mod totals;
 
 pub use packets::{Digests, Flow, LockStep};
+pub use totals::Totals;
 
 /// Flows that a status tells of.
 pub const FLOWS_MAX: usize = 8;
@@ -387,6 +389,12 @@ pub struct Status {
     pub lost_at_unix_us: Option<u64>,
     /// When the arbitration was decided, in µs of Unix time.
     pub decided_at_unix_us: Option<u64>,
+    /// What was counted of the guest since this process began.
+    #[serde(default)]
+    pub totals: Totals,
+    /// Where its metrics are read, if they are told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<String>,
 }
 
 impl fmt::Display for Protection {
@@ -429,6 +437,7 @@ impl Status {
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "host        {} (pid {})", self.host, self.pid)?;
+        self.metrics.iter().try_for_each(|metrics| writeln!(f, "metrics     {metrics}"))?;
         let Some(guest) = &self.guest else {
             write!(f, "guest       none")?;
             self.why.iter().try_for_each(|why| write!(f, "\nbecause     {why}"))?;

@@ -123,6 +123,7 @@ impl Host {
         let (network, network_in) = mpsc::channel(1);
         let (network_out, outgoing) = outbox();
         let engine = Engine::new(EngineParts {
+            metrics: None,
             listen: Address::Unix("nowhere".into()),
             name: name.into(),
             guest,

@@ -40,11 +40,14 @@ pub struct Plan {
     pub disks: usize,
     /// How often, in percent, its copies answer differently.
     pub diverge: u8,
+    /// Whether the hosts tell Prometheus how they are.
+    pub metrics: bool,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { fence: true, policies: ["arbiter".into(), "arbiter".into()], guest_mib: 16, disks: 1, diverge: 0 }
+        let policies = ["arbiter".into(), "arbiter".into()];
+        Self { fence: true, policies, guest_mib: 16, disks: 1, diverge: 0, metrics: false }
     }
 }
 
@@ -107,6 +110,9 @@ impl World {
             command.args(["--policy", policy]);
             if policy != "alone" {
                 command.args(["--arbiter", &arbiter.address.to_string()]);
+            }
+            if plan.metrics {
+                command.args(["--metrics-listen", "0"]);
             }
             for disk in 1..plan.disks {
                 command.arg("--disk").arg(path(&format!("disk{disk}-{name}.img")));

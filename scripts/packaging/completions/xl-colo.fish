@@ -72,6 +72,7 @@ complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l disk -d 'A disk
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l spill-dir -d 'Where disk epochs go that do not fit into memory; beside the first image by default' -r -F
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l epoch-memory-mib -d 'Memory in MiB that the replicas\' disk epochs may use together before they go to the spill directory' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l net -d 'The switch port of the guest\'s NIC' -r
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l metrics-listen -d 'Tell Prometheus how the host and its guest are, at /metrics: a port of the loopback address, or the address of another interface written out; anybody who reaches it can read there. Port 0 is any. Off by default' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l arbiter -d 'Who decides which host goes on alone: file:PATH, or the address of `xl-colo arbiter`' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l policy -d 'What must be won before going on alone: arbiter, hold, script:PATH, or alone (unsafe, for tests)' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l guest -d 'Run a guest of this name: an embedded one, or with --xen a domain' -r

@@ -5,6 +5,7 @@ use crate::colo::arbiter::Policy;
 use crate::colo::hello::{Mode, ResumeOrder};
 use crate::daemon::address::Address;
 use crate::daemon::arbiter::Arbiter;
+use crate::daemon::metrics::MetricsAddress;
 use std::path::PathBuf;
 use toml::de::DeValue;
 
@@ -86,6 +87,7 @@ texts! {
         Arbiter::File(path) => format!("file:{}", path.display()),
         Arbiter::Served(address) => address.to_string(),
     };
+    MetricsAddress: "\"PORT\" of the loopback address, or \"IP:PORT\"", |text| text.parse().ok(), ToString::to_string;
     Policy: "\"arbiter\", \"hold\", \"script:PATH\" or \"alone\"", |text| parse_policy(text).ok(), |policy| match policy {
         Policy::Arbiter => "arbiter".into(),
         Policy::Hold => "hold".into(),

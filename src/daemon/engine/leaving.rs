@@ -176,6 +176,7 @@ impl Engine {
         }
         let primary = self.peer.as_deref().unwrap_or("its primary");
         self.left = Some(format!("host {primary} ended the protection of {}", role.guest.name));
+        self.keep_totals();
         self.role = Role::Empty;
     }
 }

@@ -243,6 +243,8 @@ impl Engine {
             degraded: self.degraded(now),
             work: self.work(),
             peer_health: self.peer_health(now),
+            totals: self.totals(),
+            metrics: self.parts.metrics.clone(),
             ..Status::default()
         };
         status.packets.dropped_network = self.dropped_network;

@@ -63,6 +63,8 @@ pub struct EngineParts {
     pub name: String,
     /// Where peers connect.
     pub listen: Address,
+    /// Where metrics are read, if they are told.
+    pub metrics: Option<String>,
     /// A guest that runs here from the start.
     pub guest: Option<Guest>,
     /// Why a guest that this host was to run is not booted here.

@@ -38,8 +38,13 @@ async fn the_life_of_a_pair_is_told_on_both_hosts_and_written_down() {
     let world = World::start(Plan::default()).await;
     let load = world.load();
     world.protect(Mode::Remus).await;
-    world.a.order(Request::Checkpoint).await;
-    world.a.is("checkpointed by command", |status| status.checkpoints.by_cause.contains_key("command")).await;
+    // An order that finds another's request standing is one with it.
+    until("a checkpoint by command", async || {
+        world.a.order(Request::Checkpoint).await;
+        let by_cause = world.a.status().await.checkpoints.by_cause;
+        if by_cause.contains_key("command") { Ok(()) } else { Err(by_cause) }
+    })
+    .await;
     load.goes_on(10).await;
     world.b.order(Request::Failover).await;
     world.b.becomes(Protection::TakenOver).await;
@@ -49,9 +54,11 @@ async fn the_life_of_a_pair_is_told_on_both_hosts_and_written_down() {
 
     let dir = world.path("");
     let (a, b) = (events(&dir, "a", 0).await, events(&dir, "b", 0).await);
-    assert_eq!(changes(&a), "host-started unprotected syncing protected link-lost arbitrating stopped", "{a:#?}");
-    let told = changes(&b);
-    let told = told.replace("arbitrating ", "");
+    // Which of the links is seen to end first, and how many, is chance.
+    let told = changes(&a).replace("link-lost ", "");
+    assert_eq!(told, "host-started unprotected syncing protected arbitrating stopped", "{a:#?}");
+    assert!(a.iter().any(|event| matches!(&event.what, What::LinkLost { link, .. } if link == "peer")), "{a:#?}");
+    let told = changes(&b).replace("arbitrating ", "").replace("link-lost ", "");
     assert_eq!(told, "host-started syncing standing-by taken-over", "{b:#?}");
     for (host, events) in [("a", &a), ("b", &b)] {
         let numbers: Vec<_> = events.iter().map(|event| event.number).collect();

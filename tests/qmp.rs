@@ -333,7 +333,7 @@ async fn the_command_line_orders_and_says_why_not() {
     let failures: [(&[&str], i32, &str); 5] = [
         (&["--connect", socket, "zork"], 1, "zork: The command zork has not been found (CommandNotFound)"),
         (&["--connect", socket, "stop", "[]"], 1, "the arguments are a JSON object"),
-        (&["--connect", "/nonexistent", "stop"], 1, "cannot connect to the monitor /nonexistent: "),
+        (&["--connect", "/nonexistent", "stop"], 1, "cannot connect to the monitor unix:/nonexistent: "),
         (&["--socket", "x", "--drive", "id=a,file=/nonexistent"], 4, "--drive id=a,file=/nonexistent: Could not open"),
         (&["--socket", socket], 4, "in use: another process serves this socket"),
     ];

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 /// Runs top on a pseudo-terminal; says what it saw as `key=value` lines. First argument: what is done when the guest
-/// shows: `q`, or the number of a process to kill before q, or `term`.
+/// shows: `q` at the very moment that the window changes its size, or the number of a process to kill before q, or `term`,
+/// or `close` the terminal.
 const PTY: &str = r#"
 import fcntl, os, pty, select, signal, struct, sys, termios, time
 what, program, run_dir = sys.argv[1:4]
@@ -23,7 +24,7 @@ if pid == 0:
 seen = b""
 def until(text):
     global seen
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 20
     while text not in seen:
         if time.monotonic() > deadline:
             print("hangs waiting for %r after %r" % (text, seen[-2000:]))
@@ -40,6 +41,17 @@ raw = termios.tcgetattr(follower)
 print("raw=%s" % (raw[3] & (termios.ICANON | termios.ECHO) == 0))
 if what == "term":
     os.kill(pid, signal.SIGTERM)
+elif what == "close":
+    os.close(leader)
+    deadline = time.monotonic() + 20
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        if time.monotonic() > deadline:
+            print("outlives its terminal")
+            os.kill(pid, signal.SIGKILL)
+            sys.exit(1)
+        time.sleep(0.05)
+    print("ended")
+    sys.exit(0)
 elif what != "q":
     os.kill(int(what), signal.SIGKILL)
     until(b"ANSWER")
@@ -74,6 +86,7 @@ async fn it_shows_the_guest_and_leaves_the_terminal_as_it_was() {
     let _turn = turn().await;
     let dir = tempfile::tempdir().unwrap();
     let mut a = host(dir.path());
+    assert_eq!(top("close", dir.path()).await.as_deref().unwrap_or("raw=True\nended\n"), "raw=True\nended\n");
     for what in ["q", "term", &a.pid().to_string()] {
         let Some(said) = top(what, dir.path()).await else { return };
         assert_eq!(said, "raw=True\ncode=0\nrestored=True\nguest=True\n", "{what}");

@@ -131,6 +131,8 @@ pub enum Action {
     Release {
         /// The epoch the checkpoint ended.
         epoch: u64,
+        /// Why the checkpoint was taken; the machine's own may be the next one's by now.
+        cause: Cause,
     },
     /// Disk writes of `epoch` may travel.
     AllowDisk {
@@ -307,7 +309,7 @@ impl Primary {
             self.progress_at = now;
             self.actions.push_back(Action::SendPages);
             if mutant::active(Mutant::ReleaseBeforeReceived) {
-                self.actions.push_back(Action::Release { epoch: self.epoch - 1 });
+                self.actions.push_back(Action::Release { epoch: self.epoch - 1, cause: self.cause });
             }
             self.send_devices_if_whole(now);
         }
@@ -474,7 +476,7 @@ impl Primary {
     }
 
     fn owned(&mut self) {
-        self.actions.push_back(Action::Release { epoch: self.epoch - 1 });
+        self.actions.push_back(Action::Release { epoch: self.epoch - 1, cause: self.cause });
         self.actions.push_back(Action::AllowDisk { epoch: self.epoch });
     }
 

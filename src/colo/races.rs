@@ -102,7 +102,7 @@ fn a_checkpoint_walks_the_table() {
     assert_eq!(drain_primary(&mut it), [SendPages, SendDevices]);
     assert!(!it.is_protected(), "the secondary owns nothing yet");
     it.handle_message(at(4), Message::CheckpointReady);
-    assert_eq!(drain_primary(&mut it), [Release { epoch: 0 }, AllowDisk { epoch: 1 }]);
+    assert_eq!(drain_primary(&mut it), [Release { epoch: 0, cause: Cause::First }, AllowDisk { epoch: 1 }]);
     assert!(it.is_protected());
     it.request_checkpoint(at(50), Cause::PayloadDiffers);
     it.request_checkpoint(at(50), Cause::Aged);
@@ -114,10 +114,24 @@ fn a_checkpoint_walks_the_table() {
     it.handle_disk_drained(at(53));
     assert_eq!(drain_primary(&mut it), [SendDevices]);
     it.handle_message(at(54), Message::VmstateReceived);
-    assert_eq!(drain_primary(&mut it), [Release { epoch: 1 }, AllowDisk { epoch: 2 }]);
+    assert_eq!(drain_primary(&mut it), [Release { epoch: 1, cause: Cause::PayloadDiffers }, AllowDisk { epoch: 2 }]);
     it.handle_message(at(55), Message::VmstateLoaded);
     assert_eq!((it.state(), it.cause(), it.epoch()), (primary::State::Running, Cause::PayloadDiffers, 2));
     assert_eq!(drain_primary(&mut it), []);
+}
+
+/// The next checkpoint may begin in the same step in which one is released; each keeps its own cause.
+#[test]
+fn what_waits_for_the_first_state_does_not_give_it_its_cause() {
+    let mut it = primary_after(2, |_| {});
+    it.handle_disk_drained(at(3));
+    drain_primary(&mut it);
+    it.request_checkpoint(at(3), Cause::OutputWaits);
+    it.handle_message(at(4), Message::CheckpointReady);
+    let released = primary::Action::Release { epoch: 0, cause: Cause::First };
+    let actions = drain_primary(&mut it);
+    assert!(actions.contains(&released), "{actions:?}");
+    assert_eq!((it.state(), it.cause()), (primary::State::WaitReply, Cause::OutputWaits));
 }
 
 #[test]

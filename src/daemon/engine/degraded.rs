@@ -3,6 +3,7 @@
 use super::{Engine, Role};
 use crate::clock::Instant;
 use crate::colo::hello::Mode;
+use crate::colo::{primary, secondary};
 use crate::daemon::events::{What, cut};
 use crate::daemon::links::packets::Told;
 
@@ -19,7 +20,9 @@ impl Engine {
     /// The packet link was lost, or there is one again.
     pub(super) fn packet_link(&mut self, now: Instant, told: Told) {
         let up = told == Told::Up;
-        if let Told::Down(why) = told {
+        if self.is_parting() {
+            // Whoever lets go first closes all links, and it is chance which end is seen first: no news.
+        } else if let Told::Down(why) = told {
             self.tell(What::LinkLost { link: "packets".into(), reason: cut(&why) });
             self.packet_link.losses += 1;
             self.packet_link.down = Some(why);
@@ -29,6 +32,19 @@ impl Engine {
         }
         if let Role::Primary(role) = &mut self.role {
             role.side.handle_packet_link(now, up);
+        }
+    }
+
+    /// Whether the pair is over, or is being ended by an order.
+    fn is_parting(&self) -> bool {
+        match &self.role {
+            Role::Empty | Role::Running(_) => true,
+            Role::Primary(role) => {
+                matches!(role.side.machine().state(), primary::State::Dismissing | primary::State::Exited(_))
+            }
+            Role::Secondary(role) => {
+                matches!(role.side.machine().state(), secondary::State::Dismissed | secondary::State::Exited(_))
+            }
         }
     }
 

@@ -508,10 +508,10 @@ impl PrimarySide {
                 }
             }
             Action::SendDevices => self.effects.push_back(Effect::Devices(std::mem::take(&mut self.devices))),
-            Action::Release { epoch } => {
-                *self.stats.checkpoints.entry(self.machine.cause()).or_default() += 1;
+            Action::Release { epoch, cause } => {
+                *self.stats.checkpoints.entry(cause).or_default() += 1;
                 self.stats.last_owned_at = Some(now);
-                self.steps.released(now, epoch, self.machine.cause());
+                self.steps.released(now, epoch, cause);
                 self.proxy.checkpoint(now, epoch);
             }
             Action::AllowDisk { epoch } => self.mirrors.allow(self.disk_epoch_base + epoch),

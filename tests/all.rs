@@ -35,6 +35,7 @@ mod partition;
 mod qemu_pair;
 mod qemu_replication;
 mod qmp;
+mod qmp_primary;
 mod qmp_words;
 mod remus;
 mod restart;

@@ -32,6 +32,7 @@ mod nbd_tls;
 mod packaging;
 mod packet_link;
 mod partition;
+mod progress;
 mod qemu_pair;
 mod qemu_replication;
 mod qmp;

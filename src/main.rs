@@ -22,7 +22,7 @@ use xen_colo::daemon::address::Address;
 use xen_colo::daemon::control::{self, ControlError, Request};
 use xen_colo::daemon::events::{EVENTS_MAX, Told};
 use xen_colo::daemon::host::{self, Boot, BootConfig, HostConfig, HostError};
-use xen_colo::daemon::live::{Configuration, Live, LogFilter};
+use xen_colo::daemon::live::{BadSetting, Configuration, Live, LogFilter};
 use xen_colo::daemon::manager::Manager;
 use xen_colo::daemon::remus::{self, RemusError};
 use xen_colo::daemon::top::{self, TopError};
@@ -226,6 +226,13 @@ async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
         Ok(configuration) => configuration,
         Err(error) => return fail_config(&error),
     };
+    // An image is made when it is needed; where it cannot be is said now.
+    for disk in &args.disks {
+        if let Some(dir) = disk.parent().filter(|dir| !dir.as_os_str().is_empty() && !dir.is_dir()) {
+            let why = format!("--disk {}: there is no directory {}", disk.display(), dir.display());
+            return fail(cli::EXIT_ENVIRONMENT, &why);
+        }
+    }
     let mut seed = [0; 8];
     if let Err(error) = getrandom::fill(&mut seed) {
         return fail(cli::EXIT_ENVIRONMENT, &error);
@@ -289,8 +296,16 @@ fn configuration(path: PathBuf) -> Result<Configuration, ConfigError> {
 async fn set(args: SetArgs) -> ExitCode {
     let mut live = Live::default();
     for (key, value) in &args.settings {
-        if let Err(error) = live.put(key, value) {
-            return fail(cli::EXIT_FAILED, &error);
+        match live.put(key, value) {
+            Ok(()) => {}
+            // It may be no key at all.
+            Err(BadSetting::Fixed(key)) if !Config::knows(&key) || operator::nearest(&key, Live::KEYS).is_some() => {
+                let there = || format!("there is {}", Live::KEYS.join(", "));
+                let near =
+                    operator::nearest(&key, Live::KEYS).map_or_else(there, |near| format!("did you mean {near}?"));
+                return fail(cli::EXIT_FAILED, &format_args!("{key} is no setting; {near}"));
+            }
+            Err(error) => return fail(cli::EXIT_FAILED, &error),
         }
     }
     let host = HostRef { name: None, host: args.host, run_dir: args.run_dir };
@@ -309,6 +324,10 @@ async fn set(args: SetArgs) -> ExitCode {
 }
 
 async fn serve_arbiter(args: ArbiterArgs) -> ExitCode {
+    // A register that cannot be kept is found out now, and not by the first host that must know who goes on.
+    if let Err(error) = arbiter::Arbiter::File(args.file.clone()).query("").await {
+        return fail(cli::EXIT_ENVIRONMENT, &error);
+    }
     let listener = match args.listen.listen().await {
         Ok(listener) => listener,
         Err(error) => return fail(cli::EXIT_ENVIRONMENT, &format!("listen on {}: {error}", args.listen)),
@@ -427,6 +446,7 @@ async fn show_top(host: HostRef) -> ExitCode {
 }
 
 fn configure(args: &ConfigArgs) -> ExitCode {
+    let mut notes = Vec::new();
     let configured = (|| {
         let mut config = Config::default();
         if let Some(path) = &args.check {
@@ -435,7 +455,9 @@ fn configure(args: &ConfigArgs) -> ExitCode {
         // On the secondary's machine the domain's configuration need not be there.
         let named = config.guest.xen.clone().filter(|xl| xl.exists());
         if let Some(xl) = args.xl.clone().or(named) {
-            config.fill_from(&xl::Keys::load(&xl)?);
+            let keys = xl::Keys::load(&xl)?;
+            config.fill_from(&keys);
+            notes = keys.notes();
             config.guest.xen = Some(xl);
         }
         Ok(config)
@@ -447,8 +469,11 @@ fn configure(args: &ConfigArgs) -> ExitCode {
         }
         (Ok(_), Some(path)) if say::is_json() => say::out(&serde_json::json!({"ok": true, "file": path})),
         (Ok(_), Some(path)) => say::out(&format_args!("ok   {}", path.display())),
-        (Ok(config), None) if say::is_json() => say::out(&serde_json::json!({"toml": config.write()})),
-        (Ok(config), None) => say::out(&config.write().trim_end()),
+        (Ok(config), None) if say::is_json() => say::out(&serde_json::json!({"toml": config.write(), "xl": notes})),
+        (Ok(config), None) => {
+            let notes: String = notes.iter().map(|note| format!("# xl's {note}\n")).collect();
+            say::out(&format_args!("{notes}{}", config.write().trim_end()))
+        }
     };
     ExitCode::SUCCESS
 }

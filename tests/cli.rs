@@ -243,6 +243,16 @@ async fn a_host_that_cannot_run_says_why() {
     let no_disk = ["--run-dir", run_dir, "--disk", "/nonexistent/dir/disk.img", "--guest", "g", "--guest-mib", "4"];
     let why = one_line(&xl_colo(&[&base[..], &no_disk].concat()).await, 4);
     assert!(why.contains("/nonexistent/dir/disk.img"), "{why}");
+    for (file, text) in [("/nonexistent/dir/register", ""), (disk.to_str().unwrap(), "no register")] {
+        if !text.is_empty() {
+            std::fs::write(file, text).unwrap();
+        }
+        let why = one_line(&xl_colo(&["arbiter", "--listen", "127.0.0.1:0", "--file", file]).await, 4);
+        assert!(why.contains(&format!("arbiter file:{file}: ")), "{why}");
+    }
+    // The same to a host that has no guest yet, and would find out when it must protect one.
+    let why = one_line(&xl_colo(&[&base[..], &no_disk[..4]].concat()).await, 4);
+    assert!(why.contains("/nonexistent/dir/disk.img: there is no directory /nonexistent/dir"), "{why}");
     assert_eq!(b.status().await.protection, Protection::Empty, "the first host is as it was");
 }
 

@@ -84,14 +84,34 @@ async fn what_is_wrong_with_a_configuration_is_said_with_its_line() {
     let said = one_line(&xl_colo(&["host", "--config", empty.to_str().unwrap()]).await, 2);
     assert!(said.contains("no disks in [host]; give --disk FILE"), "{said}");
 }
+
+const VIF: &str = "vif = ['bridge=br0,forwarddev=eth1,colo_sock_mirror_id=m0,colo_checkpoint_host=192.0.2.1']\n";
+
 /// The domain's own keys become a configuration.
 #[tokio::test]
 async fn xls_keys_are_taken_over() {
     let dir = tempfile::tempdir().unwrap();
     let disk = "colo,colo-host=192.0.2.2,colo-port=9740,colo-export=e,active-disk=/srv/a,hidden-disk=/srv/h,target=/d";
-    let xl = write(dir.path(), "web.cfg", &format!("disk = [\n 'format=raw,vdev=hda,{disk}',\n]\n"));
+    let xl = write(dir.path(), "web.cfg", &format!("disk = [\n 'format=raw,vdev=hda,{disk}',\n]\n{VIF}"));
     let output = xl_colo(&["config", "--xl", xl.to_str().unwrap()]).await;
     let text = String::from_utf8(output.stdout).unwrap();
+    // Those that change nothing are told, a line for each, and the whole is still a configuration.
+    for note in [
+        "# xl's colo-host, colo-port: followed: the peer, ",
+        "# xl's active-disk, hidden-disk: followed: disk epochs spill to ",
+        "# xl's colo: nothing to do: every disk ",
+        "# xl's colo-export: nothing to do: the disks of a pair are matched by their order",
+        "# xl's forwarddev: nothing to do: ",
+        "# xl's colo_checkpoint_host: nothing to do: the comparator ",
+        "# xl's colo_sock_mirror_id: nothing to do: ",
+    ] {
+        assert_eq!(text.lines().filter(|line| line.starts_with(note)).count(), 1, "{note}: {text}");
+    }
+    let path = write(dir.path(), "made.toml", &text);
+    assert!(xl_colo(&["config", "--check", path.to_str().unwrap()]).await.status.success());
+    let output = xl_colo(&["--json", "config", "--xl", xl.to_str().unwrap()]).await;
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&said["xl"][0]["keys"][0], &said["xl"][0]["followed"]), (&"colo-host".into(), &true.into()), "{said}");
     for line in ["\npeer = \"tcp:192.0.2.2:9740\"\n", "\nspill_dir = \"/srv\"\n", &format!("\nxen = {xl:?}\n")] {
         assert!(text.contains(line), "{line}: {text}");
     }

@@ -161,6 +161,15 @@ fn a_stock_qemu_says_the_same_to_the_same_words() {
         line("drive_add -n buddy driver=replication,node-name=n,file.driver=null-co"),
         line("drive_add -n buddy driver=replication,mode=zork,node-name=n,file.driver=null-co"),
         line("drive_add -n buddy driver=replication,mode=secondary,node-name=n,file.driver=null-co"),
+        // Nodes by JSON.
+        order("blockdev-add", json!({"node-name": "x"})),
+        order("blockdev-add", json!({"driver": "raw"})),
+        order("blockdev-add", json!({"driver": "zork", "node-name": "x"})),
+        order("blockdev-add", json!({"driver": "replication", "node-name": "x", "file": "disk"})),
+        order("blockdev-add", json!({"driver": "replication", "mode": "primary", "node-name": "x"})),
+        order("blockdev-add", json!({"driver": "replication", "mode": "primary", "node-name": "x", "file": "nope"})),
+        order("blockdev-del", json!({})),
+        order("blockdev-del", json!({"node-name": "nope"})),
         // The guest runs and stops, and it is told.
         order("cont", json!({})),
         order("query-status", json!({})),
@@ -210,13 +219,15 @@ fn a_stock_qemu_lets_the_same_overtake() {
 
 /// libxl's words to the device model of a secondary, from the first resume to a failover (libxl_colo_restore.c,
 /// libxl_colo_qdisk.c): what it orders, and what a COLO that works replies.
-fn libxl() -> Vec<(&'static str, String)> {
-    let done = |order: &'static str| (order, "{\"return\": {}, \"id\": 2}".to_owned());
-    let error = |order: &'static str, desc: &str| {
-        (order, format!("{{\"id\": 2, \"error\": {{\"class\": \"GenericError\", \"desc\": \"{desc}\"}}}}"))
+fn libxl() -> Vec<(String, String)> {
+    let done = |order: &str| (order.to_owned(), "{\"return\": {}, \"id\": 2}".to_owned());
+    let error = |order: &str, desc: &str| {
+        (order.to_owned(), format!("{{\"id\": 2, \"error\": {{\"class\": \"GenericError\", \"desc\": \"{desc}\"}}}}"))
     };
-    let healthy =
-        ("\"execute\":\"query-xen-replication-status\"", "{\"return\": {\"error\": false}, \"id\": 2}".into());
+    let healthy = (
+        "\"execute\":\"query-xen-replication-status\"".to_owned(),
+        "{\"return\": {\"error\": false}, \"id\": 2}".into(),
+    );
     let checkpoint = [
         done("\"execute\":\"stop\""),
         healthy,
@@ -245,10 +256,50 @@ fn libxl() -> Vec<(&'static str, String)> {
     all
 }
 
+/// libxl's words to the device model of a primary (libxl_colo_save.c, libxl_colo_qdisk.c), the drive's line byte for byte.
+fn libxl_of_a_primary(port: u16) -> Vec<(String, String)> {
+    let done = |order: &str| (order.to_owned(), "{\"return\": {}, \"id\": 2}".to_owned());
+    let add = format!(
+        "\"execute\":\"human-monitor-command\",\"arguments\":{{\"command-line\":\"drive_add -n buddy \
+         driver=replication,mode=primary,file.driver=nbd,file.host=127.0.0.1,file.port={port},file.export=disk0,\
+         node-name=colo_node768\"}}"
+    );
+    let healthy = (
+        "\"execute\":\"query-xen-replication-status\"".to_owned(),
+        "{\"return\": {\"error\": false}, \"id\": 2}".to_owned(),
+    );
+    let mut all = vec![
+        done("\"execute\":\"xen-set-global-dirty-log\",\"arguments\":{\"enable\":true}"),
+        done("\"execute\":\"stop\""),
+        (add, "{\"return\": \"\", \"id\": 2}".into()),
+        done(
+            "\"execute\":\"x-blockdev-change\",\
+             \"arguments\":{\"parent\":\"disk0\",\"node\":\"colo_node768\"}",
+        ),
+        done("\"execute\":\"xen-set-replication\",\"arguments\":{\"enable\":true,\"primary\":true}"),
+        done("\"execute\":\"cont\""),
+    ];
+    for _ in 0..2 {
+        all.push(done("\"execute\":\"stop\""));
+        all.push(healthy.clone());
+        all.push(done("\"execute\":\"xen-colo-do-checkpoint\""));
+        all.push(done("\"execute\":\"cont\""));
+    }
+    all.extend([
+        done("\"execute\":\"xen-set-global-dirty-log\",\"arguments\":{\"enable\":false}"),
+        done("\"execute\":\"xen-set-replication\",\"arguments\":{\"enable\":false,\"primary\":true}"),
+        done(
+            "\"execute\":\"x-blockdev-change\",\
+             \"arguments\":{\"parent\":\"disk0\",\"child\":\"children.1\"}",
+        ),
+    ]);
+    all
+}
+
 /// A connection an order, as libxl has it. What differs from what was expected: the order, and what came.
-fn replayed(socket: &Path) -> Vec<String> {
+fn replayed(socket: &Path, words: Vec<(String, String)>) -> Vec<String> {
     let mut differ = Vec::new();
-    for (order, expected) in libxl() {
+    for (order, expected) in words {
         let mut libxl = Spoken::connect(socket);
         libxl.0.get_mut().write_all(b"{\"execute\":\"qmp_capabilities\",\"id\":1}\r\n").unwrap();
         assert_eq!(libxl.line(), json!({"return": {}, "id": 1}));
@@ -304,7 +355,7 @@ async fn libxls_words_to_a_secondary_are_answered_byte_for_byte() {
             command.args(["qmp", "--drive", &image, "--drive", &top, "--socket"]).arg(&socket);
         }
         processes.push(Listening::start(&mut command, &socket));
-        said.push(tokio::task::block_in_place(|| replayed(&socket)));
+        said.push(tokio::task::block_in_place(|| replayed(&socket, libxl())));
     }
     assert_eq!(said[0], [""; 0], "ours");
     if said[1].iter().any(|line| line.contains("CommandNotFound")) {
@@ -314,6 +365,61 @@ async fn libxls_words_to_a_secondary_are_answered_byte_for_byte() {
     // Where libxl does not look: QEMU's stop without failover fails always, and drops nothing.
     let [stop] = &said[1][..] else { panic!("QEMU: {:#?}", said[1]) };
     assert!(stop.contains("\"enable\":false") && stop.contains("Backup job was cancelled unexpectedly"), "{stop}");
+}
+
+/// The same of a primary: an own secondary for each of the two, so that neither finds the other's writes.
+#[tokio::test(flavor = "multi_thread")]
+async fn libxls_words_to_a_primary_are_answered_byte_for_byte() {
+    let Some(qemu) = installed("qemu-system-x86_64") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let mut processes = Vec::new();
+    for (name, program) in [("ours", Path::new(XL_COLO)), ("qemu", &qemu)] {
+        let drive = |image: &str| format!("id=disk0,format=raw,file={}", at(image).display());
+        let (image, copy) = (at(&format!("{name}.img")), format!("{name}.copy"));
+        for file in [&image, &at(&copy)] {
+            std::fs::write(file, vec![0; 1 << 20]).unwrap();
+        }
+        let secondary = at(&format!("{name}.secondary"));
+        let top = "id=top,driver=replication,mode=secondary,top-id=top,file.backing.backing=disk0";
+        let mut command = Command::new(XL_COLO);
+        command.args(["qmp", "--drive", &drive(&copy), "--drive", top, "--socket"]).arg(&secondary);
+        processes.push(Listening::start(&mut command, &secondary));
+        let mut b = Spoken::connect(&secondary);
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        for order in [
+            "\"execute\":\"qmp_capabilities\"".to_owned(),
+            format!(
+                "\"execute\":\"nbd-server-start\",\"arguments\":{{\"addr\":{{\"type\":\"inet\",\
+                 \"data\":{{\"host\":\"127.0.0.1\",\"port\":\"{port}\"}}}}}}"
+            ),
+            "\"execute\":\"nbd-server-add\",\"arguments\":{\"device\":\"disk0\",\"writable\":true}".into(),
+            "\"execute\":\"xen-set-replication\",\"arguments\":{\"enable\":true,\"primary\":false}".into(),
+        ] {
+            let said = b.hears(format!("{{{order}}}").as_bytes());
+            assert!(said.iter().any(|said| said["return"] == json!({})), "{order}: {said:?}");
+        }
+        let quorum = format!(
+            "if=none,id=disk0,driver=quorum,vote-threshold=1,read-pattern=fifo,children.0.driver=raw,\
+             children.0.file.filename={}",
+            image.display()
+        );
+        let socket = at(name);
+        let mut command = Command::new(program);
+        if name == "qemu" {
+            command.args(["-machine", "none", "-S", "-nodefaults", "-display", "none", "-drive", &quorum]);
+            command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
+        } else {
+            command.args(["qmp", "--drive", &quorum, "--socket"]).arg(&socket);
+        }
+        processes.push(Listening::start(&mut command, &socket));
+        let differ = tokio::task::block_in_place(|| replayed(&socket, libxl_of_a_primary(port)));
+        if name == "qemu" && differ.iter().any(|line| line.contains("CommandNotFound")) {
+            eprintln!("SKIP: this qemu-system-x86_64 is built without replication");
+            return;
+        }
+        assert_eq!(differ, [""; 0], "{name}");
+    }
 }
 
 /// Here QEMU says that all is well, and we do not.

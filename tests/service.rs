@@ -107,6 +107,8 @@ async fn settings_change_while_a_host_runs() {
         ("listen=b:1", "listen: takes effect when the host is started again"),
         ("heartbeat-misses=1", "is not a number from 2 to 1000"),
         ("log=a=b=c", "log: "),
+        ("checkpoint_delay_ms=9", "checkpoint_delay_ms is no setting; did you mean checkpoint-delay-ms?"),
+        ("zork=9", "zork is no setting; there is checkpoint-delay-ms, heartbeat-ms, heartbeat-misses, log"),
     ] {
         let refused = one_line(&set(&[setting]).await, 1);
         assert!(refused.contains(why), "{refused}");

@@ -125,7 +125,7 @@ pub struct QmpArgs {
     /// Be a monitor at this socket
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// With --socket: a drive as QEMU's -drive has it: a raw image, or a replication node over one; again for each
+    /// With --socket: a drive as QEMU's -drive has it: a raw image, a quorum of one, or a replication node; again for each
     #[arg(long = "drive", value_name = "OPTIONS", requires = "socket")]
     pub drives: Vec<String>,
     /// With --socket: memory in MiB for the disks' epochs together

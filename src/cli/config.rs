@@ -256,6 +256,13 @@ impl Config {
         })
     }
 
+    /// Whether a file may say something about a key of this name.
+    #[must_use]
+    pub fn knows(key: &str) -> bool {
+        let key = key.replace('-', "_");
+        [Host::KEYS, Guest::KEYS, Protection::KEYS].iter().any(|keys| keys.contains(&key.as_str()))
+    }
+
     /// Whether the file says something about `section.key`.
     #[must_use]
     pub fn says(&self, key: &str) -> bool {

@@ -67,6 +67,9 @@ pub enum BadSetting {
 }
 
 impl Live {
+    /// What can be set.
+    pub const KEYS: [&str; 4] = ["checkpoint-delay-ms", "heartbeat-ms", "heartbeat-misses", "log"];
+
     /// Sets a key from its text.
     pub fn put(&mut self, key: &str, value: &str) -> Result<(), BadSetting> {
         let number = |within: RangeInclusive<u64>| {

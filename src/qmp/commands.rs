@@ -5,6 +5,7 @@
 //!
 //! Source: QEMU 7.2 `qapi/migration.json`, `qapi/block-export.json`, `qapi/yank.json`, `qapi/qapi-visit-core.c`.
 
+use super::drive::Drive;
 use super::lines::Line;
 use super::{Class, QmpError};
 use serde_json::{Map, Value};
@@ -102,6 +103,13 @@ pub enum Command {
         /// The node that comes.
         node: Option<String>,
     },
+    /// `blockdev-add`: the drive, or what is wrong with it
+    BlockdevAdd(Result<Drive, String>),
+    /// `blockdev-del`
+    BlockdevDel {
+        /// Which.
+        node: String,
+    },
     /// `human-monitor-command`
     Line(Line),
     /// `migrate-set-parameters`, of which one is known
@@ -144,7 +152,7 @@ pub enum Command {
 type Decode = fn(&mut Arguments) -> Result<Command, QmpError>;
 
 /// Every command: its name, whether it may be sent out of band, and how its arguments are read.
-const TABLE: [(&str, bool, Decode); 26] = [
+const TABLE: [(&str, bool, Decode); 28] = [
     ("xen-set-replication", false, set_replication),
     ("query-xen-replication-status", false, |_| Ok(Command::QueryReplicationStatus)),
     ("xen-colo-do-checkpoint", false, |_| Ok(Command::DoCheckpoint)),
@@ -160,6 +168,12 @@ const TABLE: [(&str, bool, Decode); 26] = [
         let parent = from.text("parent")?;
         Ok(Command::BlockdevChange { parent, child: from.text_if("child")?, node: from.text_if("node")? })
     }),
+    // What belongs to a drive depends on its driver.
+    ("blockdev-add", false, |from| {
+        let drive = Drive::of_json(&Value::Object(std::mem::take(&mut from.members)));
+        Ok(Command::BlockdevAdd(drive))
+    }),
+    ("blockdev-del", false, |from| Ok(Command::BlockdevDel { node: from.text("node-name")? })),
     ("human-monitor-command", false, |from| {
         let line = from.text("command-line")?;
         from.integer_if("cpu-index", i64::MIN, i64::MAX, "integer")?;

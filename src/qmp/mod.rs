@@ -7,6 +7,7 @@
 //!
 //! - [`codec`]: QEMU's dialect of JSON, read as its monitor reads it, and written as it writes it;
 //! - [`commands`]: what can be ordered, decoded with QEMU's words for what is wrong with an order;
+//! - [`drive`]: what a drive is, in QEMU's options and in its JSON;
 //! - [`lines`]: the lines for people that libxl sends through `human-monitor-command`;
 //! - [`server`]: a session, from the greeting on;
 //! - [`client`]: the other end of one;
@@ -18,6 +19,7 @@
 pub mod client;
 pub mod codec;
 pub mod commands;
+pub mod drive;
 pub mod lines;
 pub mod pair;
 pub mod server;

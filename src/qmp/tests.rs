@@ -2,7 +2,8 @@
 
 use super::codec::{Decoder, INPUT_MAX_BYTES, NESTING_MAX};
 use super::commands::{Command, ExportAdd, Listen};
-use super::lines::{Drive, Line};
+use super::drive::{Below, Drive, Server};
+use super::lines::Line;
 use super::server::{OWED_MAX_BYTES, QUEUE_MAX, Session};
 use super::{Event, client, done};
 use bytes::BytesMut;
@@ -324,7 +325,9 @@ fn orders_are_what_libxl_means() {
     let arguments = json!({"enable": false, "primary": false, "failover": true});
     assert_eq!(order("xen-set-replication", arguments), Some(stop));
     let line = "drive_add -n buddy driver=replication,mode=primary,file.driver=nbd,file.host=h,file.port=9000,file.export=hda,node-name=colo_node768";
-    let drive = Ok(Drive::Primary { name: "colo_node768".into() });
+    let at = Listen::Inet { host: "h".into(), port: "9000".into() };
+    let below = Below::Server(Server { at, export: "hda".into(), client: None });
+    let drive = Ok(Drive::Primary { name: "colo_node768".into(), below });
     let line = order("human-monitor-command", json!({"command-line": line}));
     assert_eq!(line, Some(Command::Line(Line::DriveAdd { node_only: true, drive })));
 }

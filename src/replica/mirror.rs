@@ -39,9 +39,10 @@ mod tests;
 
 pub use self::resync::{Holds, SYNC_CHUNK_BYTES, Target};
 
-use self::resync::{Changes, ChunkHash, HASHES_MAX, Resync, What, hash_chunk};
+use self::resync::{Changes, ChunkHash, GRANULE_BYTES, HASHES_MAX, Resync, What, hash_chunk};
 use super::extents::{Content, MAX_ZEROES_BYTES};
 use super::{FAST_HOLE, lock, zero_or_leave};
+use crate::bitmap::Bitmap;
 use crate::disk::{Disk, DiskError, Extent, Zeroing, check_range};
 use bytes::Bytes;
 use serde::Serialize;
@@ -226,6 +227,7 @@ impl Mirror {
         let what = match target.holds {
             Holds::Anything => What::All,
             Holds::Zeroes => What::NotZero,
+            Holds::Same => What::Marked(Bitmap::new(self.local.size_bytes().div_ceil(GRANULE_BYTES))),
             Holds::Checkpoint { session, number } => match known {
                 Some(changes) if changes.counts_from(session, number) => What::Marked(changes.into_granules()),
                 _ => What::All,

@@ -208,7 +208,7 @@ complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -l json -d 'Say wha
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s h -l help -d 'Print help'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand qmp" -l connect -d 'Give an order to the monitor at this socket' -r -F
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand qmp" -l socket -d 'Be a monitor at this socket' -r -F
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand qmp" -l drive -d 'With --socket: a drive as QEMU\'s -drive has it: a raw image, or a replication node over one; again for each' -r
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand qmp" -l drive -d 'With --socket: a drive as QEMU\'s -drive has it: a raw image, a quorum of one, or a replication node; again for each' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand qmp" -l epoch-memory-mib -d 'With --socket: memory in MiB for the disks\' epochs together' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand qmp" -l spill-dir -d 'With --socket: where disk epochs go that do not fit into memory' -r -F
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand qmp" -l timeout-s -d 'With --connect: how long the order may take' -r

@@ -10,8 +10,7 @@
 //! |---|---|
 //! | `colo-host`, `colo-port` | the peer |
 //! | `hidden-disk`, `active-disk` | their directory is where disk epochs spill to: both are memory here, as long as it lasts |
-//! | `colo`, `colo-export` | read, and needed for nothing: the disks of a pair are matched by their order |
-//! | `forwarddev`, `colo_…` | read, and needed for nothing: the comparator is in the host's process |
+//! | the others | none: [`Keys::notes`] says of each why it needs nothing |
 //!
 //! Other keys of xl are none of our business. A key that looks like one of these and is none is an error: xl itself takes
 //! `colo-hots=b` for a part of the target's name.
@@ -23,6 +22,7 @@ use super::{ConfigError, read_file};
 use crate::daemon::address::Address;
 use crate::daemon::operator::nearest;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// How deep lists may be nested; xl's own are two deep.
@@ -122,7 +122,7 @@ impl Keys {
 
     fn parse(text: &str) -> Result<Self, Wrong> {
         let mut keys = Self::default();
-        for (key, _, value) in Reader::new(text).settings()? {
+        for (key, begun, value) in Reader::new(text).settings()? {
             let (Value::List(items), "disk" | "vif") = (value, key.as_str()) else { continue };
             for (line, item) in items {
                 let Value::Text(item) = item else { continue };
@@ -130,6 +130,7 @@ impl Keys {
                 let read = read.map_err(|why| (line, why))?;
                 if key == "disk" { &mut keys.disks } else { &mut keys.vifs }.push(read);
             }
+            keys.check_peer().map_err(|why| (begun, why))?;
         }
         Ok(keys)
     }
@@ -152,15 +153,109 @@ impl Keys {
         Path::new(file).parent().filter(|dir| !dir.as_os_str().is_empty()).map(Path::to_owned)
     }
 
-    /// Keys that are read and change nothing here.
+    /// What becomes of each of the keys that stand there, a line for each, or for those that mean one thing together.
     #[must_use]
-    pub fn idle(&self) -> Vec<&str> {
-        let vifs = self.vifs.iter().flat_map(|vif| vif.keys());
-        let mut idle: Vec<_> = vifs.map(String::as_str).collect();
-        idle.dedup();
-        idle
+    pub fn notes(&self) -> Vec<Note> {
+        let mut there: Vec<&str> =
+            self.disks.iter().chain(&self.vifs).flat_map(Spec::keys).map(String::as_str).collect();
+        there.sort_unstable();
+        there.dedup();
+        let note = |meaning: &Meaning| {
+            let keys: Vec<String> =
+                there.iter().filter(|key| (meaning.fits)(key)).map(|key| (*key).to_owned()).collect();
+            (!keys.is_empty()).then_some(Note { keys, followed: meaning.followed, why: meaning.why })
+        };
+        MEANINGS.iter().filter_map(note).collect()
+    }
+
+    /// All disks go to one host: libxl wants it so, and a guest has one peer here.
+    fn check_peer(&self) -> Result<(), String> {
+        let port = |disk: &Spec| disk.get("colo-port").cloned().unwrap_or_default();
+        let peer = |disk: &Spec| Some(format!("{}:{}", disk.get("colo-host")?, port(disk)));
+        let mut peers: Vec<_> = self.disks.iter().filter_map(peer).collect();
+        peers.dedup();
+        if let [first, second, ..] = &peers[..] {
+            return Err(format!("one disk's colo-host is {first} and another's {second}; a guest has one peer"));
+        }
+        Ok(())
     }
 }
+
+/// What becomes of keys.
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
+pub struct Note {
+    /// Which.
+    pub keys: Vec<String>,
+    /// Whether something is done by them.
+    pub followed: bool,
+    /// What, or why nothing needs to be.
+    pub why: &'static str,
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = if self.followed { "followed" } else { "nothing to do" };
+        match &self.keys[..] {
+            [key] => write!(f, "{key}: {what}: {}", self.why),
+            [first, .., last] if self.keys.len() > 4 => {
+                write!(f, "{first} … {last} ({} keys): {what}: {}", self.keys.len(), self.why)
+            }
+            keys => write!(f, "{}: {what}: {}", keys.join(", "), self.why),
+        }
+    }
+}
+
+struct Meaning {
+    fits: fn(&str) -> bool,
+    followed: bool,
+    why: &'static str,
+}
+
+/// Every key of [`DISK_KEYS`], [`DISK_FLAGS`], [`VIF_KEYS`] and [`VIF_SOCKETS`] fits one of these.
+const MEANINGS: [Meaning; 7] = [
+    Meaning {
+        fits: |key| matches!(key, "colo-host" | "colo-port"),
+        followed: true,
+        why: "the peer, unless [protect] has one",
+    },
+    Meaning {
+        fits: |key| matches!(key, "active-disk" | "hidden-disk"),
+        followed: true,
+        why: "disk epochs spill to the first one's directory, unless [host] has a spill_dir; no such images are made",
+    },
+    Meaning {
+        fits: |key| key == "colo",
+        followed: false,
+        why: "every disk given to the host is replicated, and no other",
+    },
+    Meaning {
+        fits: |key| key == "colo-export",
+        followed: false,
+        why: "the disks of a pair are matched by their order, and their exports are called disk0, disk1, …",
+    },
+    Meaning {
+        fits: |key| key == "forwarddev",
+        followed: false,
+        why: "packets for the other host go over the pair's own link, not through a device",
+    },
+    Meaning {
+        fits: |key| {
+            matches!(key, "colo_checkpoint_host" | "colo_checkpoint_port" | "colo_compare_notify_dev")
+                || key.starts_with("colo_sock_compare_notify")
+        },
+        followed: false,
+        why: "the comparator is in the host's process, and asks for checkpoints there",
+    },
+    Meaning {
+        fits: |key| {
+            (key.starts_with("colo_sock_") && !key.starts_with("colo_sock_compare_notify"))
+                || key.starts_with("colo_filter_")
+                || matches!(key, "colo_compare_pri_in" | "colo_compare_sec_in" | "colo_compare_out")
+        },
+        followed: false,
+        why: "mirror, redirectors, comparator and rewriter are in the hosts' processes, without sockets between them",
+    },
+];
 
 /// What is wrong, and in which line.
 type Wrong = (usize, String);
@@ -399,9 +494,42 @@ colo-export=disk0,active-disk=/srv/active.img,hidden-disk=/srv/hidden.img,target
         assert_eq!(keys.spill_dir(), Some("/srv".into()));
         assert_eq!(keys.disks[0]["colo"], "1");
         assert_eq!(keys.disks[1], Spec::new());
-        assert_eq!(keys.idle(), ["colo_checkpoint_port", "colo_sock_mirror_id", "forwarddev"]);
+        let notes: Vec<_> = keys.notes().iter().map(|note| (note.keys.join(" "), note.followed)).collect();
+        let note = |keys: &str, followed| (keys.to_owned(), followed);
+        let wanted = [
+            note("colo-host colo-port", true),
+            note("active-disk hidden-disk", true),
+            note("colo", false),
+            note("colo-export", false),
+            note("forwarddev", false),
+            note("colo_checkpoint_port", false),
+            note("colo_sock_mirror_id", false),
+        ];
+        assert_eq!(notes, wanted);
+        assert!(keys.notes()[4].to_string().starts_with("forwarddev: nothing to do: packets for the other host"));
+        assert_eq!(Keys::default().notes(), []);
         assert_eq!(parsed("").unwrap(), Keys::default());
         assert_eq!(parsed("disk=[]\nvif=['']").unwrap().peer(), None);
+    }
+
+    #[test]
+    fn of_every_key_it_is_said_what_becomes_of_it() {
+        let sockets = VIF_SOCKETS.iter().flat_map(|of| ["id", "ip", "port"].map(|key| format!("colo_sock_{of}_{key}")));
+        let known =
+            DISK_KEYS.iter().chain(&VIF_KEYS).map(|key| (*key).to_owned()).chain(sockets).chain(["colo".into()]);
+        for key in known {
+            assert_eq!(MEANINGS.iter().filter(|meaning| (meaning.fits)(&key)).count(), 1, "{key}");
+        }
+    }
+
+    #[test]
+    fn a_guest_has_one_peer() {
+        let disk = |host: &str| {
+            format!("'/d,raw,colo,colo-host={host},colo-port=9,colo-export=e,active-disk=/a,hidden-disk=/h'")
+        };
+        parsed(&format!("disk = [{0}, {0}]", disk("b"))).unwrap();
+        let (line, why) = parsed(&format!("\ndisk = [{}, {}]", disk("b"), disk("c"))).unwrap_err();
+        assert_eq!((line, &*why), (2, "one disk's colo-host is b:9 and another's c:9; a guest has one peer"));
     }
 
     #[test]

@@ -75,18 +75,18 @@ pub(super) struct Counters {
 }
 
 /// What the secondary said to a write, as a disk would.
-fn refused(why: impl std::fmt::Display) -> DiskError {
+pub(in crate::daemon) fn refused(why: impl std::fmt::Display) -> DiskError {
     DiskError::Io { what: "the secondary's disk".into(), source: io::Error::other(why.to_string()) }
 }
 
 /// Zeroes go as such, and as any bytes to a server that knows no better.
-fn submit(remote: &Remote, write: &DiskWrite) -> Result<u64, SubmitError> {
-    match &write.payload {
-        Payload::Data(data) => remote.submit(Request::write(write.offset, data.clone())),
+pub(in crate::daemon) fn submit(remote: &Remote, offset: u64, payload: &Payload) -> Result<u64, SubmitError> {
+    match payload {
+        Payload::Data(data) => remote.submit(Request::write(offset, data.clone())),
         &Payload::Zeroes { len_bytes, keep_allocated } => {
-            match remote.submit(Request::write_zeroes(write.offset, len_bytes, keep_allocated)) {
+            match remote.submit(Request::write_zeroes(offset, len_bytes, keep_allocated)) {
                 Err(SubmitError::Unsupported) => {
-                    remote.submit(Request::write(write.offset, vec![0; len_bytes as usize].into()))
+                    remote.submit(Request::write(offset, vec![0; len_bytes as usize].into()))
                 }
                 submitted => submitted,
             }
@@ -111,7 +111,7 @@ pub(super) async fn forward(
     let (mut lost, mut is_down) = (0, false);
     loop {
         while let Some((bytes, write)) = waiting.take().or_else(|| outgoing.try_recv()) {
-            match submit(&remote, &write) {
+            match submit(&remote, write.offset, &write.payload) {
                 Ok(cookie) => _ = under_way.insert(cookie, (write.seq, bytes)),
                 Err(SubmitError::Full) => {
                     waiting = Some((bytes, write));

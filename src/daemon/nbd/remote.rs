@@ -156,6 +156,11 @@ impl Remote {
         self.shared.wait(look).await
     }
 
+    /// Waits for the first end of a connection, or of an attempt at one, and tells why: for who wants no other.
+    pub async fn loss(&self) -> String {
+        self.shared.wait(|session| session.status().last_loss).await
+    }
+
     /// Waits until there is a connection that is ready.
     pub async fn connected(&self) {
         self.shared.wait(|session| (session.status().connections > 0).then_some(())).await

@@ -129,6 +129,13 @@ impl Display {
     }
 }
 
+/// Whatever ends it: what is said next must not stand behind half a bar.
+impl Drop for Display {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -191,6 +191,8 @@ impl Service for HostMonitor {
             Command::Yank(_) => return Err(no_instance()),
             Command::QueryYank | Command::QueryBlockJobs => return Ok(json!([])),
             Command::NbdStart { .. }
+            | Command::BlockdevAdd(_)
+            | Command::BlockdevDel { .. }
             | Command::ExportAdd(_)
             | Command::ExportDel { .. }
             | Command::NbdStop

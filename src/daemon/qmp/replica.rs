@@ -1,4 +1,4 @@
-//! The monitor of a replica that stands alone: a secondary for a stock QEMU that is the primary, without a pair of ours.
+//! The monitor of disks that stand alone: half of a pair whose other half is a stock QEMU, or one of these.
 //!
 //! ```text
 //! in         | on                                          | does                                          | goes to
@@ -15,29 +15,36 @@
 //! differ, because QEMU's are no help: nothing to replicate is an error; a checkpoint without replication is one too;
 //! stopping without failover does drop the overlays; and what is over has a status that says so.
 //!
-//! The primary's side is not here: `xl-colo host` protects a guest.
+//! The primary's half is `primary`; `graph` says which drive stands on which. Who carries the guest itself is not here.
 
 mod drives;
 mod exports;
+mod graph;
+mod primary;
+mod report;
 
 use self::drives::{Back, Drive, Image};
 use self::exports::NbdServer;
+use self::graph::Drives;
+use self::primary::{Link, Stage as NodeStage};
+use self::report::{colo_status, merging, replication, status};
 use super::{Service, teller};
 use crate::colo::hello::DISKS_MAX;
 use crate::daemon::address::listen_unix;
 use crate::daemon::links::lock;
 use crate::disk::FileDisk;
-use crate::qmp::commands::{Command, ExportAdd, no_instance};
-use crate::qmp::lines::{self, Line};
+use crate::qmp::commands::{Command, ExportAdd, YankInstance, no_instance};
+use crate::qmp::drive;
+use crate::qmp::lines::Line;
 use crate::qmp::{Event, Outcome, QmpError, done};
-use crate::replica::epochs::{ReplicaConfig, ReplicaStatus, Stage};
+use crate::replica::epochs::ReplicaConfig;
 use crate::replica::set::Replicas;
 use crate::replica::state::FileState;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, Notify, broadcast};
@@ -56,6 +63,8 @@ const COMMANDS: &[&str] = &[
     "block-export-add",
     "block-export-del",
     "x-blockdev-change",
+    "blockdev-add",
+    "blockdev-del",
     "human-monitor-command",
     "query-status",
     "stop",
@@ -107,7 +116,7 @@ impl Phase {
 }
 
 struct State {
-    drives: BTreeMap<String, Drive>,
+    drives: Drives,
     nbd: Option<NbdServer>,
     phase: Phase,
     /// Whether the guest that others run may run, as far as was said here.
@@ -118,6 +127,8 @@ struct State {
 pub struct ReplicaMonitor {
     state: Mutex<State>,
     epochs: ReplicaConfig,
+    /// The connections that can be yanked, while an order waits for one of them too.
+    links: std::sync::Mutex<BTreeMap<String, Weak<Link>>>,
     events: broadcast::Sender<Event>,
     /// There may be something to merge.
     work: Notify,
@@ -140,14 +151,22 @@ fn failed(error: impl std::fmt::Display) -> QmpError {
 
 impl ReplicaMonitor {
     /// A monitor with these drives, in the words of QEMU's `-drive`.
-    pub fn new(drives: &[String], epochs: ReplicaConfig) -> Result<Self, String> {
-        let state = State { drives: BTreeMap::new(), nbd: None, phase: Phase::NotStarted, runs: None };
-        let mut monitor =
-            Self { state: state.into(), epochs, events: teller(), work: Notify::new(), quit: Notify::new() };
+    pub async fn new(drives: &[String], epochs: ReplicaConfig) -> Result<Self, String> {
+        let state = State { drives: Drives::new(), nbd: None, phase: Phase::NotStarted, runs: None };
+        let mut monitor = Self {
+            state: state.into(),
+            epochs,
+            links: Default::default(),
+            events: teller(),
+            work: Notify::new(),
+            quit: Notify::new(),
+        };
         for options in drives {
-            let added = lines::Drive::parse(options, false).and_then(|drive| add_drive(monitor.state.get_mut(), drive));
-            added.map_err(|why| format!("--drive {options}: {why}"))?;
+            let wrong = |why| format!("--drive {options}: {why}");
+            let drive = drive::Drive::parse(options, false).map_err(wrong)?;
+            graph::add(&mut monitor.state.get_mut().drives, false, drive).await.map_err(wrong)?;
         }
+        *lock(&monitor.links) = graph::links(&monitor.state.get_mut().drives);
         Ok(monitor)
     }
 
@@ -230,7 +249,7 @@ impl ReplicaMonitor {
         }
         let of = |drive: &Drive| match drive {
             Drive::Secondary { image } => Some(image.clone()),
-            Drive::Image(_) => None,
+            _ => None,
         };
         let names: Vec<String> = state.drives.values().filter_map(of).collect();
         if names.is_empty() {
@@ -279,14 +298,7 @@ impl ReplicaMonitor {
     }
 
     async fn add_export(&self, state: &mut State, add: &ExportAdd) -> Outcome {
-        let found = match state.drives.get(&add.node) {
-            Some(Drive::Image(image)) => Some((image.clone(), false)),
-            Some(Drive::Secondary { image }) => match state.drives.get(image) {
-                Some(Drive::Image(image)) => Some((image.clone(), true)),
-                _ => None,
-            },
-            None => None,
-        };
+        let found = graph::image(&state.drives, &add.node);
         let nowhere = |device: &str| error(format!("Cannot find device='{device}' nor node-name='{}'", add.node));
         if found.is_none() && add.legacy {
             return nowhere(&add.node);
@@ -307,113 +319,91 @@ impl ReplicaMonitor {
     async fn line(&self, state: &mut State, line: Line) -> String {
         match line {
             Line::Answered(text) => text,
-            Line::DriveAdd { node_only, drive } => match drive.and_then(|drive| add_drive(state, drive)) {
+            Line::DriveAdd { node_only, drive } => match self.add_drive(state, drive).await {
                 Ok(()) if node_only => String::new(),
                 Ok(()) => "OK\r\n".into(),
                 Err(why) => format!("{why}\r\n"),
             },
-            Line::DriveDel { id } => {
-                let of = |drive: &Drive| matches!(drive, Drive::Secondary { image } if *image == id);
-                let used = state.nbd.as_ref().is_some_and(|nbd| nbd.has(&id));
-                if !state.drives.contains_key(&id) {
-                    return format!("Device '{id}' not found\r\n");
-                }
-                if used || state.drives.values().any(of) || state.phase.replicas().is_some() {
-                    return format!("Node {id} is in use\r\n");
-                }
-                state.drives.remove(&id);
-                String::new()
-            }
+            Line::DriveDel { id } if !state.drives.contains_key(&id) => format!("Device '{id}' not found\r\n"),
+            Line::DriveDel { id } => match Self::delete_drive(state, &id) {
+                Ok(()) => String::new(),
+                Err(why) => format!("{why}\r\n"),
+            },
         }
     }
 
-    fn change_children(state: &State, parent: &str, child: Option<&str>, node: Option<&str>) -> Outcome {
-        if !state.drives.contains_key(parent) {
-            return error(format!("Cannot find device='{parent}' nor node-name='{parent}'"));
-        }
-        match (child, node) {
-            (Some(_), Some(_)) => error("The parameters child and node are in conflict"),
-            (None, None) => error("Either child or node must be specified"),
-            (Some(child), None) => error(format!("Node '{parent}' does not have child '{child}'")),
-            (None, Some(node)) if !state.drives.contains_key(node) => error(format!("Node '{node}' not found")),
-            (None, Some(_)) => error(format!("The node {parent} does not support adding a child")),
-        }
+    async fn add_drive(&self, state: &mut State, drive: Result<drive::Drive, String>) -> Result<(), String> {
+        let has_begun = state.phase.replicas().is_some();
+        graph::add(&mut state.drives, has_begun, drive?).await?;
+        *lock(&self.links) = graph::links(&state.drives);
+        Ok(())
     }
 
-    fn replication(state: &State) -> Value {
-        let disks = state.phase.replicas().map_or_else(Vec::new, |(replicas, names)| {
-            let disk = |(name, status): (&String, ReplicaStatus)| {
-                let mut disk = serde_json::to_value(status).unwrap_or_default();
-                disk["name"] = json!(name);
-                disk
-            };
-            names.iter().zip(replicas.status()).map(disk).collect()
-        });
-        let exports = state.nbd.as_ref().map(NbdServer::ids);
-        let mut all = status(&state.phase);
-        all["stage"] = json!(state.phase.name());
-        all["disks"] = disks.into();
-        all["exports"] = json!(exports);
-        all
+    fn delete_drive(state: &mut State, id: &str) -> Result<(), String> {
+        let exported = state.nbd.as_ref().is_some_and(|nbd| nbd.has(id));
+        let replicated = matches!(state.drives.get(id), Some(Drive::Image(_) | Drive::Secondary { .. }))
+            && state.phase.replicas().is_some();
+        if exported || replicated || graph::is_used(&state.drives, id) {
+            return Err(format!("Block device {id} is in use"));
+        }
+        state.drives.remove(id);
+        Ok(())
     }
-}
 
-/// What `query-xen-replication-status` returns: an error that is latched on any disk shows, by the disk's name.
-fn status(phase: &Phase) -> Value {
-    let Some((replicas, names)) = phase.replicas() else { return json!({"error": true, "desc": NOT_RUNNING}) };
-    let failing = |(name, status): (&String, ReplicaStatus)| {
-        let failed = status.broken || status.stage == Stage::FailoverFailed || !status.errors.is_empty();
-        failed.then(|| format!("{name}: {}", status.errors.first().map_or("broken", String::as_str)))
-    };
-    let failing: Vec<String> = names.iter().zip(replicas.status()).filter_map(failing).collect();
-    match phase {
-        _ if !failing.is_empty() => {
-            json!({"error": true, "desc": format!("I/O error occurred ({})", failing.join("; "))})
+    /// Starts the primary's nodes.
+    async fn start_primary(&self, state: &mut State) -> Result<(), QmpError> {
+        let is_secondary = state.drives.values().any(|drive| matches!(drive, Drive::Secondary { .. }));
+        if is_secondary && matches!(state.phase, Phase::NotStarted | Phase::Running(..)) {
+            return error("The parameter mode's value is invalid, needs 1, but got 0");
         }
-        Phase::Running(..) => json!({"error": false}),
-        Phase::TakenOver(..) => json!({"error": true, "desc": format!("{NOT_RUNNING} (taken over)")}),
-        Phase::NotStarted | Phase::Stopped(..) => json!({"error": true, "desc": format!("{NOT_RUNNING} (stopped)")}),
+        primary::start(graph::nodes_mut(&mut state.drives).collect()).await.map_err(QmpError::generic)?;
+        self.tell("XEN_COLO_REPLICATION", json!({"stage": "running", "mode": "primary"}));
+        Ok(())
     }
-}
 
-/// After a takeover what is not in an image yet is a commit job, as a QEMU's is.
-fn merging(phase: &Phase) -> Value {
-    let Phase::TakenOver(replicas, names) = phase else { return json!([]) };
-    let job = |(name, status): (&String, ReplicaStatus)| {
-        let left = status.debt_bytes;
-        (status.stage != Stage::Done).then(|| json!({"type": "commit", "device": name, "len": left, "offset": 0}))
-    };
-    names.iter().zip(replicas.status()).filter_map(job).collect()
-}
-
-fn add_drive(state: &mut State, drive: lines::Drive) -> Result<(), String> {
-    let name = drive.name().to_owned();
-    if state.drives.contains_key(&name) {
-        return Err(format!("Duplicate nodes with node-name='{name}'"));
+    /// Stops those that run. False if there are none.
+    fn stop_primary(&self, state: &mut State) -> bool {
+        let running: Vec<_> =
+            graph::nodes_mut(&mut state.drives).filter(|(_, node)| node.stage == NodeStage::Running).collect();
+        let any = !running.is_empty();
+        running.into_iter().for_each(|(_, node)| node.stop());
+        if any {
+            self.tell("XEN_COLO_REPLICATION", json!({"stage": "stopped", "mode": "primary"}));
+        }
+        any
     }
-    let drive = match drive {
-        lines::Drive::Image { file, .. } => {
-            Drive::Image(Image::open(file.clone().into()).map_err(|why| format!("Could not open '{file}': {why}"))?)
+
+    /// Waits until what the primary's guests have written is at the secondary; without the state's lock, so that nobody
+    /// else waits. What is not.
+    async fn settle(&self) -> Vec<String> {
+        let settling: Vec<_> = {
+            let state = self.state.lock().await;
+            graph::nodes(&state.drives).filter_map(|(_, node)| node.mark()).collect()
+        };
+        let deadline = tokio::time::Instant::now() + primary::SETTLE;
+        let mut late = Vec::new();
+        for disk in settling {
+            late.extend(disk.wait(deadline).await.err());
         }
-        lines::Drive::Secondary { image, .. } => {
-            if !matches!(state.drives.get(&image), Some(Drive::Image(_))) {
-                return Err(format!("Cannot find device='{image}' nor node-name='{image}'"));
-            }
-            let of = |drive: &Drive| matches!(drive, Drive::Secondary { image: other } if *other == image);
-            if state.drives.values().any(of) {
-                return Err(format!("image '{image}' has a replication node already"));
-            }
-            if state.phase.replicas().is_some() {
-                return Err("Block replication is running or done".into());
-            }
-            Drive::Secondary { image }
-        }
-        lines::Drive::Primary { .. } => {
-            return Err("this monitor has a secondary's disks only; xl-colo host protects a guest".into());
-        }
-    };
-    state.drives.insert(name, drive);
-    Ok(())
+        late
+    }
+
+    fn yank(&self, instances: &[YankInstance]) -> Outcome {
+        let links = lock(&self.links);
+        let link = |instance: &YankInstance| {
+            let link = links.get(&instance.name).filter(|_| instance.kind == "block-node");
+            link.and_then(Weak::upgrade).ok_or_else(no_instance)
+        };
+        let found = instances.iter().map(link).collect::<Result<Vec<_>, _>>()?;
+        found.iter().for_each(|link| link.cut("yanked"));
+        done()
+    }
+
+    fn yankable(&self) -> Value {
+        let alive = |(name, link): (&String, &Weak<Link>)| (link.strong_count() > 0).then(|| name.clone());
+        let names: Vec<_> = lock(&self.links).iter().filter_map(alive).collect();
+        names.iter().map(|name| json!({"type": "block-node", "node-name": name})).collect()
+    }
 }
 
 /// Why there is no monitor.
@@ -442,7 +432,7 @@ pub async fn run(
     epochs: ReplicaConfig,
     ready: impl FnOnce(),
 ) -> Result<(), RunError> {
-    let monitor = Arc::new(ReplicaMonitor::new(drives, epochs).map_err(RunError::Drive)?);
+    let monitor = Arc::new(ReplicaMonitor::new(drives, epochs).await.map_err(RunError::Drive)?);
     let failed = |source| RunError::Socket { path: socket.to_owned(), source };
     let listener = listen_unix(socket).await.map_err(failed)?;
     let mut terminated = signal(SignalKind::terminate()).map_err(failed)?;
@@ -472,37 +462,61 @@ impl Service for ReplicaMonitor {
     }
 
     async fn carry_out(self: Arc<Self>, command: Command) -> Outcome {
-        let mut state = self.state.lock().await;
-        let state = &mut *state;
+        let asks = command == Command::QueryReplicationStatus;
+        let late = match &command {
+            // Out of band: whoever it frees holds the state.
+            Command::Yank(instances) => return self.yank(instances),
+            Command::QueryYank => return Ok(self.yankable()),
+            Command::DoCheckpoint | Command::Stop | Command::QueryReplicationStatus => self.settle().await,
+            _ => Vec::new(),
+        };
+        let outcome = self.order(&mut *self.state.lock().await, command).await?;
+        match (late.is_empty(), asks) {
+            (true, _) => Ok(outcome),
+            (false, true) if outcome["error"] == true => Ok(outcome),
+            (false, true) => Ok(json!({"error": true, "desc": format!("I/O error occurred ({})", late.join("; "))})),
+            (false, false) => error(late.join("; ")),
+        }
+    }
+}
+
+impl ReplicaMonitor {
+    async fn order(&self, state: &mut State, command: Command) -> Outcome {
         match command {
             Command::SetReplication { enable: true, primary: true, .. } => {
-                if state.drives.values().any(|drive| matches!(drive, Drive::Secondary { .. })) {
-                    error("The parameter mode's value is invalid, needs 1, but got 0")
-                } else {
-                    error("there is nothing to replicate: no drive has driver=replication,mode=primary")
-                }
+                self.start_primary(state).await.and_then(|()| done())
             }
             Command::SetReplication { enable: true, .. } => {
+                if graph::nodes(&state.drives).any(|(_, node)| node.stage == NodeStage::Idle) {
+                    return error("The parameter mode's value is invalid, needs 0, but got 1");
+                }
                 tokio::task::block_in_place(|| self.start(state)).and_then(|()| done())
             }
             Command::SetReplication { failover, .. } => {
+                if self.stop_primary(state) {
+                    return done();
+                }
                 tokio::task::block_in_place(|| self.stop(state, failover)).and_then(|()| done())
             }
             Command::DoCheckpoint => {
-                let Phase::Running(replicas, _) = &state.phase else { return error(NOT_RUNNING) };
-                tokio::task::block_in_place(|| replicas.seal()).map_err(failed)?;
-                self.work.notify_one();
+                if let Phase::Running(replicas, _) = &state.phase {
+                    tokio::task::block_in_place(|| replicas.seal()).map_err(failed)?;
+                    self.work.notify_one();
+                    return done();
+                }
+                if !graph::nodes(&state.drives).any(|(_, node)| node.stage == NodeStage::Running) {
+                    return error(NOT_RUNNING);
+                }
+                let failing: Vec<String> = graph::nodes(&state.drives).filter_map(|(_, node)| node.failing()).collect();
+                if failing.is_empty() { done() } else { error(failing.join("; ")) }
+            }
+            Command::QueryReplicationStatus => Ok(status(state)),
+            Command::QueryReplication => Ok(replication(state)),
+            Command::QueryColoStatus => Ok(colo_status(state)),
+            Command::LostHeartbeat if self.stop_primary(state) => {
+                self.tell("COLO_EXIT", json!({"mode": "primary", "reason": "request"}));
                 done()
             }
-            Command::QueryReplicationStatus => Ok(status(&state.phase)),
-            Command::QueryReplication => Ok(Self::replication(state)),
-            Command::QueryColoStatus => Ok(match &state.phase {
-                Phase::NotStarted => json!({"mode": "none", "last-mode": "none", "reason": "none"}),
-                Phase::Running(..) => json!({"mode": "secondary", "last-mode": "none", "reason": "none"}),
-                Phase::TakenOver(..) | Phase::Stopped(..) => {
-                    json!({"mode": "none", "last-mode": "secondary", "reason": "request"})
-                }
-            }),
             Command::LostHeartbeat => match &state.phase {
                 Phase::TakenOver(..) => error("COLO failover is already activated"),
                 Phase::NotStarted | Phase::Stopped(..) => error("The feature 'colo' is not enabled"),
@@ -533,8 +547,13 @@ impl Service for ReplicaMonitor {
                 done()
             }
             Command::BlockdevChange { parent, child, node } => {
-                Self::change_children(state, &parent, child.as_deref(), node.as_deref())
+                graph::change(&mut state.drives, &self.events, &parent, child.as_deref(), node.as_deref())
             }
+            Command::BlockdevAdd(drive) => self.add_drive(state, drive).await.map_err(failed).and_then(|()| done()),
+            Command::BlockdevDel { node } if !state.drives.contains_key(&node) => {
+                error(format!("Failed to find node with node-name='{node}'"))
+            }
+            Command::BlockdevDel { node } => Self::delete_drive(state, &node).map_err(failed).and_then(|()| done()),
             Command::Line(line) => Ok(Value::String(self.line(state, line).await)),
             Command::QueryStatus => Ok(match state.runs {
                 None => json!({"status": "prelaunch", "singlestep": false, "running": false}),
@@ -556,15 +575,14 @@ impl Service for ReplicaMonitor {
             }
             // What writes guest memory is not here, and has its own log.
             Command::SetGlobalDirtyLog { .. } => done(),
-            Command::Yank(instances) if instances.is_empty() => done(),
-            Command::Yank(_) => Err(no_instance()),
-            Command::QueryYank => Ok(json!([])),
             Command::QueryBlockJobs => Ok(merging(&state.phase)),
             Command::Quit => {
                 self.end();
                 done()
             }
             Command::SetParameters { .. }
+            | Command::Yank(_)
+            | Command::QueryYank
             | Command::Capabilities { .. }
             | Command::QueryVersion
             | Command::QueryCommands => Err(QmpError::not_found("The command has not been found")),

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | is the checkpoint that the primary counted from | what was written since: the marked granules |
 //! | is anything, and tells its hashes | the chunks whose hashes differ |
+//! | is the same, says whoever made both | nothing |
 //! | is new and all zero | what is not zero |
 //! | is anything | everything |
 //!
@@ -59,6 +60,8 @@ pub enum Holds {
     Anything,
     /// It is new.
     Zeroes,
+    /// The same as the local disk: whoever says so answers for it.
+    Same,
     /// A checkpoint, as its record says.
     Checkpoint {
         /// The session.

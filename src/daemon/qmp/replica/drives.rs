@@ -3,23 +3,51 @@
 //! ```text
 //!   image ── not started ──▶ plain: the primary's export writes the file; the guest has nothing to see
 //!         ── started ──────▶ replica: the export writes the next checkpoint, the guest sees the last one
+//!   quorum ────────────────▶ a mirror over an image or over a replica's guest view: see [`super::primary`]
 //! ```
 //!
 //! Connections outlive the start, as QEMU's do: an export is added before replication is started, and its client may be
 //! there already. So a connection looks for what it writes to with every request. A plain image is written under the lock
 //! under which it becomes a replica.
 
+use super::primary::{Link, Node};
 use crate::daemon::links::lock;
 use crate::disk::{Disk, DiskError, Extent, FileDisk, Zeroing};
 use crate::replica::epochs::{GuestView, PrimaryView};
+use crate::replica::mirror::Mirror;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
+use tokio::sync::Notify;
+
+/// Copies of a disk's writes that wait for the secondary at most; then the guest waits.
+const QUEUE_BYTES: u64 = 64 << 20;
 
 /// What an image is now.
 pub(super) enum Back {
     Plain(FileDisk),
     Replica(PrimaryView),
+    Quorum(Source),
+}
+
+/// A guest's disk, to which a replication node can be added: its writes, and who is told of them.
+#[derive(Clone)]
+pub(super) struct Source {
+    mirror: Arc<Mutex<Mirror>>,
+    /// Something was written.
+    pub(super) stirred: Arc<Notify>,
+    /// Something was answered, or something is the matter.
+    pub(super) moved: Arc<Notify>,
+}
+
+impl Source {
+    pub(super) fn mirror(&self) -> MutexGuard<'_, Mirror> {
+        lock(&self.mirror)
+    }
+
+    pub(super) fn size_bytes(&self) -> u64 {
+        self.mirror().size_bytes()
+    }
 }
 
 /// An image.
@@ -31,13 +59,22 @@ pub(super) struct Image {
 }
 
 /// A drive.
-#[derive(Clone)]
 pub(super) enum Drive {
     Image(Image),
     /// What the guest sees of the image of this name.
     Secondary {
         image: String,
     },
+    /// A guest's disk, maybe over the drive of this name.
+    Quorum {
+        disk: Image,
+        source: Source,
+        over: Option<String>,
+    },
+    /// A client of the secondary's export.
+    Client(Arc<Link>),
+    /// The primary's replication node.
+    Primary(Node),
 }
 
 impl Image {
@@ -50,6 +87,14 @@ impl Image {
         }
         let size_bytes = disk.size_bytes();
         Ok(Self { path, size_bytes, back: Arc::new(Mutex::new(Back::Plain(disk))) })
+    }
+
+    /// A quorum over it; or, with `guest`, over what the guest sees of it.
+    pub(super) fn quorum(&self, guest: bool) -> (Self, Source) {
+        let mirror = Arc::new(Mutex::new(Mirror::new(self.disk(guest), QUEUE_BYTES)));
+        let source = Source { mirror, stirred: Arc::default(), moved: Arc::default() };
+        let back = Arc::new(Mutex::new(Back::Quorum(source.clone())));
+        (Self { path: self.path.clone(), size_bytes: self.size_bytes, back }, source)
     }
 
     /// The image, as a connection uses it: the primary's, or with `guest` what the guest sees.
@@ -73,6 +118,13 @@ impl Served {
                 return Err(DiskError::io("the secondary's guest disk", why));
             }
             Back::Replica(view) => view.clone(),
+            Back::Quorum(source) => {
+                let source = source.clone();
+                drop(back);
+                let done = run(&mut *source.mirror());
+                source.stirred.notify_one();
+                return done;
+            }
         };
         drop(back);
         if self.guest { run(&mut GuestView(view.replica)) } else { run(&mut { view }) }

@@ -35,6 +35,23 @@ struct Table {
     next: u64,
 }
 
+/// What the system said, without the number that Rust appends and QEMU does not.
+pub(super) fn in_words(error: &std::io::Error) -> String {
+    let why = error.to_string();
+    why.split(" (os error").next().unwrap_or(&why).to_owned()
+}
+
+/// Where that is.
+pub(super) fn address(listen: &Listen) -> Address {
+    match listen {
+        // An IPv6 address has colons of its own.
+        Listen::Inet { host, port } if host.contains(':') => Address::Tcp(format!("[{host}]:{port}")),
+        Listen::Inet { host, port } if host.is_empty() => Address::Tcp(format!("0.0.0.0:{port}")),
+        Listen::Inet { host, port } => Address::Tcp(format!("{host}:{port}")),
+        Listen::Unix { path } => Address::Unix(path.into()),
+    }
+}
+
 /// A server that runs.
 pub(super) struct NbdServer {
     table: Arc<Mutex<Table>>,
@@ -44,17 +61,10 @@ pub(super) struct NbdServer {
 impl NbdServer {
     /// Listens.
     pub(super) async fn start(listen: &Listen, max_connections: u32) -> Result<Self, QmpError> {
-        let (address, what) = match listen {
-            // An IPv6 address has colons of its own.
-            Listen::Inet { host, port } if host.contains(':') => (Address::Tcp(format!("[{host}]:{port}")), None),
-            Listen::Inet { host, port } if host.is_empty() => (Address::Tcp(format!("0.0.0.0:{port}")), None),
-            Listen::Inet { host, port } => (Address::Tcp(format!("{host}:{port}")), None),
-            Listen::Unix { path } => (Address::Unix(path.into()), Some(path)),
-        };
+        let address = address(listen);
+        let what = if let Listen::Unix { path } = listen { Some(path) } else { None };
         let listener = address.listen().await.map_err(|error| {
-            // Rust appends a number that QEMU does not.
-            let why = error.to_string();
-            let why = why.split(" (os error").next().unwrap_or(&why).to_owned();
+            let why = in_words(&error);
             QmpError::generic(match what {
                 Some(path) => format!("Failed to bind socket to {path}: {why}"),
                 None => format!("Failed to listen on {address}: {why}"),

@@ -103,6 +103,7 @@ async fn run(command: Command, given: &[String], log: LogFilter) -> ExitCode {
         },
         Command::Arbiter(args) => serve_arbiter(args).await,
         Command::Nbd(args) => alone::serve_nbd(args).await,
+        Command::NbdDevice { verb } => alone::nbd_device(verb),
         Command::Qmp(args) => alone::qmp(args).await,
         Command::Qemu(args) => alone::qemu(args.verb).await,
         Command::Compare(args) => alone::compare_packets(args).await,

@@ -139,7 +139,7 @@ async fn run(command: Command, given: &[String], log: LogFilter) -> ExitCode {
 
 #[cfg(feature = "xen")]
 fn keep(domid: u16) -> ExitCode {
-    match xen_colo::hypervisor::xen::keeper::keep(domid, &mut std::io::stdin().lock()) {
+    match xen_colo::hypervisor::xen::keeper::keep(domid, &mut std::io::stdin().lock(), || _ = say::out(&"keeping")) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(cli::EXIT_FAILED, &format!("clean up domain {domid}: {error}")),
     }

@@ -11,8 +11,8 @@ export XEN_COLO_SEEDS=${XEN_COLO_SEEDS:-20000}
 readonly LOGS=target/ci
 readonly BINARY=target/release/xl-colo
 readonly START_SECONDS=60
-# Left out for their time: 25-disk-lost, 30-hvm (the demos boot that guest too), 45-save (ten minutes), 60-on-xen,
-# 75-two-disks (four minutes) and 90-hvm-reload (eight minutes).
+# Left out for their time: 25-disk-lost, 27-restart and 74-remus (three minutes each), 30-hvm (the demos boot that guest
+# too), 45-save (ten minutes), 60-on-xen, 75-two-disks (four minutes) and 90-hvm-reload (eight minutes).
 readonly NESTED_TESTS=(10-hosts 20-pvh 40-hotplug-errors 50-power-cut 70-protect 72-signals 80-refusals)
 FEATURES=(--features xen)
 

@@ -15,7 +15,7 @@ mod orders;
 mod qemu;
 mod xl;
 
-pub use alone::{CompareArgs, NbdArgs, QmpArgs};
+pub use alone::{CompareArgs, NbdArgs, NbdDeviceVerb, QmpArgs, ServedArgs};
 pub use demo::{DemoArgs, NestedGuest, Victim};
 pub use filter::FilterArgs;
 pub use host::{ArbiterArgs, HostArgs};
@@ -106,6 +106,13 @@ pub enum Command {
     Generate {
         /// Where to
         dir: PathBuf,
+    },
+    /// Makes a served disk a block device of this host; the hotplug script block-colo calls it
+    #[command(hide = true)]
+    NbdDevice {
+        /// What to do
+        #[command(subcommand)]
+        verb: NbdDeviceVerb,
     },
     /// Cleans up behind a killed host; started by it
     #[cfg(feature = "xen")]

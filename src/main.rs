@@ -103,6 +103,7 @@ async fn run(command: Command, given: &[String], log: LogFilter) -> ExitCode {
         },
         Command::Arbiter(args) => serve_arbiter(args).await,
         Command::Nbd(args) => alone::serve_nbd(args).await,
+        Command::NbdDevice { verb } => alone::nbd_device(verb),
         Command::Qmp(args) => alone::qmp(args).await,
         Command::Qemu(args) => alone::qemu(args.verb).await,
         Command::Compare(args) => alone::compare_packets(args).await,
@@ -138,7 +139,7 @@ async fn run(command: Command, given: &[String], log: LogFilter) -> ExitCode {
 
 #[cfg(feature = "xen")]
 fn keep(domid: u16) -> ExitCode {
-    match xen_colo::hypervisor::xen::keeper::keep(domid, &mut std::io::stdin().lock()) {
+    match xen_colo::hypervisor::xen::keeper::keep(domid, &mut std::io::stdin().lock(), || _ = say::out(&"keeping")) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(cli::EXIT_FAILED, &format!("clean up domain {domid}: {error}")),
     }

@@ -322,7 +322,7 @@ impl DryRun {
         let text = text.replace("exec 2>>/var/log/xen/xen-hotplug.log", ":");
         let run = Self { script: dir.path().join(script), dir };
         run.write(&run.script, &text);
-        for program in ["ip", "tc", "xenstore-write", "xenstore-rm", "nbd-client", "modprobe", "ethtool"] {
+        for program in ["ip", "tc", "xenstore-write", "xenstore-rm", "modprobe", "ethtool"] {
             run.fakes(program, "");
         }
         run.fakes("xenstore-read", "cat \"$(dirname \"$0\")/../store/$(basename \"$1\")\"");
@@ -418,12 +418,22 @@ async fn a_disk_or_a_nic_that_cannot_be_attached_says_why_in_xenstore() {
         let (done, calls) = run.runs(&["add"], &[]).await;
         assert!(!done && calls.contains("/hotplug-status error") && calls.contains(why), "{calls}");
     }
-    run.stores("physical-device", "2b:0");
+    let _socket = std::os::unix::net::UnixListener::bind(run.dir.path().join("web.disk0.sock")).unwrap();
+    run.fakes("xl-colo", "echo 'xl-colo: nothing answers' >&2\nexit 1");
     let (done, calls) = run.runs(&["add"], &[]).await;
-    assert!(done && !calls.contains("nbd-client"), "attached already: {calls}");
+    assert!(!done && calls.contains("hotplug-error block-colo: nothing answers "), "{calls}");
+    run.fakes("xl-colo", "echo 'a warning' >&2\necho /dev/nbd63");
+    run.fakes("stat", "echo 2b:3f");
+    let (done, calls) = run.runs(&["add"], &[("NBD_DEAD_SECONDS", "9")]).await;
+    let socket = run.dir.path().join("web.disk0.sock").display().to_string();
+    let connects = format!("xl-colo nbd-device connect web/disk0 --socket {socket} --export disk0 --dead-seconds 9\n");
+    assert!(done && calls.contains(&connects) && calls.contains("/node /dev/nbd63 /store/7/0/physical-device 2b:3f "));
+    run.stores("physical-device", "2b:3f");
+    let (done, calls) = run.runs(&["add"], &[]).await;
+    assert!(done && !calls.contains("xl-colo"), "attached already: {calls}");
     run.stores("node", "/dev/nbd63");
     let (done, calls) = run.runs(&["remove"], &[]).await;
-    assert!(done && calls.contains("nbd-client -d /dev/nbd63"), "{calls}");
+    assert!(done && calls.contains("xl-colo nbd-device disconnect /dev/nbd63"), "{calls}");
 
     run.fakes("xenstore-rm", "exit 1");
     let (done, calls) = run.runs(&["remove"], &[]).await;

@@ -50,30 +50,33 @@ unserve_disk() {
 	host "$1" "kill -KILL \$(</run/disks/$2.pid); rm -f /run/disks/$2.pid /run/xen-colo/$2.disk0.sock"
 }
 
-# start_guest HOST GUEST vif|tap: with its NIC joined to the network, up to its service's first word.
+# start_guest HOST GUEST vif|tap: with its NIC joined to the network, up to its service's first word. NBD_DEAD_SECONDS is
+# the hotplug script's.
 start_guest() {
-	host "$1" "rm -f /var/log/xen/guest-$2.log; xl create -q /etc/xen/guests/$2.cfg && lab-wire $2 $3"
+	host "$1" "rm -f /var/log/xen/guest-$2.log; NBD_DEAD_SECONDS=${NBD_DEAD_SECONDS:-} xl create -q /etc/xen/guests/$2.cfg && lab-wire $2 $3"
 	# Emulated devices inside an emulated processor: each access is a trip through two hypervisors.
 	wait_until 600 said "$1" "$2" GUEST-READY || die "$2 did not get ready: $(nested console "$1" "$2" | tail -n 5)"
 	echo "ok: $2 is up: $(host "$1" "grep -am1 GUEST-READY /var/log/xen/guest-$2.log")"
 }
 
-# start_host NAME REST: xl-colo, until it listens; and its guest runs, if it has one. LOG (info) is its log's level.
+# start_host NAME REST: xl-colo, until it listens; and its guest runs, if it has one. LOG (info) is its log's level, POLICY
+# (alone) who says that it may go on alone.
 start_host() {
 	RUN_SECONDS=240 host "$1" "mkdir -p /run/disks; rm -f /run/$1.out
-		XEN_COLO_LOG=${LOG:-info} setsid xl-colo host --name $1 --policy alone --disk /run/disks/$1.img $2 \
+		XEN_COLO_LOG=${LOG:-info} setsid xl-colo host --name $1 --policy ${POLICY:-alone} --disk /run/disks/$1.img $2 \
 			</dev/null >/run/$1.out 2>/run/$1.log &
 		echo \$! >/run/$1.pid
 		for i in \$(seq 2000); do grep -qs listens /run/$1.out && exit 0; kill -0 \$! 2>/dev/null || break; sleep 0.1; done
 		cat /run/$1.log; exit 1"
 }
 
-# clear_hosts GUEST...: ends every xl-colo and these guests, under both their names.
+# clear_hosts GUEST...: ends every xl-colo and these guests, under both their names, and forgets what they said.
 clear_hosts() {
 	local each
 	for each in a b; do
 		host $each "kill \$(pidof xl-colo) 2>/dev/null
-			for d in $*; do xl destroy \$d 2>/dev/null; xl destroy \$d--incoming 2>/dev/null; done
+			for d in $*; do xl destroy \$d 2>/dev/null; xl destroy \$d--incoming 2>/dev/null
+				rm -f /var/log/xen/guest-\$d.log; done
 			rm -f /run/disks/*; true"
 	done
 }
@@ -108,6 +111,36 @@ put() {
 
 get() {
 	host "$1" "curl -sS --fail --max-time 30 $GUEST_URL/k/$2"
+}
+
+# start_writer HOST: writes keys of the guest from there, one after another over one connection, until check_writer. Each
+# answer stands in a line of /run/acked.
+start_writer() {
+	host "$1" "rm -f /run/acked /run/writer.*; echo -n 'what was written' >/run/writer.value; touch /run/acked
+		setsid curl -sS --no-buffer --rate 8/s --max-time 900 -w '%{stderr}%{http_code} %{num_connects}\n' -o /dev/null \
+			-T /run/writer.value '$GUEST_URL/k/w[1-7000]' </dev/null >/dev/null 2>/run/acked &
+		echo \$! >/run/writer.pid"
+}
+
+# acked HOST: how many of its writes the guest has answered. has_acked HOST NUMBER: whether they are as many.
+acked() {
+	host "$1" 'wc -l </run/acked'
+}
+
+has_acked() {
+	[[ $(acked "$1") -ge $2 ]]
+}
+
+# check_writer HOST: ends the writer. It had one connection, each write was answered well, and all are there.
+check_writer() {
+	local count
+	# shellcheck disable=SC2016 # for dom0 to expand
+	host "$1" 'kill $(</run/writer.pid); while [[ -d /proc/$(</run/writer.pid) ]]; do sleep 0.1; done'
+	count=$(acked "$1")
+	expect "the first write opened the one connection" '20? 1' "$(host "$1" "head -n 1 /run/acked | sed 's/^20[01]/20?/'")"
+	expect "the others went over it, and all succeeded" '' "$(host "$1" "tail -n +2 /run/acked | grep -vE '^20[01] 0$'" || true)"
+	expect "all $count answered writes are there" "$count" "$(RUN_SECONDS=300 host "$1" \
+		"curl -sS --max-time 250 '$GUEST_URL/k/w[1-$count]' | grep -o 'what was written' | wc -l")"
 }
 
 # check_registers HOST GUEST: what guest-tool says of the processor's registers.

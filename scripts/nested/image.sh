@@ -13,13 +13,13 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 readonly BUILD=$DIR/build
-readonly PACKAGES=xen-utils-4.17,xen-hypervisor-4.17-amd64,xenstore-utils,libxenmisc4.17,busybox-static,bash,grep,sed,coreutils,mount,iproute2,socat,kmod,strace,util-linux,qemu-system-xen,bridge-utils,tcpdump,ethtool,nbd-client,nbdkit,curl,iputils-ping,procps,linux-image-amd64
+readonly PACKAGES=xen-utils-4.17,xen-hypervisor-4.17-amd64,xenstore-utils,libxenmisc4.17,busybox-static,bash,grep,sed,coreutils,mount,iproute2,socat,kmod,strace,util-linux,qemu-system-xen,bridge-utils,tcpdump,ethtool,nbdkit,curl,iputils-ping,procps,linux-image-amd64
 
 # Programs of dom0 besides busybox; the first field of each line is where they lie in the package root.
 readonly DOM0_PROGRAMS=(
 	usr/bin/{bash,grep,sed,socat,kmod,strace,date,dd,stat,flock,timeout,tcpdump,curl,ping,xenstore,nbdkit,sha256sum,nproc,ps}
 	usr/bin/xenstore-{ls,read,write,list,rm,exists,watch,chmod}
-	usr/sbin/{ip,tc,bridge,brctl,losetup,ethtool,nbd-client}
+	usr/sbin/{ip,tc,bridge,brctl,losetup,ethtool}
 	usr/lib/xen-4.17/bin/{xl,xenstored,xenconsoled,xenconsole,xen-init-dom0,libxl-save-helper,xenctx,xen-hvmctx,xentop}
 	usr/lib/xen-4.17/bin/{xen-diag,lsevtchn,xenstore-control}
 	usr/libexec/xen-qemu-system-i386

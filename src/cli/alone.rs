@@ -2,8 +2,9 @@
 
 use crate::daemon::compare::port::PortAddress;
 use crate::daemon::nbd::export::{Cache, Config, Where};
+use crate::daemon::nbd::kernel::Served;
 use crate::daemon::nbd::tls::Credentials;
-use clap::Args;
+use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
 /// Arguments of `nbd`: the letters, meanings and defaults are qemu-nbd's.
@@ -183,4 +184,45 @@ pub struct CompareArgs {
     /// Log each peer on standard error; XEN_COLO_LOG says more exactly what
     #[arg(short, long)]
     pub verbose: bool,
+}
+
+/// What the kernel is to do with a disk.
+#[derive(Subcommand, Debug)]
+pub enum NbdDeviceVerb {
+    /// Make a free device a disk that is served, and say its path
+    Connect {
+        /// The disk
+        #[command(flatten)]
+        disk: ServedArgs,
+        /// How long its requests wait for another connection when the server has ended
+        #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+        dead_seconds: u64,
+    },
+    /// Give the devices of a disk another connection, when its server has ended and there is a new one
+    Reconnect(ServedArgs),
+    /// Let go of a device
+    Disconnect {
+        /// Its path, /dev/nbdN
+        device: String,
+    },
+}
+
+/// A disk that is served.
+#[derive(Args, Debug)]
+pub struct ServedArgs {
+    /// Whose disk it is
+    #[arg(value_name = "GUEST/DISK")]
+    pub backend: String,
+    /// Where it is served
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// The export's name
+    #[arg(long, value_name = "NAME")]
+    pub export: String,
+}
+
+impl From<ServedArgs> for Served {
+    fn from(ServedArgs { backend, socket, export }: ServedArgs) -> Self {
+        Self { socket, export, backend }
+    }
 }

@@ -115,8 +115,6 @@ pub struct Facts {
     pub pieces: Vec<(&'static str, Piece)>,
     /// Hotplug scripts.
     pub scripts: Vec<(PathBuf, Program)>,
-    /// Whether `nbd-client` can be run.
-    pub nbd_client: Program,
     /// A peer's address, and what it answered.
     pub peer: Option<(String, Result<Greeting, String>)>,
     /// A guest's name, and what is in its way.
@@ -180,7 +178,6 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
         let remedy = format!("install scripts/hotplug/{name} /etc/xen/scripts/");
         lines.push(program(&name, &path.display().to_string(), *script, &remedy));
     }
-    lines.push(program("nbd-client", "nbd-client", facts.nbd_client, "apt-get install nbd-client"));
     lines.extend(facts.peer.as_ref().map(|(address, answer)| peer(address, answer)));
     lines.extend(facts.guest.iter().flat_map(|(name, found)| guest(name, found)));
     lines
@@ -280,7 +277,6 @@ mod tests {
             device_model: ("/usr/libexec/xen-qemu-system-i386".into(), Program::Ready),
             pieces: vec![("nbd", Piece::Loaded), ("tun", Piece::Loadable)],
             scripts: vec![("/etc/xen/scripts/vif-colo".into(), Program::Ready)],
-            nbd_client: Program::Ready,
             peer: Some(("192.0.2.2:9740".into(), Ok(Greeting { name: "b".into(), protocol: 2, vacant: true }))),
             guest: Some(("web".into(), Ok(vec![]))),
         }
@@ -308,12 +304,11 @@ mod tests {
             facts.xen.as_mut().unwrap().control = Control::Open { release: "4.17".into(), abilities };
         };
         let hvm: Change = |facts| facts.device_model.1 = Program::Missing;
-        let lacks: [(Change, &str); 9] = [
+        let lacks: [(Change, &str); 8] = [
             (hvm, "xen-qemu-system-i386 is not there"),
             (|facts| facts.missing_nodes = vec!["evtchn"], "evtchn missing"),
             (|facts| facts.pieces[0].1 = Piece::Missing, "no module"),
             (|facts| facts.scripts[0].1 = Program::NotExecutable, "cannot be run"),
-            (|facts| facts.nbd_client = Program::Missing, "nbd-client is not there"),
             (|facts| facts.peer = Some(("h:1".into(), Err("refused".into()))), "h:1: refused"),
             (|facts| facts.guest = Some(("web".into(), Err("no such domain".into()))), "no such domain"),
             (|facts| facts.xen.as_mut().unwrap().store = Err("nobody listens".into()), "nobody listens"),

@@ -2,10 +2,12 @@
 //!
 //! [`serve_connection`] is for a link of a pair, which is a task like the pair's others. [`threads`] is for everybody
 //! else: a thread a connection, because a request that finds its data in memory is over before a task would have been
-//! woken for it. [`remote`] is the other end: somebody else's export, as a client.
+//! woken for it. [`remote`] is the other end: somebody else's export, as a client. [`kernel`] makes
+//! the kernel one.
 
 mod beside;
 pub mod export;
+pub mod kernel;
 pub mod remote;
 pub mod threads;
 pub mod tls;

@@ -55,6 +55,11 @@ pub async fn boot(_: &XenBoot, _: &[PathBuf], _: &Wire) -> Result<Guest, GuestEr
     absent()
 }
 
+/// Nothing.
+pub fn set_aside(_: &str) -> Result<Option<String>, String> {
+    Ok(None)
+}
+
 /// Refuses.
 pub async fn stand_by(
     _: &str,

@@ -17,6 +17,7 @@ pub use self::nic::Wire;
 use self::nic::{Attachment, GuestNic};
 use super::address;
 use super::guest::{Guest, GuestError, GuestQueue, check_memory, mirrors_on, mirrors_over, replicas_on};
+use super::nbd::kernel;
 use super::nbd::threads::{Listener, Running, Service, serve_all};
 use crate::colo::hello::{DISKS_MAX, Geometry, Mode, XenShape, disk_name};
 use crate::disk::Disk;
@@ -132,6 +133,14 @@ pub async fn boot(boot: &XenBoot, images: &[PathBuf], wire: &Wire) -> Result<Gue
     let store = Store::open().map_err(|e| toolstack(&e))?;
     let by_name = || store.by_name(&boot.name).map_err(|e| toolstack(&e));
     let running = by_name()?;
+    let incoming = toolstack::incoming(&boot.name);
+    if let (None, Some(domid)) = (running, store.by_name(&incoming).map_err(|e| toolstack(&e))?) {
+        return Err(GuestError::Toolstack(format!(
+            "domain {domid} is called {incoming}: it stood by when a host ended here, or had just taken over, and would \
+             be a second guest on this disk; xl destroy {incoming}, or if it runs: xl rename {incoming} {}",
+            boot.name
+        )));
+    }
     let (mirrors, disks) = mirrors_on(images, boot.disk_bytes, running.is_some())?;
     // Before the domain: its devices are opened when it is made.
     let mut served = Vec::with_capacity(images.len());
@@ -139,7 +148,10 @@ pub async fn boot(boot: &XenBoot, images: &[PathBuf], wire: &Wire) -> Result<Gue
         served.push(export(&boot.name, index, mirror.clone(), false).await?);
     }
     let domid = match running {
-        Some(domid) => domid,
+        Some(domid) => {
+            blocking(|| go_on(&boot.name, images.len()))?;
+            domid
+        }
         None => {
             create(&boot.config).await?;
             by_name()?.ok_or(GuestError::Toolstack(format!(
@@ -170,6 +182,33 @@ pub async fn boot(boot: &XenBoot, images: &[PathBuf], wire: &Wire) -> Result<Gue
     };
     let (name, domain) = (boot.name.clone(), Some(Box::new(domain) as Box<dyn Domain>));
     Ok(Guest { name, geometry, domain, queue, epoch, mirrors, replicas: None, attachments })
+}
+
+/// The kernel's devices of a guest that runs go on with the disks that are served here: its writes have waited since the
+/// end of whoever served them before.
+fn go_on(guest: &str, disks: usize) -> Result<(), String> {
+    for index in 0..disks {
+        let (socket, export) = (disk_socket(guest, index), disk_name(index));
+        let served = kernel::Served { socket, backend: format!("{guest}/{export}"), export };
+        let devices = kernel::reconnect(&served).map_err(|e| format!("{}: {e}", served.backend))?;
+        for device in devices {
+            tracing::info!(disk = %served.backend, device, "the guest's disk goes on");
+        }
+    }
+    Ok(())
+}
+
+/// What is left here of a guest that another host has is stopped; what, if there is something. It cannot be heard, and its
+/// writes wait for a server that will not come: it could only take the processor, and then see its disk fail.
+pub fn set_aside(guest: &str) -> Result<Option<String>, String> {
+    let said = |e: ::xen::Error| e.to_string();
+    let store = Store::open().map_err(said)?;
+    let Some(domid) = store.by_name(guest).map_err(said)? else { return Ok(None) };
+    let xen = Interface::open().map_err(said)?;
+    if xen.domain_info(domid).map_err(said)?.is_some_and(|info| !info.paused) {
+        xen.pause(domid).map_err(said)?;
+    }
+    Ok(Some(format!("domain {domid} is what it was here, and is paused; xl destroy {guest}")))
 }
 
 async fn create(config: &Path) -> Result<(), GuestError> {

@@ -3,7 +3,7 @@
 use crate::{fail, say_listening};
 use std::process::ExitCode;
 use std::time::Duration;
-use xen_colo::cli::{self, CompareArgs, NbdArgs, QemuVerb, QmpArgs};
+use xen_colo::cli::{self, CompareArgs, NbdArgs, NbdDeviceVerb, QemuVerb, QmpArgs};
 use xen_colo::say;
 
 pub(crate) async fn serve_nbd(args: NbdArgs) -> ExitCode {
@@ -19,6 +19,24 @@ pub(crate) async fn serve_nbd(args: NbdArgs) -> ExitCode {
         Err(why) => return fail(cli::EXIT_FAILED, &why),
     };
     match export::run(config).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(cli::EXIT_FAILED, &error),
+    }
+}
+
+pub(crate) fn nbd_device(verb: NbdDeviceVerb) -> ExitCode {
+    use xen_colo::daemon::nbd::kernel;
+    let say = |index: u32| say::out(&format!("/dev/nbd{index}"));
+    let done = match verb {
+        NbdDeviceVerb::Connect { disk, dead_seconds } => {
+            kernel::connect(&disk.into(), Duration::from_secs(dead_seconds)).map(|index| _ = say(index))
+        }
+        NbdDeviceVerb::Reconnect(disk) => {
+            kernel::reconnect(&disk.into()).map(|indices| indices.into_iter().for_each(|index| _ = say(index)))
+        }
+        NbdDeviceVerb::Disconnect { device } => kernel::disconnect(&device),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(cli::EXIT_FAILED, &error),
     }

@@ -10,6 +10,7 @@
 //!                                                       server.rs  all of it, one client, and its disk
 //!  request.rs  what is asked, and what waits for what
 //!  session.rs  several of them, that come and go
+//!  netlink.rs  the kernel as the client
 //! ```
 //!
 //! The trap: every length in this protocol is chosen by the peer. Each is compared with a named limit before a
@@ -22,6 +23,7 @@
 pub mod client;
 mod contexts;
 pub mod handshake;
+pub mod netlink;
 pub mod reply;
 pub mod request;
 #[cfg(test)]

@@ -38,7 +38,6 @@ pub async fn gather(peer: Option<&Address>, guest: Option<&str>) -> Facts {
         device_model: device_model(),
         pieces: PIECES.into_iter().map(|(name, trace)| (name, piece(name, trace))).collect(),
         scripts: SCRIPTS.into_iter().map(|path| (PathBuf::from(path), program(Path::new(path)))).collect(),
-        nbd_client: find("nbd-client"),
         peer: greeted,
         guest: guest.map(|name| (name.to_owned(), xen::guest_facts(name))),
     }
@@ -56,13 +55,6 @@ fn program(path: &Path) -> Program {
         Ok(_) => Program::NotExecutable,
         Err(_) => Program::Missing,
     }
-}
-
-/// In the folders where the hotplug scripts look.
-fn find(name: &str) -> Program {
-    let folders = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
-    let found = folders.into_iter().map(|folder| program(&Path::new(folder).join(name)));
-    found.min_by_key(|found| *found as u8).unwrap_or(Program::Missing)
 }
 
 /// `modprobe -n` knows what is loaded, what is built in and what could be loaded, and loads nothing.

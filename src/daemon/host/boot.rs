@@ -9,7 +9,8 @@
 //! | `hold` | it was protected when this host ended | is not, until the operator removes what says so |
 //! | `alone` | | is booted: unsafe, for tests |
 //!
-//! A guest that is not booted leaves a host that is empty, says why, and can stand by. The trap is a peer that asks at
+//! A guest that is not booted leaves a host that is empty, says why, and can stand by. A Xen domain that outlived the
+//! host's process is the guest: it is adopted where that may be booted, and paused where it may not. The trap is a peer that asks at
 //! the same time: it lost its primary and wants the next generation, so that looking who has this one is not enough.
 
 use super::{Boot, BootConfig, HostConfig, HostError};
@@ -35,6 +36,11 @@ pub(super) async fn boot(config: &HostConfig, wire: &Wire) -> Result<(Option<Gue
         unknown(format!("whether it was protected when this host ended cannot be told: {path}: {error}"))
     })?;
     if let Some(why) = taken_away(config, name, found).await.map_err(unknown)? {
+        let rest = match boot {
+            Boot::Embedded(_) => None,
+            Boot::Xen(boot) => xen::set_aside(&boot.name).unwrap_or_else(|error| Some(format!("and here: {error}"))),
+        };
+        let why = [Some(why), rest].into_iter().flatten().collect::<Vec<_>>().join("; ");
         tracing::warn!(host = %config.name, guest = %name, reason = %why, "colo_guest_not_booted");
         return Ok((None, Some(why)));
     }

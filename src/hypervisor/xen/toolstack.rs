@@ -75,6 +75,12 @@ fn order(arguments: &[&str], input: &str) -> Result<String, String> {
     Err(format!("libxl {}: {said}", arguments.first().unwrap_or(&"")))
 }
 
+/// What a domain is called that stands by for a guest, and for a moment after it took over.
+#[must_use]
+pub fn incoming(name: &str) -> String {
+    format!("{name}{INCOMING}")
+}
+
 /// A domain's configuration, as libxl keeps it.
 pub fn config(domid: DomId) -> Result<serde_json::Value, String> {
     let json = order(&["config", &domid.0.to_string()], "")?;
@@ -90,7 +96,7 @@ pub fn create_incoming(name: &str, config: &serde_json::Value) -> Result<DomId, 
         let why = format!("domain {domid} is called {name} already; rename or destroy it: xl destroy {name}");
         return Err(why);
     }
-    let incoming = format!("{name}{INCOMING}");
+    let incoming = incoming(name);
     if let Some(domid) = by_name(&incoming)? {
         destroy(domid)?;
     }
@@ -103,7 +109,7 @@ pub fn create_incoming(name: &str, config: &serde_json::Value) -> Result<DomId, 
 
 /// Gives the domain that took over its name.
 pub fn rename_incoming(domid: DomId, name: &str) -> Result<(), String> {
-    order(&["rename", &domid.0.to_string(), &format!("{name}{INCOMING}"), name], "").map(drop)
+    order(&["rename", &domid.0.to_string(), &incoming(name), name], "").map(drop)
 }
 
 /// Ends a domain.

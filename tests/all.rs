@@ -37,6 +37,7 @@ mod qemu_replication;
 mod qmp;
 mod qmp_words;
 mod remus;
+mod report;
 mod restart;
 mod resync;
 mod service;

@@ -20,7 +20,7 @@ impl Engine {
     pub(super) fn packet_link(&mut self, now: Instant, told: Told) {
         let up = told == Told::Up;
         if let Told::Down(why) = told {
-            self.tell(What::LinkLost { link: "packets".into(), reason: cut(&why) });
+            self.tell(What::LinkLost { link: "packets".into(), reason: cut(&why), heard_ms: None });
             self.packet_link.losses += 1;
             self.packet_link.down = Some(why);
         } else {

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Installs what the tests drive besides Rust, on Debian and its kin: other people's NBD programs, curl, and what packs and
+# Installs what the tests drive besides Rust, on Debian and its kin: other people's NBD programs, curl, a browser, and what packs and
 # judges a package or judges metrics.
 # Without root or apt-get it says what is missing and goes on: the tests concerned say so too.
 set -euo pipefail
 
 # Each command, and the package it comes from.
 readonly TOOLS=(cc:gcc curl:curl qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils
-	qemu-system-x86_64:qemu-system-x86 socat:socat fio:fio ip:iproute2 ping:iputils-ping iperf3:iperf3 python3:python3 nbdsh:python3-libnbd nbdkit:nbdkit nbd-server:nbd-server nbdinfo:libnbd-bin nbdcopy:libnbd-bin shellcheck:shellcheck
+	qemu-system-x86_64:qemu-system-x86 socat:socat fio:fio ip:iproute2 ping:iputils-ping iperf3:iperf3 chromium:chromium python3:python3 nbdsh:python3-libnbd nbdkit:nbdkit nbd-server:nbd-server nbdinfo:libnbd-bin nbdcopy:libnbd-bin shellcheck:shellcheck
 	systemd-analyze:systemd ocf-tester:resource-agents xmllint:libxml2-utils setpriv:util-linux mmdebstrap:mmdebstrap dpkg-shlibdeps:dpkg-dev)
 
 # What package xen is built against: each file, and its package. The libraries and headers of the Xen that is

@@ -15,7 +15,7 @@ mod orders;
 mod qemu;
 mod xl;
 
-pub use alone::{CompareArgs, NbdArgs, NbdDeviceVerb, QmpArgs, ServedArgs};
+pub use alone::{CompareArgs, NbdArgs, NbdDeviceVerb, QmpArgs, ReportArgs, ServedArgs};
 pub use demo::{DemoArgs, NestedGuest, Victim};
 pub use filter::FilterArgs;
 pub use host::{ArbiterArgs, HostArgs};
@@ -74,6 +74,8 @@ pub enum Command {
     List(ListArgs),
     /// Say what happened to a host and its guest
     Events(EventsArgs),
+    /// Write a page of what happened to a guest, from the event logs of its hosts
+    Report(ReportArgs),
     /// Show how a host and its guest are on a live screen
     Top(HostRef),
     /// Write a guest's configuration with every default and a comment for each; or check one

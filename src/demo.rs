@@ -12,6 +12,7 @@
 
 pub mod client;
 mod nested;
+mod page;
 mod pair;
 pub mod report;
 
@@ -26,6 +27,7 @@ use nested::Nested;
 use pair::{Pair, PairConfig, PairError};
 use report::DemoReport;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -58,6 +60,8 @@ trait World {
     async fn kill(&mut self, name: &str) -> Result<(), PairError>;
     /// When the survivor noticed the kill, by our clock, in µs since 1970.
     fn noticed_at_us(&self, survivor: &Status) -> Option<u64>;
+    /// Copies the event logs of both hosts to a directory, also that of a host that was killed.
+    async fn keep_events(&self, dir: &Path) -> Result<(), PairError>;
     /// The run failed: keeps what may tell why.
     async fn failed(&self);
     /// Ends everything and removes its files.
@@ -70,6 +74,9 @@ trait World {
 
 /// Runs the demo.
 pub async fn run(args: &DemoArgs) -> ExitCode {
+    if let Some(Err(error)) = args.report.as_deref().map(page::prepare) {
+        return fail(&error);
+    }
     match &args.nested {
         Some(script) => tell(args, Nested::start(script.clone(), args)).await,
         None => {
@@ -91,6 +98,13 @@ async fn tell<W: World>(args: &DemoArgs, start: impl Future<Output = Result<W, P
             outcome = story => outcome,
             () = interrupted() => Ok(if args.serve.is_some() { 0 } else { EXIT_FAILED }),
         };
+        let outcome = match &args.report {
+            Some(dir) => {
+                let written = page::write(dir, &pair).await;
+                outcome.and_then(|code| written.map(|()| code))
+            }
+            None => outcome,
+        };
         if !matches!(outcome, Ok(0)) || std::env::var_os("XEN_COLO_KEEP_LOGS").is_some() {
             pair.failed().await;
         }
@@ -99,13 +113,15 @@ async fn tell<W: World>(args: &DemoArgs, start: impl Future<Output = Result<W, P
     };
     match result.await {
         Ok(code) => ExitCode::from(code),
-        Err(error) => {
-            let environment = matches!(error, PairError::Environment(_));
-            let class = if environment { "environment" } else { "failed" };
-            say::Failure { class, text: format!("demo: {error}"), remedy: None }.say();
-            ExitCode::from(if environment { EXIT_ENVIRONMENT } else { EXIT_FAILED })
-        }
+        Err(error) => fail(&error),
     }
+}
+
+fn fail(error: &PairError) -> ExitCode {
+    let environment = matches!(error, PairError::Environment(_));
+    let class = if environment { "environment" } else { "failed" };
+    say::Failure { class, text: format!("demo: {error}"), remedy: None }.say();
+    ExitCode::from(if environment { EXIT_ENVIRONMENT } else { EXIT_FAILED })
 }
 
 /// Completes on Ctrl-C and on SIGTERM, so that both end the hosts and remove their files.
@@ -243,6 +259,9 @@ async fn kill_one<W: World>(args: &DemoArgs, pair: &mut W) -> Result<u8, PairErr
         say::out(&serde_json::to_string(&report).unwrap_or_default());
     } else {
         say::out(&report);
+    }
+    if let Some(dir) = &args.report {
+        page::keep_clients(dir, &report)?;
     }
     Ok(if report.exit_code() == 0 { 0 } else { EXIT_LOST })
 }

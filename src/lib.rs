@@ -3,7 +3,7 @@
 //! The folders are the architecture, and the arrows between them go one way:
 //!
 //! ```text
-//! main → cli, demo → daemon → { colo, compare, nbd, qmp, replica, hypervisor } → { clock, page, bitmap, disk, record }
+//! main → cli, demo → report → daemon → { colo, compare, nbd, qmp, replica, hypervisor } → { clock, page, bitmap, disk, record }
 //!      → save_helper → { image } ────────────────────────────────────────→
 //! ```
 //!
@@ -18,6 +18,7 @@
 //! - [`daemon`]: sockets, threads and timers around all of these; its [`pair`](daemon::pair) joins them without any;
 //! - [`save_helper`]: saves and restores a domain for libxl, in the place of its own helper;
 //! - [`cli`], [`demo`]: what can be typed, and the main job to look at;
+//! - [`report`]: a page of what happened, from the logs of hosts that may be gone;
 //! - [`say`]: what the command prints;
 //! - [`mutant`]: planted bugs that prove the simulator can see.
 #![forbid(unsafe_code)]
@@ -38,6 +39,7 @@ pub mod page;
 pub mod qmp;
 pub mod record;
 pub mod replica;
+pub mod report;
 pub mod save_helper;
 pub mod say;
 pub mod scan;

@@ -4,10 +4,11 @@
 /// What is too much for one file.
 mod main {
     pub(crate) mod alone;
+    pub(crate) mod logging;
 }
 
 use clap::{CommandFactory, FromArgMatches};
-use main::alone;
+use main::{alone, logging};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use xen_colo::cli::{
 };
 use xen_colo::daemon::address::Address;
 use xen_colo::daemon::control::{self, ControlError, Request};
+use xen_colo::daemon::events::log::path_of_environment;
 use xen_colo::daemon::events::{EVENTS_MAX, Told};
 use xen_colo::daemon::host::{self, Boot, BootConfig, HostConfig, HostError};
 use xen_colo::daemon::live::{BadSetting, Configuration, Live, LogFilter};
@@ -58,14 +60,7 @@ fn main() -> ExitCode {
     };
     let level = if verbose { "xen_colo=debug" } else { "warn" };
     let filter = EnvFilter::try_from_env("XEN_COLO_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let logging =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_filter_reloading();
-    let handle = logging.reload_handle();
-    logging.init();
-    let log = LogFilter(Arc::new(move |text| {
-        let filter = EnvFilter::try_new(text).map_err(|error| error.to_string())?;
-        handle.reload(filter).map_err(|error| error.to_string())
-    }));
+    let log = logging::begin(filter);
     #[cfg(feature = "xen")]
     match &cli.command {
         Command::Keeper { domid } => return keep(*domid),
@@ -104,6 +99,7 @@ async fn run(command: Command, given: &[String], log: LogFilter) -> ExitCode {
         Command::Arbiter(args) => serve_arbiter(args).await,
         Command::Nbd(args) => alone::serve_nbd(args).await,
         Command::NbdDevice { verb } => alone::nbd_device(verb),
+        Command::Report(args) => alone::report(&args),
         Command::Qmp(args) => alone::qmp(args).await,
         Command::Qemu(args) => alone::qemu(args.verb).await,
         Command::Compare(args) => alone::compare_packets(args).await,
@@ -249,8 +245,9 @@ async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
             diverge_percent: args.diverge,
         }),
     });
+    let name = args.name.unwrap_or_default();
     let config = HostConfig {
-        name: args.name.unwrap_or_default(),
+        name: name.clone(),
         listen: args.listen,
         run_dir: args.run_dir,
         disks: args.disks,
@@ -261,13 +258,12 @@ async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
         arbiter: args.arbiter,
         policy: args.policy,
         boot,
-        event_log: args.event_log,
+        event_log: args.event_log.or_else(|| path_of_environment(&name)),
         entropy_seed: args.seed.unwrap_or(u64::from_le_bytes(seed)),
         configuration,
         log,
         manager: Manager::of_environment(),
     };
-    let name = config.name.clone();
     if args.follow_stdin {
         // A thread of its own: reading standard input cannot be cancelled, and must not hold the runtime up.
         std::thread::spawn(|| {

@@ -39,6 +39,7 @@ mod qmp;
 mod qmp_primary;
 mod qmp_words;
 mod remus;
+mod report;
 mod restart;
 mod resync;
 mod service;

@@ -59,7 +59,7 @@ async fn the_life_of_a_pair_is_told_on_both_hosts_and_written_down() {
     assert_eq!(told, "host-started unprotected syncing protected arbitrating stopped", "{a:#?}");
     assert!(a.iter().any(|event| matches!(&event.what, What::LinkLost { link, .. } if link == "peer")), "{a:#?}");
     let told = changes(&b).replace("arbitrating ", "").replace("link-lost ", "");
-    assert_eq!(told, "host-started syncing standing-by taken-over", "{b:#?}");
+    assert_eq!(told, "host-started syncing standing-by taken-over first-output", "{b:#?}");
     for (host, events) in [("a", &a), ("b", &b)] {
         let numbers: Vec<_> = events.iter().map(|event| event.number).collect();
         assert_eq!(numbers, (1..=events.len() as u64).collect::<Vec<_>>());
@@ -195,6 +195,18 @@ async fn the_log_is_where_it_was_asked_for_or_the_host_says_why_not() {
     let kinds: Vec<_> = text.lines().map(|line| kind(&serde_json::from_str(line).unwrap())).collect();
     assert_eq!(kinds, ["host-started", "host-ended"], "the last words are there when the process is gone");
     assert!(!dir.path().join("b.events").exists());
+
+    // A service manager's directory, and not its second one; what was asked for wins.
+    for (asked, expected) in [(None, "logs/b.events"), (Some("asked"), "asked")] {
+        std::fs::create_dir_all(dir.path().join("logs")).unwrap();
+        let mut command = host_command("b", dir.path());
+        command.args(["--policy", "hold"]).env("LOGS_DIRECTORY", format!("{0}/logs:{0}/more", dir.path().display()));
+        if let Some(asked) = asked {
+            command.arg("--event-log").arg(dir.path().join(asked));
+        }
+        let _b = Host::start("b", dir.path(), command);
+        assert!(dir.path().join(expected).is_file(), "{expected}");
+    }
 
     let disk = dir.path().join("d.img");
     let output = xl_colo(&[

@@ -1,17 +1,21 @@
-//! A full disk under the secondary: the primary's guest goes on, the status says why, nothing hangs.
+//! A full disk: under the secondary the primary's guest goes on, the status says why, nothing hangs; under a register, an event
+//! log or a page, what was there stays whole.
 //!
 //! The disk is a small tmpfs, which only root can mount; elsewhere the tests say that they are skipped.
 
 use crate::common::conversation::Conversation;
 use crate::common::host::{Host, host_command, protect};
-use crate::common::{Listening, XL_COLO, installed, run, turn, until};
+use crate::common::{Listening, XL_COLO, installed, one_line, run, turn, until, xl_colo};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
+use xen_colo::colo::arbiter::{Claim, Verdict};
 use xen_colo::colo::hello::Mode;
 use xen_colo::daemon::address::Address;
+use xen_colo::daemon::arbiter::Arbiter;
 use xen_colo::daemon::control::Request;
 use xen_colo::daemon::edge::{Edge, EdgeHandle};
+use xen_colo::daemon::events::Event;
 use xen_colo::daemon::status::Protection;
 use xen_colo::daemon::switch::Switch;
 use xen_colo::demo::GUEST_IP;
@@ -283,4 +287,106 @@ async fn a_full_disk_is_an_nbd_clients_news_and_what_is_discarded_can_be_written
     client.writes(4 << 20, vec![3; 512 << 10]).await.unwrap();
     let seen = client.reads(4 << 20, 512 << 10).await.unwrap();
     assert!(seen.iter().all(|byte| *byte == 3));
+}
+
+/// Fills a disk to its last byte, and frees it when asked.
+struct Filler(PathBuf);
+
+impl Filler {
+    fn fill(disk: &SmallDisk) -> Self {
+        let path = disk.path().join("filler");
+        std::fs::write(&path, vec![7; 8 << 20]).unwrap_err();
+        Self(path)
+    }
+
+    fn free(self) {
+        std::fs::remove_file(self.0).unwrap();
+    }
+}
+
+/// The register's disk is full: who asks is told so, nothing that was granted is forgotten, and nothing is granted that
+/// is not written down.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_arbiter_on_a_full_disk_grants_nothing_and_forgets_nothing() {
+    let Some(small) = SmallDisk::mount(1) else { return };
+    let file = small.path().join("register.json");
+    let socket = tempfile::tempdir().unwrap();
+    let listen = Address::Unix(socket.path().join("arbiter.sock"));
+    let mut command = std::process::Command::new(XL_COLO);
+    command.args(["arbiter", "--listen", &listen.to_string()]).arg("--file").arg(&file);
+    let _server = Listening::start(command.stdout(std::process::Stdio::null()), &socket.path().join("arbiter.sock"));
+    let (direct, served) = (Arbiter::File(file.clone()), Arbiter::Served(listen));
+    let claim = |holder: &str, expected| Claim { guest: "web".into(), expected, holder: holder.into() };
+    assert_eq!(served.claim(claim("a", 0)).await.unwrap(), Verdict::Won { generation: 1 });
+    // Many guests, so that the register does not fit into what is left of a page that it has.
+    for guest in 0..200 {
+        let claim = Claim { guest: format!("{guest}-{}", "x".repeat(40)), expected: 0, holder: "a".into() };
+        direct.claim(claim).await.unwrap();
+    }
+    let before = std::fs::read(&file).unwrap();
+    let filler = Filler::fill(&small);
+    for arbiter in [&direct, &served] {
+        let why = arbiter.claim(claim("b", 1)).await.unwrap_err().to_string();
+        assert!(why.contains("No space left on device"), "{why}");
+        let register = arbiter.query("web").await.unwrap();
+        assert_eq!((register.generation, &register.holder[..]), (1, "a"), "what was granted is in force");
+        assert!(matches!(arbiter.claim(claim("b", 0)).await.unwrap(), Verdict::Lost(_)), "and stays refused to others");
+    }
+    assert_eq!(std::fs::read(&file).unwrap(), before);
+    filler.free();
+    assert_eq!(served.claim(claim("b", 1)).await.unwrap(), Verdict::Won { generation: 2 });
+    assert!(matches!(direct.claim(claim("a", 1)).await.unwrap(), Verdict::Lost(_)));
+}
+
+/// The event log's disk is full: the host goes on, says it once, and when there is room the log goes on without a gap.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_log_on_a_full_disk_goes_on_where_it_was() {
+    let Some(small) = SmallDisk::mount(1) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = small.path().join("a.events");
+    let mut command = host_command("a", dir.path());
+    command
+        .args(["--policy", "hold", "--guest", "web", "--guest-mib", "1", "--disk-mib", "1", "--event-log"])
+        .arg(&path);
+    let a = Host::start("a", dir.path(), command);
+    let lines = || {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let events = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+        events.map(|line| serde_json::from_str::<Event>(line).unwrap().number).collect::<Vec<_>>()
+    };
+    until("it is written", async || if lines().len() >= 2 { Ok(()) } else { Err(lines()) }).await;
+    let filler = Filler::fill(&small);
+    // More than a page, of which the file may have some left.
+    for _ in 0..40 {
+        a.order(Request::PauseGuest).await;
+        a.order(Request::ResumeGuest).await;
+    }
+    until("it says so", async || if a.log().contains("cannot be written") { Ok(()) } else { Err(a.log()) }).await;
+    assert_eq!(a.status().await.protection, Protection::Unprotected);
+    // Twice tried again, and not said again.
+    tokio::time::sleep(std::time::Duration::from_millis(2200)).await;
+    assert_eq!(a.log().matches("cannot be written").count(), 1, "{}", a.log());
+    filler.free();
+    let all: Vec<u64> = (1..=82).collect();
+    until("the log is whole", async || if lines() == all { Ok(()) } else { Err(lines()) }).await;
+    assert!(a.log().contains("the event log is written again"), "{}", a.log());
+}
+
+/// The page's disk is full: one line says so, and the page that was there is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_report_on_a_full_disk_leaves_the_page_that_was_there() {
+    let Some(small) = SmallDisk::mount(1) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let line = r#"{"number":1,"at_us":1,"unix_us":1,"host":"a","guest":"web","event":"paused"}"#;
+    std::fs::write(dir.path().join("a.events"), format!("{line}\n")).unwrap();
+    let page = small.path().join("page.html");
+    let words = ["report", dir.path().to_str().unwrap(), "-o", page.to_str().unwrap()];
+    assert!(xl_colo(&words).await.status.success());
+    let before = std::fs::read(&page).unwrap();
+    let _filler = Filler::fill(&small);
+    let why = one_line(&xl_colo(&words).await, 1);
+    assert!(why.contains("page.html: No space left on device"), "{why}");
+    assert_eq!(std::fs::read(&page).unwrap(), before);
+    let names: Vec<_> = std::fs::read_dir(small.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 2, "nothing half is left: {names:?}");
 }

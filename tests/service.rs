@@ -354,11 +354,73 @@ async fn a_user_who_may_not_is_told_so() {
         return;
     }
     let run_dir = dir.path().to_str().unwrap();
-    for order in [&["status"][..], &["unprotect"], &["stop"], &["set", "log=info"]] {
+    for order in [&["status"][..], &["events"], &["unprotect"], &["stop"], &["set", "log=info"]] {
         let why = one_line(&as_nobody(&[order, &["--host", "a", "--run-dir", run_dir]].concat()).await, 1);
         assert!(why.contains("Permission denied"), "{order:?}: {why}");
     }
     let host = ["host", "--name", "b", "--listen", "127.0.0.1:0", "--policy", "hold", "--disk", "/tmp/x.img"];
     let why = one_line(&as_nobody(&[&host[..], &["--run-dir", run_dir]].concat()).await, 4);
     assert!(why.contains("belongs to user 0, not to 65534") || why.contains("Permission denied"), "{why}");
+}
+
+/// A log of a host that was protected, checkpointed and spoken to: its lines at info, by what they say.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_has_a_line_for_each_change_and_none_for_what_the_guest_does() {
+    let _turn = turn().await;
+    let dir = tempfile::tempdir().unwrap();
+    let b = host_of("b", dir.path(), &["--policy", "alone"], false);
+    let mut command = host_command("a", dir.path());
+    command.args(["--policy", "alone", "--guest", "web", "--guest-mib", "4", "--disk-mib", "4"]).env("NO_COLOR", "1");
+    let mut a = Host::start("a", dir.path(), command);
+    a.order(Request::Protect(protect(&b.address, Mode::Remus))).await;
+    a.becomes(Protection::Protected).await;
+    a.is("checkpointed a few times", |status| status.checkpoints.total > 5).await;
+    a.order(Request::Unprotect).await;
+    a.becomes(Protection::Unprotected).await;
+    a.signal("TERM").await;
+    assert!(a.exit().await.success());
+    let log = a.log();
+    for what in ["host started", "UNPROTECTED: nobody", "first copy begun", "protected by b", "host ends"] {
+        let lines: Vec<_> = log.lines().filter(|line| line.contains(what)).collect();
+        assert_eq!(lines.len(), 1, "{what}: {log}");
+        assert!(lines[0].contains(" INFO guest{host=\"a\""), "{}", lines[0]);
+    }
+    let line = log.lines().find(|line| line.contains("protected by b")).unwrap();
+    assert!(line.contains("guest{host=\"a\" guest=\"web\"}: xen_colo::daemon::events: protected by b"), "{line}");
+    assert!(line.contains(" number="), "{line}");
+    assert!(!log.contains("checkpoint 1 ("), "checkpoints are told at debug: {log}");
+    assert!(log.lines().count() < 20, "{log}");
+}
+
+/// What systemd's journal knows itself is left to it, and a line says how urgent it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_for_the_journal_begins_with_its_priority() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stderr");
+    for is_journal in [true, false] {
+        let stderr = std::fs::File::create(&path).unwrap();
+        let of = stderr.metadata().unwrap();
+        // The other one is inherited, and of a file that standard error is not.
+        let stream = format!("{}:{}", of.dev(), of.ino() + u64::from(!is_journal));
+        let mut command = host_command("a", dir.path());
+        command.args(["--policy", "hold"]).env("XEN_COLO_LOG", "info").env("JOURNAL_STREAM", stream);
+        command.env("NO_COLOR", "1").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(stderr);
+        let mut host = command.spawn().unwrap();
+        let says = async |what: &str| {
+            until("it logs", async || {
+                let log = std::fs::read_to_string(&path).unwrap();
+                log.lines().find(|line| line.contains(what)).map(str::to_owned).ok_or(log)
+            })
+            .await
+        };
+        let line = says("host started, pid").await;
+        assert_eq!(line.starts_with("<6>guest{host=\"a\"}: "), is_journal, "{line}");
+        // How much is logged can be changed all the same.
+        let run_dir = dir.path().to_str().unwrap();
+        let set = xl_colo(&["set", "log=debug", "--host", "a", "--run-dir", run_dir]).await;
+        assert!(set.status.success(), "{set:?}");
+        host.kill().unwrap();
+        host.wait().unwrap();
+    }
 }

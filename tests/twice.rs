@@ -1,8 +1,9 @@
 //! The same order twice at once: one is carried out, the other is told so, and the pair is none the worse.
 
+use crate::common::host::{Host, host_command};
 use crate::common::world::{Plan, World};
 use crate::common::{one_line, xl_colo};
-use std::process::Output;
+use std::process::{Output, Stdio};
 use xen_colo::colo::hello::Mode;
 use xen_colo::daemon::status::Protection;
 
@@ -68,4 +69,42 @@ async fn two_failovers_at_once_leave_one_guest() {
     world.one_survives().await;
     load.goes_on(5).await;
     load.ends_unharmed().await;
+}
+
+/// Lines of two processes in one file would be nobody's.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_log_is_written_by_one_host() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log.events");
+    let command = |name: &str| {
+        let mut command = host_command(name, dir.path());
+        command.args(["--policy", "hold", "--event-log"]).arg(&log);
+        command
+    };
+    let mut a = Host::start("a", dir.path(), command("a"));
+    let mut b = command("b").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // A host whose standard input ends ends too, and says nothing.
+    let _stdin = b.stdin.take();
+    let why = one_line(&b.wait_with_output().unwrap(), 4);
+    assert!(why.contains("log.events: in use: another process writes this log"), "{why}");
+    // What a killed one leaves is no lock.
+    a.kill();
+    Host::start("b", dir.path(), command("b"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_reports_at_once_are_each_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = (1..2000).map(|n| {
+        format!(
+            "{{\"number\":{n},\"at_us\":1,\"unix_us\":{n},\"host\":\"a\",\"guest\":\"web\",\"event\":\"paused\"}}\n"
+        )
+    });
+    std::fs::write(dir.path().join("a.events"), lines.collect::<String>()).unwrap();
+    let words = ["report", dir.path().to_str().unwrap()];
+    let (a, b, c, d) = tokio::join!(xl_colo(&words), xl_colo(&words), xl_colo(&words), xl_colo(&words));
+    assert_eq!(said(&[&a, &b, &c, &d]), (4, vec![]));
+    let page = std::fs::read_to_string(dir.path().join("report.html")).unwrap();
+    assert!(page.starts_with("<!DOCTYPE html>") && page.ends_with("</html>"));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "nothing half is left");
 }

@@ -177,7 +177,8 @@ inside() {
 	local file
 	for file in /usr/lib/systemd/system/xl-colo{@.service,.target,-arbiter.service} /etc/xen/scripts/{vif,block}-colo \
 		/etc/xen/scripts/colo-proxy-setup /usr/lib/ocf/resource.d/xen-colo/guest /usr/share/doc/xen-colo/copyright \
-		/usr/share/doc/xen-colo/examples/{web.env,pvh-remus.cfg,hvm-colo.cfg,grafana/xen-colo.json,prometheus/xen-colo.rules.yml}; do
+		/usr/share/doc/xen-colo/examples/{web.env,pvh-remus.cfg,hvm-colo.cfg,grafana/xen-colo.json,prometheus/xen-colo.rules.yml} \
+		/usr/share/man/man1/xl-colo{,-report,-host}.1.gz /usr/share/bash-completion/completions/xl-colo; do
 		[[ -s $file ]] || die "$file is not installed"
 	done
 	/usr/lib/ocf/resource.d/xen-colo/guest meta-data 2>/dev/null | xmllint --noout - || die "the agent has no meta-data"
@@ -279,6 +280,9 @@ booted() {
 	becomes b "web: taken over"
 	becomes a "host b holds generation 4; web is not this host's"
 	say "a primary that was killed came back without the guest, which had gone on"
+	xl-colo report /var/log/xen-colo -o /srv/report.html >/var/tmp/report.log 2>&1 || die "report: $(cat /var/tmp/report.log)"
+	grep -q 'report.html: web, .* host b went on in generation 4' /var/tmp/report.log || die "report: $(cat /var/tmp/report.log)"
+	say "what happened is in a page"
 
 	pids=$(pgrep -x xl-colo | sort)
 	dpkg -i /var/tmp/xen-colo_0.1.0-2.deb >/var/tmp/dpkg.log 2>&1 || die "upgrade: $(cat /var/tmp/dpkg.log)"
@@ -288,7 +292,9 @@ booted() {
 	for each in a b; do
 		[[ $(show Result $each) == success ]] || die "host $each ended as $(show Result $each)"
 	done
-	[[ ! -e /etc/xen-colo && ! -e /var/lib/xen-colo && ! -e /run/xen-colo ]] || die "left: $(ls -d /etc/xen-colo /var/lib/xen-colo /run/xen-colo)"
+	for each in /etc /var/lib /var/log /run; do
+		[[ ! -e $each/xen-colo ]] || die "left: $each/xen-colo"
+	done
 	say "upgraded under them and purged"
 }
 

@@ -1,4 +1,4 @@
-//! The pieces that stand alone: a disk over NBD, a monitor, the comparator.
+//! The pieces that stand alone: a disk over NBD, a monitor, the comparator, a run's page.
 
 use crate::daemon::compare::port::PortAddress;
 use crate::daemon::nbd::export::{Cache, Config, Where};
@@ -6,6 +6,19 @@ use crate::daemon::nbd::kernel::Served;
 use crate::daemon::nbd::tls::Credentials;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
+
+/// Arguments of `report`.
+#[derive(Args, Debug)]
+pub struct ReportArgs {
+    /// Where the event logs are: NAME.events of one host or of both, and what they were before, NAME.events.1
+    pub dir: PathBuf,
+    /// Where the page goes; DIR/report.html by default
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// The guest, where the logs are of several
+    #[arg(long, value_name = "NAME")]
+    pub guest: Option<String>,
+}
 
 /// Arguments of `nbd`: the letters, meanings and defaults are qemu-nbd's.
 #[derive(Args, Debug)]

@@ -147,7 +147,7 @@ section! {
         arbiter: Option<Arbiter> = None, "\"192.0.2.9:9739\"";
         /// What must be won before going on alone.
         policy: Policy = Policy::Arbiter, "";
-        /// Where to write down what happens; NAME.events beside the control socket by default.
+        /// Where to write down what happens; NAME.events beside the control socket by default, and in /var/log/xen-colo for the unit.
         event_log: Option<PathBuf> = None, "\"/var/log/xen-colo/web.events\"";
         /// Where Prometheus reads how the host is, at /metrics; nowhere by default. Anybody who reaches it can read there.
         metrics_listen: Option<MetricsAddress> = None, "\"9741\"";

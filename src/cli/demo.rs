@@ -25,6 +25,10 @@ pub struct DemoArgs {
     /// Keep the pair running and serve the guest at this address, for your own curl and your own kill
     #[arg(long, value_name = "ADDR:PORT")]
     pub serve: Option<std::net::SocketAddr>,
+    /// Keep the event logs of both hosts in this directory, which must have none yet, and write the page of the run:
+    /// DIR/report.html
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
     /// Use real Xen hosts that this program (scripts/nested/nested) boots and kills
     #[arg(long, value_name = "SCRIPT", hide = true, conflicts_with_all = ["serve", "diverge"])]
     pub nested: Option<PathBuf>,

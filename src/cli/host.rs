@@ -63,8 +63,8 @@ pub struct HostArgs {
     /// How often, in percent, the guest's responses differ between its two copies
     #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=100))]
     pub diverge: u8,
-    /// Where to write down what happens, a line of JSON each, in two files of 16 MiB at most; NAME.events beside the
-    /// control socket by default
+    /// Where to write down what happens, a line of JSON each, in two files of 16 MiB at most; by default NAME.events beside
+    /// the control socket, or in the directory that systemd gives to a unit with LogsDirectory=
     #[arg(long, value_name = "FILE")]
     pub event_log: Option<PathBuf>,
     /// Seeds the guest's hardware randomness on this host; drawn when absent

@@ -220,7 +220,12 @@ async fn serve_one(link: Link, file: PathBuf, on_grant: OnGrant) -> io::Result<(
                     Request::Query(_) => None,
                 };
                 let file = file.clone();
-                let reply = tokio::task::spawn_blocking(move || on_file(&file, request)).await??;
+                // A full disk is the operator's news, who may sit at the other end.
+                let carried_out = tokio::task::spawn_blocking(move || on_file(&file, request)).await?;
+                let reply = carried_out.unwrap_or_else(|error| {
+                    tracing::error!(%error, "the register cannot be read or written");
+                    Reply::Error(format!("its register cannot be read or written: {error}"))
+                });
                 if let (Some(claim), Reply::Verdict(Verdict::Won { .. })) = (claim, &reply) {
                     on_grant(&claim);
                 }

@@ -179,9 +179,11 @@ impl Engine {
         self.after(engine_clock());
         while !self.stopping {
             let input = self.select().await;
-            self.check_lease();
-            self.apply(input);
-            self.after(engine_clock());
+            self.span().in_scope(|| {
+                self.check_lease();
+                self.apply(input);
+                self.after(engine_clock());
+            });
         }
     }
 
@@ -323,7 +325,7 @@ impl Engine {
         // A peer that was let go closes the links itself, or has.
         let Some(loss) = loss.filter(|loss| **loss != Loss::Dismissed) else { return };
         if self.lost_at_unix_us.is_none() {
-            tracing::warn!(host = %self.parts.name, reason = %loss, "colo_peer_lost");
+            tracing::warn!(reason = %loss, "colo_peer_lost");
             self.tell_loss(loss);
             self.lost_at_unix_us = Some(unix_us());
         }
@@ -466,7 +468,11 @@ impl Engine {
                 }
                 Role::Secondary(role) => {
                     let Some((epoch, frame)) = role.guest.queue.pop() else { return };
+                    let is_heard = role.side.took_over() && epoch == role.side.machine().epoch();
                     role.side.handle_guest_frame(now, epoch, frame);
+                    if is_heard {
+                        self.telling.output();
+                    }
                 }
             }
         }
@@ -476,7 +482,7 @@ impl Engine {
         match &answer {
             Answer::Verdict(Verdict::Lost(register)) => self.holder = Some(register.clone()),
             Answer::Unreachable(why) | Answer::NotFenced(why) => {
-                tracing::warn!(host = %self.parts.name, reason = %why, "colo_arbiter_no_decision");
+                tracing::warn!(reason = %why, "colo_arbiter_no_decision");
             }
             _ => {}
         }
@@ -490,8 +496,11 @@ impl Engine {
     fn ended(&mut self, exit: Exit, generation: u64) {
         self.decided_at_unix_us.get_or_insert_with(unix_us);
         let exit_text = serde_json::to_string(&exit).unwrap_or_default();
-        tracing::warn!(host = %self.parts.name, exit = %exit_text, generation, "COLO_EXIT");
+        tracing::warn!(exit = %exit_text, generation, "COLO_EXIT");
         self.close_links();
+        if exit == Exit::Alone {
+            self.telling.await_output(engine_clock());
+        }
         if matches!((&self.role, exit), (Role::Primary(_), Exit::Unprotected | Exit::Alone)) {
             self.forget_protection();
         }
@@ -568,7 +577,7 @@ impl Engine {
     }
 
     fn adopt(&mut self, links: Links, peer: String, mode: Mode) {
-        tracing::info!(host = %self.parts.name, %peer, %mode, "colo_begin");
+        tracing::info!(%peer, %mode, "colo_begin");
         (self.links, self.peer, self.mode) = (Some(links), Some(peer), Some(mode));
         (self.holder, self.left, self.peer_left) = (None, None, None);
         (self.lost_at_unix_us, self.decided_at_unix_us) = (None, None);

@@ -2,9 +2,11 @@
 //!
 //! ```text
 //!   engine ─ tell ─▶ Events ─┬─ ring of the last EVENTS_MAX ──▶ control socket ──▶ xl-colo events [--follow] [--since N]
-//!                            ├─ a line of the log (info)  ring ──▶ [`log`]: a file of JSON lines
+//!                            ├─ a line of the log         ring ──▶ [`log`]: a file of JSON lines
 //!                            └─ the next event's number, for whoever waits
 //! ```
+//!
+//! A change is a line at info; what comes with each checkpoint, as often as the guest likes, is one at debug.
 //!
 //! Numbers begin at 1 with the host's process, and have no gaps: who was slow sees from them how many are gone. The trap
 //! is text that a peer chose (why a link ended): it is cut to [`TEXT_MAX_BYTES`] before it is kept a thousand times.
@@ -43,6 +45,9 @@ pub struct Checkpoint {
     pub pages: u64,
     /// Bytes of device state in it.
     pub devices_bytes: u64,
+    /// Bytes that the stream carried since the checkpoint before, or since the protection began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream_bytes: Option<u64>,
     /// From the capture before to this one; absent for the first.
     pub interval_us: Option<u64>,
     /// From the request to the suspend: the secondary stopped its guest.
@@ -67,6 +72,7 @@ impl From<&Taken> for Checkpoint {
             cause: taken.cause.to_string(),
             pages: taken.pages,
             devices_bytes: taken.devices_bytes,
+            stream_bytes: None,
             interval_us: taken.interval.map(us),
             reply_us: us(taken.reply),
             pause_us: us(taken.pause),
@@ -179,6 +185,9 @@ pub enum What {
         link: String,
         /// A sentence.
         reason: String,
+        /// Of the peer: how long ago it was heard last.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        heard_ms: Option<u64>,
     },
     /// A connection was made again.
     LinkBack {
@@ -203,6 +212,11 @@ pub enum What {
         reason: String,
         /// From the loss of the peer to the decision.
         decided_after_ms: Option<u64>,
+    },
+    /// The guest's first frame since the takeover goes to the network.
+    FirstOutput {
+        /// From the decision.
+        after_us: u64,
     },
     /// Another host has the guest; it was stopped here.
     Stopped {
@@ -251,6 +265,14 @@ pub struct Event {
     pub what: What,
 }
 
+impl What {
+    /// Whether it comes as often as the guest likes, and changes nothing: of these the log says nothing at info.
+    #[must_use]
+    pub fn is_frequent(&self) -> bool {
+        matches!(self, Self::Checkpoint(_) | Self::Loaded { .. } | Self::Progress(_))
+    }
+}
+
 impl fmt::Display for What {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let pair = |f: &mut fmt::Formatter<'_>, what: &str, peer: &str, mode: &Option<Mode>, generation: &u64| {
@@ -280,7 +302,10 @@ impl fmt::Display for What {
                 write!(f, "pause {pause_us} µs, capture {capture_us}, transfer {transfer_us}{load}")
             }
             Self::Loaded { checkpoint, load_us } => write!(f, "checkpoint {checkpoint} loaded in {load_us} µs"),
-            Self::LinkLost { link, reason } => write!(f, "{link} link lost: {reason}"),
+            Self::LinkLost { link, reason, heard_ms } => {
+                let heard = heard_ms.map_or_else(String::new, |ms| format!(" (heard {ms} ms ago)"));
+                write!(f, "{link} link lost: {reason}{heard}")
+            }
             Self::LinkBack { link } => write!(f, "{link} link made again"),
             Self::Arbitrating { reason } => write!(f, "asking who goes on: {reason}"),
             Self::Held { reason } => write!(f, "HELD: {reason}"),
@@ -288,6 +313,7 @@ impl fmt::Display for What {
                 let after = decided_after_ms.map_or_else(String::new, |ms| format!(", decided after {ms} ms"));
                 write!(f, "TAKEN OVER: runs alone in generation {generation}{after}: {reason}")
             }
+            Self::FirstOutput { after_us } => write!(f, "the guest is heard again {after_us} µs after the decision"),
             Self::Stopped { reason } => write!(f, "stopped here: {reason}"),
             Self::Failed { reason } => write!(f, "FAILED: {reason}"),
             Self::Empty { reason } => write!(f, "no guest: {reason}"),
@@ -309,7 +335,8 @@ impl fmt::Display for Event {
 }
 
 /// A time of the wall clock as ISO 8601 has it, in UTC, to the millisecond.
-fn utc(unix_us: u64) -> String {
+#[must_use]
+pub fn utc(unix_us: u64) -> String {
     let (days, ms) = (unix_us / 86_400_000_000, unix_us / 1000 % 86_400_000);
     // Years that begin in March, so that a leap day is the last of one: H. Hinnant, "chrono-compatible low-level date
     // algorithms", civil_from_days.
@@ -325,10 +352,18 @@ fn utc(unix_us: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}.{ms:03}Z")
 }
 
-/// Cuts a text that may be long.
+/// Of which guest of which host a line of the log is.
+#[must_use]
+pub fn span(host: &str, guest: Option<&str>) -> tracing::Span {
+    tracing::info_span!(parent: None, "guest", host, guest)
+}
+
+/// Cuts a text that may be long, and keeps it on its line: it must not be able to write another one, in a log or on a
+/// terminal.
 #[must_use]
 pub fn cut(text: &str) -> String {
-    text[..text.floor_char_boundary(TEXT_MAX_BYTES)].to_owned()
+    let cut = &text[..text.floor_char_boundary(TEXT_MAX_BYTES)];
+    cut.replace(char::is_control, "?")
 }
 
 /// Which events somebody wants.
@@ -396,7 +431,13 @@ impl Events {
         let at_us = (at - Instant::ZERO).as_micros() as u64;
         let guest = guest.map(str::to_owned);
         let event = Event { number: ring.told, at_us, unix_us, host: self.host.to_string(), guest, what };
-        tracing::info!(number = event.number, host = %event.host, guest = event.guest, "{}", event.what);
+        span(&event.host, event.guest.as_deref()).in_scope(|| {
+            if event.what.is_frequent() {
+                tracing::debug!(number = event.number, "{}", event.what);
+            } else {
+                tracing::info!(number = event.number, "{}", event.what);
+            }
+        });
         ring.events.push_back(event);
         if ring.events.len() > EVENTS_MAX {
             ring.events.pop_front();
@@ -497,6 +538,7 @@ mod tests {
     #[test]
     fn a_long_text_is_cut_between_characters() {
         assert_eq!(cut("short"), "short");
+        assert_eq!(cut("one\nINFO two\x1b[2J"), "one?INFO two?[2J");
         let long = "é".repeat(TEXT_MAX_BYTES);
         assert_eq!(cut(&format!("a{long}")).len(), TEXT_MAX_BYTES - 1);
     }

@@ -20,7 +20,7 @@ use crate::daemon::switch::Switch;
 use crate::daemon::unix_us;
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,6 +37,8 @@ const HERE: &str = "10.0.2.2";
 const PEER: &str = "10.78.0.2:9740";
 /// Beats: an emulated host on a busy machine stands still for a second now and then.
 const HEARTBEAT: &str = "--heartbeat-ms 250 --heartbeat-misses 12";
+/// What of a host outlives its power cut: the share of both, which is here.
+const EVENTS: &str = "/lab";
 /// How often a host is asked for its status before it is believed to be gone.
 const ATTEMPTS: u32 = 3;
 /// The size of the guest's disk.
@@ -104,8 +106,8 @@ impl Nested {
         let host = |name: &str, rest: &str| {
             format!(
                 "mkdir -p /var/lib/xen-colo; XEN_COLO_LOG=info setsid xl-colo host --name {name} --disk \
-                 /var/lib/xen-colo/{name}.img --arbiter {HERE}:{arbiter_port} {rest} </dev/null \
-                 >/var/log/xl-colo.out 2>/var/log/xl-colo.log & for i in $(seq 1200); do grep -q listens \
+                 /var/lib/xen-colo/{name}.img --arbiter {HERE}:{arbiter_port} --event-log {EVENTS}/{name}/{name}.events {rest} \
+                 </dev/null >/var/log/xl-colo.out 2>/var/log/xl-colo.log & for i in $(seq 1200); do grep -q listens \
                  /var/log/xl-colo.out && exit 0; kill -0 $! 2>/dev/null || break; sleep 0.1; done; \
                  cat /var/log/xl-colo.log; exit 1"
             )
@@ -193,6 +195,10 @@ impl World for Nested {
 
     fn noticed_at_us(&self, _: &Status) -> Option<u64> {
         Some(self.granted_at_us.load(Ordering::SeqCst)).filter(|at| *at != 0)
+    }
+
+    async fn keep_events(&self, dir: &Path) -> Result<(), PairError> {
+        self.script(&["events", &dir.display().to_string()]).await.map(drop)
     }
 
     async fn failed(&self) {

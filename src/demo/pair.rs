@@ -1,5 +1,6 @@
 //! The demo's world: two hosts as child processes, and the switch, the edge and the arbiter between them.
 
+use super::page::is_log;
 use super::{GUEST_IP, World, client};
 use crate::colo::hello::{Mode, ResumeOrder};
 use crate::daemon::address::Address;
@@ -12,7 +13,7 @@ use crate::say;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
@@ -206,6 +207,17 @@ impl World for Pair {
 
     fn noticed_at_us(&self, survivor: &Status) -> Option<u64> {
         survivor.lost_at_unix_us
+    }
+
+    async fn keep_events(&self, dir: &Path) -> Result<(), PairError> {
+        let failed = |path: &Path, error: io::Error| PairError::Failed(format!("{}: {error}", path.display()));
+        for entry in std::fs::read_dir(&self.dir).map_err(|error| failed(&self.dir, error))?.flatten() {
+            if is_log(&entry.file_name().to_string_lossy()) {
+                let to = dir.join(entry.file_name());
+                std::fs::copy(entry.path(), &to).map_err(|error| failed(&to, error))?;
+            }
+        }
+        Ok(())
     }
 
     async fn failed(&self) {}

@@ -15,6 +15,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use crate::report::text::{grouped, tenths};
 use serde::Serialize;
 
 const LABEL_WIDTH: usize = 36;
@@ -211,31 +212,6 @@ fn list(f: &mut fmt::Formatter<'_>, title: &str, lines: &[String]) -> fmt::Resul
 
 fn counted(count: u64, thing: &str) -> String {
     format!("{} {thing}{}", grouped(count), if count == 1 { "" } else { "s" })
-}
-
-/// 1234567 as "1,234,567".
-fn grouped(number: u64) -> String {
-    group(&number.to_string())
-}
-
-/// With one decimal: 1234.56 as "1,234.6".
-fn tenths(number: f64) -> String {
-    let text = format!("{number:.1}");
-    match text.split_once('.') {
-        Some((whole, tenth)) => format!("{}.{tenth}", group(whole)),
-        None => text,
-    }
-}
-
-fn group(digits: &str) -> String {
-    let mut grouped = String::new();
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    grouped
 }
 
 #[cfg(test)]

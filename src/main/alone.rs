@@ -1,10 +1,11 @@
-//! The commands that stand alone, carried out: a disk over NBD, monitors, the comparator and its filters.
+//! The commands that stand alone, carried out: a disk over NBD, monitors, the comparator and its filters, a
+//! run's page.
 
 use crate::{fail, say_listening};
 use std::process::ExitCode;
 use std::time::Duration;
-use xen_colo::cli::{self, CompareArgs, NbdArgs, NbdDeviceVerb, QemuVerb, QmpArgs};
-use xen_colo::say;
+use xen_colo::cli::{self, CompareArgs, NbdArgs, NbdDeviceVerb, QemuVerb, QmpArgs, ReportArgs};
+use xen_colo::{report, say};
 
 pub(crate) async fn serve_nbd(args: NbdArgs) -> ExitCode {
     use xen_colo::daemon::nbd::export;
@@ -165,5 +166,30 @@ pub(crate) async fn filter_packets(config: xen_colo::daemon::filter::Config) -> 
         Ok(()) => ExitCode::SUCCESS,
         Err(error @ (FilterError::Device { .. } | FilterError::Ports(_))) => fail(cli::EXIT_ENVIRONMENT, &error),
         Err(error) => fail(cli::EXIT_FAILED, &error),
+    }
+}
+
+/// Says where the page is; what was left out of it, on standard error.
+pub(crate) fn report(args: &ReportArgs) -> ExitCode {
+    let out = args.output.clone().unwrap_or_else(|| args.dir.join("report.html"));
+    match report::write(&args.dir, args.guest.as_deref(), &out) {
+        Ok(figures) if say::is_json() => {
+            say::out(&serde_json::to_string(&figures).unwrap_or_default());
+            ExitCode::SUCCESS
+        }
+        Ok(figures) => {
+            say::out(&figures);
+            if figures.malformed_lines > 0 {
+                let lines = figures.malformed_lines;
+                say::err(&format_args!(
+                    "{lines} lines are no events and were left out; the page names the first of them"
+                ));
+            }
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            say::Failure { class: "failed", text: format!("report: {error}"), remedy: error.remedy() }.say();
+            ExitCode::from(cli::EXIT_FAILED)
+        }
     }
 }

@@ -24,6 +24,9 @@ fn layers() {
         ("src/page.rs", "use crate::colo::Loss;"),
         ("src/daemon/a.rs", "use crate::demo::GUEST_MAC;"),
         ("src/daemon/pair/a.rs", "use crate::cli::Cli;"),
+        ("src/daemon/a.rs", "use crate::report::text;"),
+        ("src/report/a.rs", "use crate::cli::ReportArgs;"),
+        ("src/report/a.rs", "use crate::replica::epochs;"),
         ("src/cli.rs", "use crate::demo;"),
         ("src/image/a.rs", "use crate::save_helper::Failure;"),
         ("src/save_helper/a.rs", "use crate::daemon::links;"),
@@ -39,6 +42,8 @@ fn layers() {
         ("src/daemon/pair/a.rs", "use crate::{colo, compare, hypervisor}; use super::super::links;"),
         ("src/demo/a.rs", "use crate::cli::Cli; use crate::daemon::status;"),
         ("src/save_helper/a.rs", "use crate::image::Decoder; use crate::{bitmap, page, record}; use xen::Interface;"),
+        ("src/demo/a.rs", "use crate::report;"),
+        ("src/report/a.rs", "use crate::colo::Cause; use crate::daemon::events::Event; use super::text::plain;"),
         ("src/main.rs", "#![forbid(unsafe_code)]\nuse xen_colo::cli;"),
         ("tests/a.rs", "use xen_colo::{colo, compare};"),
     ] {

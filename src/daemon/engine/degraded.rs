@@ -23,7 +23,7 @@ impl Engine {
         if self.is_parting() {
             // Whoever lets go first closes all links, and it is chance which end is seen first: no news.
         } else if let Told::Down(why) = told {
-            self.tell(What::LinkLost { link: "packets".into(), reason: cut(&why) });
+            self.tell(What::LinkLost { link: "packets".into(), reason: cut(&why), heard_ms: None });
             self.packet_link.losses += 1;
             self.packet_link.down = Some(why);
         } else {

@@ -21,6 +21,10 @@ impl Engine {
         if self.parts.network_out.waiting_bytes() > NETWORK_BACKLOG_BYTES {
             self.dropped_network += 1;
         } else {
+            // A secondary's first frames are its word that the guest is here now.
+            if matches!(self.role, Role::Primary(_)) {
+                self.telling.output();
+            }
             let until = self.links.as_ref().map(|links| lock(&links.heartbeat).deadline());
             self.parts.network_out.send(frame.len(), NetworkFrame { until, frame });
         }

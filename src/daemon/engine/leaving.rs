@@ -95,7 +95,7 @@ impl Engine {
         let Role::Primary(role) = &mut self.role else { return };
         if role.side.dismiss(now) {
             let peer = self.peer.as_deref().unwrap_or("the peer");
-            tracing::warn!(host = %self.parts.name, %peer, "colo_peer_leaves");
+            tracing::warn!(%peer, "colo_peer_leaves");
             self.peer_left = Some(format!("host {peer} left the protection: it was told to end"));
         }
     }

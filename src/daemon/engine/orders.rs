@@ -249,10 +249,8 @@ impl Engine {
         };
         status.packets.dropped_network = self.dropped_network;
         status.packets.lost_by_kernel = self.guest_queue().map_or(0, |queue| queue.lost());
-        let (mut stream, mut disk) = self.sent_before;
+        let (stream, disk) = self.sent_bytes();
         if let Some(links) = &self.links {
-            stream += links.stream_bytes.load(Ordering::Relaxed);
-            disk += links.disk_bytes.load(Ordering::Relaxed);
             status.queues = Queues {
                 stream_bytes: links.stream_out.waiting_bytes() as u64,
                 packets_bytes: links.packets_out.waiting_bytes() as u64,

@@ -8,7 +8,8 @@ use super::{Engine, Role, report};
 use crate::clock::Instant;
 use crate::colo::fallback::Release;
 use crate::colo::{Loss, primary, secondary};
-use crate::daemon::events::{Checkpoint, Progress, What, Work, cut};
+use crate::daemon::engine_clock;
+use crate::daemon::events::{self, Checkpoint, Progress, What, Work, cut};
 use crate::daemon::links::lock;
 use crate::daemon::pair::primary::PrimarySide;
 use crate::daemon::status::{PeerHealth, Protection, Status};
@@ -35,6 +36,36 @@ pub(super) struct Telling {
     progress: Option<(Instant, Progress)>,
     /// What a takeover left to be merged.
     commit_bytes: u64,
+    /// What the stream had carried by the checkpoint that was told of last.
+    stream_bytes: u64,
+    output: Output,
+    /// And the guest that it is for.
+    span: Option<(Option<String>, tracing::Span)>,
+}
+
+/// What a takeover is for: the guest is heard again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Output {
+    #[default]
+    NotAwaited,
+    /// Since the decision.
+    Awaited(Instant),
+    /// Before the takeover could be told of.
+    Went { after_us: u64 },
+}
+
+impl Telling {
+    /// It was decided that the guest goes on here, alone.
+    pub(super) fn await_output(&mut self, now: Instant) {
+        self.output = Output::Awaited(now);
+    }
+
+    /// A frame goes to the network.
+    pub(super) fn output(&mut self) {
+        if let Output::Awaited(since) = self.output {
+            self.output = Output::Went { after_us: (engine_clock() - since).as_micros() as u64 };
+        }
+    }
 }
 
 /// The guest is protected; what is the matter all the same.
@@ -57,21 +88,37 @@ fn of_side(side: &PrimarySide, now: Instant) -> Vec<String> {
 }
 
 impl Engine {
-    /// Something happened to the guest.
-    pub(super) fn tell(&self, what: What) {
-        let guest = match &self.role {
+    /// The guest that is here.
+    fn guest(&self) -> Option<&str> {
+        match &self.role {
             Role::Empty => None,
             Role::Running(guest) => Some(&guest.name),
             Role::Primary(role) => Some(&role.guest.name),
             Role::Secondary(role) => Some(&role.guest.name),
-        };
-        self.parts.history.tell(guest.map(String::as_str), what);
+        }
+    }
+
+    /// Something happened to the guest.
+    pub(super) fn tell(&self, what: What) {
+        self.parts.history.tell(self.guest(), what);
+    }
+
+    /// What everything that is logged belongs to.
+    pub(super) fn span(&mut self) -> tracing::Span {
+        let guest = self.guest();
+        if self.telling.span.as_ref().is_none_or(|(of, _)| of.as_deref() != guest) {
+            let (guest, span) = (guest.map(str::to_owned), events::span(&self.parts.name, guest));
+            self.telling.span = Some((guest, span));
+        }
+        self.telling.span.as_ref().map_or_else(tracing::Span::none, |(_, span)| span.clone())
     }
 
     /// The peer is lost.
     pub(super) fn tell_loss(&self, loss: &Loss) {
         if *loss != Loss::Requested {
-            self.tell(What::LinkLost { link: "peer".into(), reason: cut(&loss.to_string()) });
+            let heard = self.links.as_ref().map(|links| lock(&links.heartbeat).silence(engine_clock()).0);
+            let heard_ms = heard.map(|heard| heard.as_millis() as u64);
+            self.tell(What::LinkLost { link: "peer".into(), reason: cut(&loss.to_string()), heard_ms });
         }
     }
 
@@ -81,11 +128,20 @@ impl Engine {
             Role::Primary(role) => role.side.poll_taken(),
             _ => None,
         };
-        taken.iter().for_each(|taken| self.tell(What::Checkpoint(Checkpoint::from(taken))));
+        if let Some(taken) = &taken {
+            let (stream_bytes, _) = self.sent_bytes();
+            let before = std::mem::replace(&mut self.telling.stream_bytes, stream_bytes);
+            let stream_bytes = Some(stream_bytes.saturating_sub(before));
+            self.tell(What::Checkpoint(Checkpoint { stream_bytes, ..Checkpoint::from(taken) }));
+        }
         self.tell_load();
         self.tell_disk_links();
         let looks = self.telling.looked_at.is_none_or(|at| now - at >= LOOK);
         self.tell_protection(now, looks);
+        if let (Protection::TakenOver, Output::Went { after_us }) = (self.telling.protection, self.telling.output) {
+            self.telling.output = Output::NotAwaited;
+            self.tell(What::FirstOutput { after_us });
+        }
         if std::mem::replace(&mut self.telling.paused, self.paused) != self.paused {
             self.tell(if self.paused { What::Paused } else { What::Resumed });
         }
@@ -111,7 +167,7 @@ impl Engine {
         let down = links.disk_links_down.load(Ordering::Relaxed);
         if losses > self.telling.disk_link_losses {
             let reason = "its connection ended; another is being made".into();
-            self.tell(What::LinkLost { link: "disk".into(), reason });
+            self.tell(What::LinkLost { link: "disk".into(), reason, heard_ms: None });
         }
         if down < self.telling.disk_links_down || down == 0 && losses > self.telling.disk_link_losses {
             self.tell(What::LinkBack { link: "disk".into() });

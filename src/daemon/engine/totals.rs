@@ -38,13 +38,19 @@ impl Kept {
 }
 
 impl Engine {
-    /// The guest, and what was counted of it in the pair that there is, or was last.
-    fn of_pair(&self) -> Option<(&str, Totals)> {
+    /// What the pair that there is, or was last, sent over its stream and to its disks.
+    pub(super) fn sent_bytes(&self) -> (u64, u64) {
         let (mut stream, mut disk) = self.sent_before;
         if let Some(links) = &self.links {
             stream += links.stream_bytes.load(Ordering::Relaxed);
             disk += links.disk_bytes.load(Ordering::Relaxed);
         }
+        (stream, disk)
+    }
+
+    /// The guest, and what was counted of it in the pair that there is, or was last.
+    fn of_pair(&self) -> Option<(&str, Totals)> {
+        let (stream, disk) = self.sent_bytes();
         match &self.role {
             Role::Empty | Role::Running(_) => None,
             Role::Primary(role) => {

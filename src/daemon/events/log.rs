@@ -4,23 +4,37 @@
 //!   ring ─▶ FILE ── over its bound: renamed ──▶ FILE.1 (the one before is gone)
 //! ```
 //!
-//! The writer reads the ring as any client does, so a slow disk costs the engine nothing; what the ring has no longer
-//! when the disk is done is a `lost` event of the log. Each process begins with `host-started`, since numbers begin
-//! again.
+//! The writer reads the ring as any client does, so a slow disk or a full one costs the engine nothing; what the ring has
+//! no longer when the disk takes lines again is a `lost` event of the log. Each process begins with `host-started`, since
+//! numbers begin again.
+//!
+//! The trap is the line of which half is written when the disk is full: the other half stays in the buffer and goes first
+//! when there is room, so the log goes on with the first event that is neither on the disk nor there.
 
 use super::{Event, Events, Told, Wanted, What};
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A file is renamed when it is longer than this.
 pub const FILE_MAX_BYTES: u64 = 16 << 20;
+/// Time between two attempts at a file that cannot be written.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Where a host's events go by default: beside its control socket.
 #[must_use]
 pub fn default_path(run_dir: &Path, host: &str) -> PathBuf {
     run_dir.join(format!("{host}.events"))
+}
+
+/// Where a service manager wants them: LOGS_DIRECTORY, of which the first counts (systemd.exec(5)).
+#[must_use]
+pub fn path_of_environment(host: &str) -> Option<PathBuf> {
+    let directories = std::env::var_os("LOGS_DIRECTORY")?;
+    let first = std::env::split_paths(&directories).next().filter(|first| first.is_absolute())?;
+    Some(default_path(&first, host))
 }
 
 /// An event log.
@@ -30,14 +44,23 @@ pub struct EventLog {
     file: BufWriter<File>,
     bytes: u64,
     max_bytes: u64,
+    /// The last event that is in the file or in the buffer.
+    written: u64,
 }
 
 impl EventLog {
-    /// Opens it, and goes on where it ends.
+    /// Opens it, and goes on where it ends. It is refused while another process writes it.
     pub fn open(path: &Path, max_bytes: u64) -> io::Result<Self> {
         let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::new(io::ErrorKind::AddrInUse, "in use: another process writes this log"));
+            }
+            // A file system without locks has none to respect.
+            Ok(()) | Err(TryLockError::Error(_)) => {}
+        }
         let bytes = file.metadata()?.len();
-        Ok(Self { path: path.to_owned(), file: BufWriter::new(file), bytes, max_bytes })
+        Ok(Self { path: path.to_owned(), file: BufWriter::new(file), bytes, max_bytes, written: 0 })
     }
 
     fn write(&mut self, told: &Told) -> io::Result<()> {
@@ -56,38 +79,47 @@ impl EventLog {
             let mut older = self.path.clone().into_os_string();
             older.push(".1");
             std::fs::rename(&self.path, older)?;
-            *self = Self::open(&self.path, self.max_bytes)?;
+            *self = Self { written: self.written, ..Self::open(&self.path, self.max_bytes)? };
         }
         self.file.write_all(&line)?;
         self.bytes += line.len() as u64;
+        self.written = event.number;
         Ok(())
     }
 }
 
-/// Writes a host's events down until it ends. A file that cannot be written is said once until it
-/// can, and tried again with the next event: a full disk is no reason to stop protecting a guest.
+/// Writes a host's events down until it ends. A file that cannot be written is said once until it can, and tried again
+/// every second: a full disk is no reason to stop protecting a guest.
 pub async fn keep(events: Events, log: EventLog) {
     let (mut log, mut since, mut failing) = (log, 0, false);
     loop {
         let told = events.read_soon(Wanted { since, wait_ms: u64::MAX }).await;
         since = told.since;
-        let (ended, is_empty) = (told.ended, told.events.is_empty());
+        let ended = told.ended;
         let writing = tokio::task::spawn_blocking(move || {
-            let written = if told.events.is_empty() { Ok(()) } else { log.write(&told) };
+            let written = log.write(&told);
             (log, written)
         });
         let Ok((again, written)) = writing.await else { return };
         log = again;
         match written {
-            Ok(()) => failing &= is_empty,
-            Err(error) if !failing => {
-                failing = true;
-                tracing::error!(path = %log.path.display(), %error, "the event log cannot be written");
+            Ok(()) => {
+                if std::mem::take(&mut failing) {
+                    tracing::info!(path = %log.path.display(), "the event log is written again");
+                }
             }
-            Err(_) => {}
+            Err(error) => {
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::error!(path = %log.path.display(), %error, "the event log cannot be written");
+                }
+                since = log.written;
+            }
         }
         if ended {
             return;
+        }
+        if failing {
+            tokio::time::sleep(RETRY).await;
         }
     }
 }

@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn a_pair_is_what_links_and_takeovers_are_counted_of() {
         let mut counted = Counted::default();
-        let lost = |link: &str| What::LinkLost { link: link.into(), reason: String::new() };
+        let lost = |link: &str| What::LinkLost { link: link.into(), reason: String::new(), heard_ms: None };
         let syncing = What::Syncing { peer: "b".into(), mode: None, generation: 1 };
         counted.take(&[event(1, "web", syncing)]);
         assert_eq!((counted.guests[0].1.link_losses, counted.guests[0].1.takeovers), (Some([0; 3]), Some(0)));

@@ -80,7 +80,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// Every mutant the simulator must catch.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::ReleaseBeforeReceived,
         Self::NoFence,
         Self::KeepActiveAtCheckpoint,
@@ -92,6 +92,7 @@ impl Mutant {
         Self::StaleDelta,
         Self::SealFirstOnly,
         Self::DrainFirstOnly,
+        Self::OpenWithoutLink,
     ];
     /// Those it cannot, since its hosts never come back; the replica's own crash tests do.
     pub const OF_CRASHES: [Self; 5] = [

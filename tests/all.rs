@@ -16,6 +16,7 @@ mod digests;
 mod disk_link;
 mod diverging;
 mod events;
+mod filter_checkpoint;
 mod full_disk;
 mod fuzz;
 mod garbage;

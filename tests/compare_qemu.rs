@@ -12,7 +12,8 @@
 //! which this test is the guest. Both guests are played here, with sequence numbers of their own.
 
 use crate::common::comparator::{Comparator, Peer};
-use crate::common::frames::{GUEST, Segment, arp, ethernet};
+use crate::common::frames::{Segment, arp, from_client, numbers, udp};
+use crate::common::lab::PlayedGuest;
 use crate::common::{LOOK, Listening, installed};
 use bytes::BytesMut;
 use std::os::unix::net::UnixListener;
@@ -36,17 +37,7 @@ fn says(seq: u32, flags: u8, payload: &[u8]) -> Vec<u8> {
 
 /// What the client says.
 fn client_says(seq: u32, ack: u32, flags: u8) -> Vec<u8> {
-    let mut packet = vec![0x45, 0, 0, 40, 0, 1, 0, 0, 64, 6, 0, 0];
-    packet.extend(CLIENT.0);
-    packet.extend(GUEST);
-    packet.extend([CLIENT.1.to_be_bytes(), 80_u16.to_be_bytes()].concat());
-    packet.extend([seq.to_be_bytes(), ack.to_be_bytes()].concat());
-    packet.extend([0x50, flags, 0x20, 0, 0, 0, 0, 0]);
-    ethernet(0x0800, &packet)
-}
-
-fn ack_of(frame: &[u8]) -> u32 {
-    u32::from_be_bytes(frame[42..46].try_into().unwrap())
+    from_client(CLIENT, seq, ack, flags)
 }
 
 /// A QEMU without a machine, and its two netdevs: the network's side and the guest's.
@@ -88,24 +79,33 @@ fn object(text: &str) -> [String; 2] {
 
 #[test]
 fn a_connection_goes_through_a_stock_qemu_s_filters_on_both_sides() {
-    let comparator = Comparator::ours(&[]);
+    goes_through(&[], "");
+}
+
+#[test]
+fn and_with_vnet_hdr_support_at_all_of_them() {
+    goes_through(&["--vnet-hdr-support"], ",vnet_hdr_support=on");
+}
+
+fn goes_through(options: &[&str], vnet: &str) {
+    let comparator = Comparator::ours(options);
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let mirror = dirs[0].path().join("mirror");
     let primary = [
         chardev("mirror0", &mirror, true),
         chardev("pri", &comparator.path("primary-in"), false),
         chardev("out", &comparator.path("outdev"), false),
-        object("filter-mirror,id=m1,netdev=net,queue=tx,outdev=mirror0"),
-        object("filter-redirector,id=r1,netdev=net,queue=rx,indev=out"),
-        object("filter-redirector,id=r2,netdev=net,queue=rx,outdev=pri"),
+        object(&format!("filter-mirror,id=m1,netdev=net,queue=tx,outdev=mirror0{vnet}")),
+        object(&format!("filter-redirector,id=r1,netdev=net,queue=rx,indev=out{vnet}")),
+        object(&format!("filter-redirector,id=r2,netdev=net,queue=rx,outdev=pri{vnet}")),
     ];
     let Some(mut a) = Qemu::start(dirs[0].path(), &primary.concat()) else { return };
     let secondary = [
         chardev("red0", &mirror, false),
         chardev("red1", &comparator.path("secondary-in"), false),
-        object("filter-redirector,id=f1,netdev=net,queue=tx,indev=red0"),
-        object("filter-redirector,id=f2,netdev=net,queue=rx,outdev=red1"),
-        object("filter-rewriter,id=rew0,netdev=net,queue=all"),
+        object(&format!("filter-redirector,id=f1,netdev=net,queue=tx,indev=red0{vnet}")),
+        object(&format!("filter-redirector,id=f2,netdev=net,queue=rx,outdev=red1{vnet}")),
+        object(&format!("filter-rewriter,id=rew0,netdev=net,queue=all{vnet}")),
     ];
     let Some(mut b) = Qemu::start(dirs[1].path(), &secondary.concat()) else { return };
     let mut notify = comparator.connect("notify-dev");
@@ -136,7 +136,7 @@ fn a_connection_goes_through_a_stock_qemu_s_filters_on_both_sides() {
     let ack = client_says(CLIENT_ISN + 1, ISN_A + 1, ACK);
     a.network.send(&ack);
     assert_eq!(a.guest.hear(), ack);
-    assert_eq!(ack_of(&b.guest.hear()), ISN_B + 1, "rewritten for guest B");
+    assert_eq!(numbers(&b.guest.hear()).1, ISN_B + 1, "rewritten for guest B");
 
     // Equal answers, cut differently, over the wrap of guest A's sequence numbers.
     let text: Vec<u8> = (0..3000_u32).map(|n| (n % 251) as u8).collect();
@@ -183,7 +183,7 @@ fn our_rewriter_speaks_to_a_stock_qemu_s_comparator() {
     assert_eq!(out.hear(), says(ISN_A, SYN | ACK, b""));
     let mut ack = client_says(CLIENT_ISN + 1, ISN_A + 1, ACK);
     assert_eq!(rewriter.from_network(now, &mut ack), Forward::Now);
-    assert_eq!(ack_of(&ack), ISN_B + 1);
+    assert_eq!(numbers(&ack).1, ISN_B + 1);
     for n in 0..20_u32 {
         let text = vec![n as u8; 1000];
         let equal = says((ISN_A + 1).wrapping_add(n * 1000), ACK, &text);
@@ -197,4 +197,39 @@ fn our_rewriter_speaks_to_a_stock_qemu_s_comparator() {
     assert_eq!(notify.hear(), b"DO_CHECKPOINT");
     notify.send(b"COLO_CHECKPOINT");
     assert_eq!(out.hear(), says((ISN_A + 1).wrapping_add(20_000), ACK, b"it is ten o'clock"));
+}
+
+/// A mirror and a redirector of QEMU's, whose netdev has no virtio-net headers, and `xl-colo filter` at the other guest.
+#[test]
+fn a_stock_qemu_s_mirror_and_redirector_are_the_filter_s_neighbours() {
+    for (options, vnet) in [(&[][..], ""), (&["--vnet-hdr-support", "--vnet-hdr-len", "0"], ",vnet_hdr_support=on")] {
+        let Some(mut b) = PlayedGuest::new(options) else { return };
+        let dir = tempfile::tempdir().unwrap();
+        let filters = [
+            chardev("mirror0", &b.dir.path().join("to-guest"), false),
+            chardev("red0", &b.dir.path().join("redirect"), false),
+            object(&format!("filter-mirror,id=m1,netdev=net,queue=tx,outdev=mirror0{vnet}")),
+            object(&format!("filter-redirector,id=r1,netdev=net,queue=rx,indev=red0{vnet}")),
+        ];
+        let Some(mut a) = Qemu::start(dir.path(), &filters.concat()) else { return };
+        // QEMU takes its netdevs' connections in its own time, and what it has no peer for is lost.
+        let mut probes = 0;
+        while !a.guest.has_something() {
+            probes += 1;
+            a.network.send(&arp(probes));
+            std::thread::sleep(LOOK);
+        }
+        while a.guest.hear() != arp(probes) {}
+        while b.hears.hear() != arp(probes) {}
+        for n in 0..50_usize {
+            let payload: Vec<u8> = (0..n * 29).map(|at| (at + n) as u8).collect();
+            let said = udp(7, CLIENT, n as u16, &payload);
+            a.network.send(&said);
+            assert_eq!((a.guest.hear(), b.hears.hear()), (said.clone(), said.clone()), "{vnet}: {n}");
+            b.says.send(&said);
+            assert_eq!(a.network.hear(), said, "{vnet}: {n}");
+        }
+        let status = b.status();
+        assert_eq!((&status["from_guest"], &status["to_guest"]), (&50.into(), &(50 + probes).into()), "{status}");
+    }
 }

@@ -11,8 +11,9 @@ use clap::Args;
 /// again and again.
 ///
 /// On the primary: --dev, --net or --tap, --mirror, --redirect (to primary_in), --to-network (from outdev). On the
-/// secondary: --dev, --to-guest (from the mirror), --redirect (to secondary_in), --rewriter, and for a takeover --net
-/// or --tap. While a socket has no peer nothing passes beside it: frames wait, and then are lost, and counted.
+/// secondary: --dev, --to-guest (from the mirror), --redirect (to secondary_in), --rewriter, --notify-dev for
+/// checkpoints, and for a takeover --net or --tap. While a socket has no peer nothing passes beside it: frames wait, and
+/// then are lost, and counted.
 ///
 /// SIGUSR1 prints one line of JSON that says how it stands. SIGUSR2 is a failover: the guest speaks to the network itself
 /// from then on. SIGTERM ends it, and with it the guest's network.
@@ -45,15 +46,32 @@ pub struct FilterArgs {
     /// Move the sequence numbers of the guest's TCP into the other guest's space (filter-rewriter)
     #[arg(long)]
     pub rewriter: bool,
+    /// Where a toolstack says COLO_CHECKPOINT, as to a colo-compare, while the guest stands still and has become what the
+    /// other is: the rewriter forgets then
+    #[arg(long, alias = "notify_dev", value_name = "PORT")]
+    pub notify_dev: Option<PortAddress>,
     /// Frames go with their virtio-net headers over all sockets, unfinished and uncut
     #[arg(long, alias = "vnet_hdr_support")]
     pub vnet_hdr_support: bool,
+    /// How long these headers are at the other ends: 12, or as a QEMU's netdev there has them
+    #[arg(long, alias = "vnet_hdr_len", value_name = "BYTES", default_value_t = 12, value_parser = vnet_hdr_len)]
+    #[arg(requires = "vnet_hdr_support")]
+    pub vnet_hdr_len: usize,
     /// Take frames from the kernel by a ring: cheaper for many, and a frame alone comes a millisecond late
     #[arg(long)]
     pub ring: bool,
     /// Log each peer on standard error; XEN_COLO_LOG says more exactly what
     #[arg(short, long)]
     pub verbose: bool,
+}
+
+fn vnet_hdr_len(text: &str) -> Result<usize, String> {
+    match text {
+        "0" => Ok(0),
+        "10" => Ok(10),
+        "12" => Ok(12),
+        _ => Err("a virtio-net header is of 10 or 12 bytes, or of 0 where there is none".into()),
+    }
 }
 
 impl From<FilterArgs> for Config {
@@ -67,7 +85,9 @@ impl From<FilterArgs> for Config {
             redirect: args.redirect,
             to_network: args.to_network,
             rewriter: args.rewriter,
+            notify_dev: args.notify_dev,
             vnet_hdr_support: args.vnet_hdr_support,
+            vnet_hdr_len: args.vnet_hdr_len,
             ring: args.ring,
         }
     }

@@ -5,8 +5,8 @@
 //! one guest and another n-th of the other are both left over is it certain, in a flow that keeps its order, that
 //! they never meet. (`net/colo-compare.c` calls it a mismatch whenever any other packet is queued.)
 //!
-//! DHCP messages carry the seconds their sender has been trying, DNS questions a number and a port that each guest draws
-//! for itself: they are compared without ([`FlowKey::ignored`]). A question that leaves binds nobody, and a survivor asks
+//! DHCP messages carry the seconds their sender has been trying, questions to a DNS or DHCP server a number, and the former a
+//! port, that each guest draws for itself: they are compared without ([`FlowKey::ignored`]). A question that leaves binds nobody, and a survivor asks
 //! it again; its answer reaches one guest only, and what comes of that is compared.
 
 use super::compare::Cause;

@@ -3,7 +3,7 @@
 //! ```text
 //! TCP, UDP   VLANs, addresses, protocol, ports
 //! DNS, DHCP  the same, and the transaction: each question, each answer is a flow of its own
-//! question   of the guest: VLANs, addresses, protocol, the server's port, and what is asked
+//! question   of the guest: VLANs, addresses, protocol, the server's port, and what is asked; DHCP: by whom, and in which step
 //! ICMP       VLANs, addresses, protocol; the echo's identifier, or the type
 //! Identity   VLANs, address, hardware address
 //! Other      VLANs, addresses, protocol
@@ -11,7 +11,9 @@
 //!
 //! Within a flow order is kept; between flows there is none. That is why a resolver's answers are matched by their
 //! identifier: two guests may well answer two questions in different order. A guest's own questions have an identifier and
-//! a port that it draws at random (RFC 5452), so they are told by what they ask.
+//! a port that it draws at random (RFC 5452; RFC 2131 4.1, RFC 8415 16.1), so they are told by what they ask: a lease by the
+//! hardware address that asks for it and by the message's type, as which two are the same step of one exchange; what
+//! they say in it is compared.
 
 use super::neighbour::Identity;
 use super::packet::{ETHERTYPE_ARP, Ip, PROTOCOL_ICMPV6, Transport, Vlans, be16, be32};
@@ -22,7 +24,12 @@ use std::ops::Range;
 
 const PORT_DNS: u16 = 53;
 const PORTS_DHCP: [u16; 2] = [67, 68];
+const PORTS_DHCPV6: [u16; 2] = [547, 546];
+const DHCP_REQUEST: u8 = 1;
+const DHCP_XID_AND_SECS: Range<usize> = 4..10;
 const DHCP_SECS: Range<usize> = 8..10;
+const DHCP_HARDWARE: Range<usize> = 28..44;
+const DHCPV6_XID: Range<usize> = 1..4;
 const DNS_ID: Range<usize> = 0..2;
 const DNS_ANSWER: u8 = 0x80;
 /// Marks the transaction of a question: others have 40 bits at most.
@@ -78,6 +85,9 @@ impl FlowKey {
             return Self { src_port: 0, transaction: QUESTION | fold(&payload[DNS_ID.end..]), ..self };
         }
         let ports = [self.src_port, self.dst_port];
+        if let Some(asked) = (self.protocol == 17).then(|| dhcp_question([ports[1], ports[0]], payload)).flatten() {
+            return Self { transaction: QUESTION | asked, ..self };
+        }
         let transaction = match self.protocol {
             17 if ports.contains(&PORT_DNS) => be16(payload, 0).map(u64::from),
             17 if ports.iter().all(|port| PORTS_DHCP.contains(port)) => dhcp_transaction(payload),
@@ -86,11 +96,15 @@ impl FlowKey {
         Self { transaction: transaction.unwrap_or(0), ..self }
     }
 
-    /// The bytes of its datagrams that each guest makes up by itself: in a DHCP message, for how long its sender has been
-    /// trying; in a DNS question, its number.
+    /// The bytes of its datagrams that each guest makes up by itself: in a question, its number; in a DHCP message, for how
+    /// long its sender has been trying.
     pub(super) fn ignored(&self) -> Range<usize> {
         match self.protocol {
-            17 if self.transaction & QUESTION != 0 => DNS_ID,
+            17 if self.transaction & QUESTION != 0 => match self.dst_port {
+                PORT_DNS => DNS_ID,
+                port if port == PORTS_DHCPV6[0] => DHCPV6_XID,
+                _ => DHCP_XID_AND_SECS,
+            },
             17 if [self.src_port, self.dst_port].iter().all(|port| PORTS_DHCP.contains(port)) => DHCP_SECS,
             _ => 0..0,
         }
@@ -157,17 +171,33 @@ fn fold(bytes: &[u8]) -> u64 {
     (hash ^ hash >> 47) & (QUESTION - 1)
 }
 
+/// Who asks for a lease, and in which step. `ports` are the server's and the client's.
+fn dhcp_question(ports: [u16; 2], payload: &[u8]) -> Option<u64> {
+    match ports {
+        PORTS_DHCP if payload.first() == Some(&DHCP_REQUEST) => {
+            let hardware = payload.get(DHCP_HARDWARE)?;
+            Some(fold(&[hardware, &[dhcp_step(payload)?]].concat()))
+        }
+        PORTS_DHCPV6 => Some(fold(payload.get(..DHCPV6_XID.start)?)),
+        _ => None,
+    }
+}
+
 /// The exchange and the step in it.
 fn dhcp_transaction(payload: &[u8]) -> Option<u64> {
     let xid = be32(payload, 4)?;
+    Some(u64::from(xid) << 8 | u64::from(dhcp_step(payload)?))
+}
+
+/// The type of a DHCP message; 0 for one of BOOTP.
+fn dhcp_step(payload: &[u8]) -> Option<u8> {
     let mut options = payload.get(DHCP_OPTIONS_AT..)?;
-    let kind = loop {
+    loop {
         match *options {
             [0, ..] => options = &options[1..],
-            [DHCP_MESSAGE_TYPE, 1, kind, ..] => break kind,
+            [DHCP_MESSAGE_TYPE, 1, kind, ..] => return Some(kind),
             [1..=254, length, ..] => options = options.get(2 + usize::from(length)..)?,
-            _ => break 0,
+            _ => return Some(0),
         }
-    };
-    Some(u64::from(xid) << 8 | u64::from(kind))
+    }
 }

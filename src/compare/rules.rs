@@ -349,6 +349,48 @@ fn a_guests_own_questions_are_told_by_what_they_ask() {
 }
 
 #[test]
+fn two_guests_that_ask_for_a_lease_ask_the_same_in_numbers_of_their_own() {
+    let v4 = |xid: u8, secs: u8, kind: u8, hardware: u8, wish: u8| {
+        let mut payload = vec![0; 240];
+        (payload[0], payload[4], payload[9], payload[28]) = (1, xid, secs, hardware);
+        payload.extend([53, 1, kind, 50, 4, 10, 0, 0, wish, 255]);
+        let mut frame = udp(68, &payload);
+        frame[36..38].copy_from_slice(&67_u16.to_be_bytes());
+        frame
+    };
+    let answered = |xid: u8| {
+        let mut frame = v4(xid, 0, 2, 2, 0);
+        (frame[35], frame[37], frame[42]) = (67, 68, 2);
+        frame
+    };
+    let v6 = |kind: u8, xid: u8, wish: u8| {
+        let mut frame = udp6(546, &[kind, 0, xid, 0, 0, 1, 0, 1, wish]);
+        frame[56..58].copy_from_slice(&547_u16.to_be_bytes());
+        frame
+    };
+    for (name, a, b, verdict) in [
+        ("another number", v4(1, 0, 1, 2, 0), v4(9, 0, 1, 2, 0), LEAVES),
+        ("and tried for longer", v4(1, 0, 1, 2, 0), v4(9, 4, 1, 2, 0), LEAVES),
+        ("another step", v4(1, 0, 1, 2, 0), v4(9, 0, 3, 2, 0), WAITS),
+        ("another asker", v4(1, 0, 1, 2, 0), v4(1, 0, 1, 3, 0), WAITS),
+        ("another wish", v4(1, 0, 3, 2, 0), v4(9, 0, 3, 2, 1), DIFFERS),
+        ("an answer with its number", answered(1), answered(1), LEAVES),
+        ("an answer with another number", answered(1), answered(9), WAITS),
+        ("DHCPv6, another number", v6(1, 1, 0), v6(1, 9, 0), LEAVES),
+        ("DHCPv6, another step", v6(1, 1, 0), v6(3, 1, 0), WAITS),
+        ("DHCPv6, another wish", v6(1, 1, 0), v6(1, 9, 1), DIFFERS),
+    ] {
+        assert_eq!(judge(&a, &b), verdict, "{name}");
+    }
+    let mut t = Trace::new();
+    for n in 0..100_u8 {
+        t.s_raw(0, v4(n, n, 1, 2, 0));
+        assert_eq!(t.p_raw(0, v4(200 - n, 0, 1, 2, 0)), 1, "asked again is asked again");
+    }
+    assert_eq!((t.asked.len(), t.comparator.stats().flows), (0, 0));
+}
+
+#[test]
 fn options_of_a_syn_are_promises_and_all_others_are_not() {
     let with = |segment: Seg, options: &[u8]| {
         let mut frame = segment.frame();

@@ -21,6 +21,7 @@ pub(super) mod intake;
 pub(super) mod outbox;
 pub mod port;
 pub(super) mod wake;
+pub(super) mod words;
 pub(super) mod work;
 
 use crate::compare;

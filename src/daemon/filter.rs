@@ -17,6 +17,7 @@
 //! | redirect | filter-redirector, queue=rx, outdev |
 //! | to_network | filter-redirector, queue=rx, indev |
 //! | rewriter | filter-rewriter, queue=all |
+//! | notify_dev | none: QEMU's own checkpoint frame tells its filter-rewriter |
 //!
 //! **Fail closed**, where QEMU's lets frames through when a socket has no peer. What the guest says goes to `redirect` and
 //! nowhere else; what the network says reaches the guest when its copy is in the queue of `mirror`. While one of them has no
@@ -28,8 +29,14 @@
 //! from there; connections that the rewriter has moved it goes on moving. What a secondary hears of the network before
 //! that is dropped.
 //!
+//! **A checkpoint** is heard at `notify_dev`, in the words that a colo-compare hears there. Whoever makes guest B what
+//! guest A is says COLO_CHECKPOINT while guest B stands still: what it has said and is not yet on its way is dropped, and the
+//! rewriter forgets. Words are taken in order, and nothing acknowledges that one; so COLO_USERSPACE_PROXY_INIT comes behind
+//! it, and guest B goes on when that is answered.
+//!
 //! The trap: with `vnet_hdr_support` frames are as the guest's kernel left them, of up to 64 KiB and with checksums that
-//! cover the pseudo header only. Both are for the kernel at the other end to finish. Without, they are finished here.
+//! cover the pseudo header only. Both are for the kernel at the other end to finish. Without, or where the other end's are of
+//! no length (a stock QEMU's whose guest has no virtio NIC), they are finished here.
 //! Sources: `net/filter-mirror.c`, `net/filter-rewriter.c`.
 
 mod device;
@@ -71,8 +78,13 @@ pub struct Config {
     pub to_network: Option<PortAddress>,
     /// Whether the guest has sequence numbers of its own.
     pub rewriter: bool,
+    /// Who says when the guest has become what the other is, and has no more numbers of its own.
+    pub notify_dev: Option<PortAddress>,
     /// Whether virtio-net headers come with the frames.
     pub vnet_hdr_support: bool,
+    /// How long they are at the other end: 0, 10 or 12. A redirector of QEMU's takes what comes for what its netdev has,
+    /// and does not look.
+    pub vnet_hdr_len: usize,
     /// Whether frames come out of the kernel by a ring.
     pub ring: bool,
 }
@@ -94,6 +106,9 @@ pub enum BadConfig {
     /// Frames for the guest would come from two sides at once.
     #[error("--mirror is the primary's and --to-guest the secondary's")]
     BothSides,
+    /// There is nothing that a checkpoint changes.
+    #[error("--notify-dev tells a secondary's --rewriter of checkpoints, and there is none here")]
+    NoRewriter,
 }
 
 impl Config {
@@ -104,6 +119,7 @@ impl Config {
             (work::TO_GUEST, &self.to_guest),
             (work::REDIRECT, &self.redirect),
             (work::TO_NETWORK, &self.to_network),
+            (work::NOTIFY_DEV, &self.notify_dev),
         ];
         named.into_iter().filter_map(|(name, at)| Some((name, at.as_ref()?))).collect()
     }
@@ -114,6 +130,9 @@ impl Config {
         let is_twice = |at: usize| ports[..at].iter().any(|(_, other)| other.address == ports[at].1.address);
         if (0..ports.len()).any(is_twice) {
             return Err(BadConfig::Same);
+        }
+        if self.notify_dev.is_some() && (!self.rewriter || self.to_guest.is_none()) {
+            return Err(BadConfig::NoRewriter);
         }
         match (&self.network, &self.redirect, &self.mirror, &self.to_network, &self.to_guest) {
             (None, None, ..) => Err(BadConfig::Nowhere),
@@ -207,7 +226,9 @@ mod tests {
             redirect: "unix:r".parse().ok(),
             to_network: "unix:n".parse().ok(),
             rewriter: false,
+            notify_dev: None,
             vnet_hdr_support: false,
+            vnet_hdr_len: 12,
             ring: false,
         }
     }
@@ -222,7 +243,13 @@ mod tests {
         assert_eq!(refused(Config { redirect: config().mirror, ..config() }), BadConfig::Same);
         assert_eq!(refused(without(config())), BadConfig::NoNetwork("--mirror"));
         assert_eq!(refused(without(Config { mirror: None, ..config() })), BadConfig::NoNetwork("--to-network"));
-        assert_eq!(refused(without(Config { redirect: None, ..secondary })), BadConfig::Nowhere);
+        assert_eq!(refused(without(Config { redirect: None, ..secondary.clone() })), BadConfig::Nowhere);
+        let told = Config { notify_dev: "unix:t".parse().ok(), rewriter: true, ..secondary.clone() };
+        assert_eq!(told.check(), Ok(()));
+        assert_eq!(refused(Config { rewriter: false, ..told.clone() }), BadConfig::NoRewriter);
+        let primary = Config { notify_dev: told.notify_dev.clone(), rewriter: true, ..config() };
+        assert_eq!(refused(primary), BadConfig::NoRewriter, "what a primary has said is never dropped");
+        assert_eq!(refused(Config { notify_dev: told.to_guest.clone(), ..told }), BadConfig::Same);
         let both = Config { to_guest: "unix:g".parse().ok(), ..config() };
         assert_eq!(refused(both), BadConfig::BothSides);
     }

@@ -47,6 +47,23 @@ impl Segment {
     }
 }
 
+/// A segment of a client's to the guest's port 80, without payload.
+pub fn from_client(client: ([u8; 4], u16), seq: u32, ack: u32, flags: u8) -> Vec<u8> {
+    let mut packet = vec![0x45, 0, 0, 40, 0, 1, 0, 0, 64, 6, 0, 0];
+    packet.extend(client.0);
+    packet.extend(GUEST);
+    packet.extend([client.1.to_be_bytes(), 80_u16.to_be_bytes()].concat());
+    packet.extend([seq.to_be_bytes(), ack.to_be_bytes()].concat());
+    packet.extend([0x50, flags, 0x20, 0, 0, 0, 0, 0]);
+    ethernet(0x0800, &packet)
+}
+
+/// What a segment without IP options says, and acknowledges.
+pub fn numbers(frame: &[u8]) -> (u32, u32) {
+    let [seq, ack] = [38, 42].map(|at| u32::from_be_bytes(frame[at..at + 4].try_into().unwrap()));
+    (seq, ack)
+}
+
 /// A UDP datagram of the guest's, from this port.
 pub fn udp(port: u16, client: ([u8; 4], u16), ident: u16, payload: &[u8]) -> Vec<u8> {
     let mut udp =

@@ -14,7 +14,9 @@
 //! Everything ends when it is dropped: processes first, then the namespaces with all that is in them.
 
 use super::comparator::{Comparator, Peer};
-use super::{LOOK, PATIENCE, XL_COLO, installed};
+use super::frames::{framed, framed_vnet};
+use super::{LOOK, Listening, PATIENCE, XL_COLO, installed};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::fs::File;
 use std::path::PathBuf;
@@ -22,6 +24,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 pub const GUEST_V4: &str = "10.99.0.2";
 pub const GUEST_V6: &str = "fd99::2";
@@ -55,13 +58,54 @@ impl Drop for Process {
     }
 }
 
-/// Deleted when they are dropped.
-struct Namespaces(String);
+/// Network namespaces, deleted when they are dropped.
+pub struct Namespaces {
+    pub prefix: String,
+    names: &'static [&'static str],
+    /// One lab at a time: two guests that starve each other on a small machine say nothing about their proxies.
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Namespaces {
+    /// None, said loudly, where they are not to be had.
+    pub fn new(names: &'static [&'static str]) -> Option<Self> {
+        installed("ip")?;
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let prefix = format!("xc{:x}x{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let namespaces = Self { prefix, names, _turn };
+        let added = namespaces.ip(&format!("netns add {}-{}", namespaces.prefix, names[0]));
+        if !added.status.success() {
+            eprintln!("SKIP: no network namespaces: {}", String::from_utf8_lossy(&added.stderr).trim());
+            return None;
+        }
+        names[1..].iter().for_each(|name| ip(&format!("netns add {}-{name}", namespaces.prefix)));
+        Some(namespaces)
+    }
+
+    fn ip(&self, words: &str) -> Output {
+        Command::new("ip").args(words.split_whitespace()).output().unwrap()
+    }
+
+    /// A program in one of them.
+    pub fn command(&self, name: &str, words: &[&str]) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &format!("{}-{name}", self.prefix)]).args(words);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Settings of one of them.
+    pub fn set(&self, name: &str, words: &str) {
+        let words: Vec<&str> = words.split_whitespace().collect();
+        let output = self.command(name, &[&["sysctl", "-qw"], &words[..]].concat()).output().unwrap();
+        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
 
 impl Drop for Namespaces {
     fn drop(&mut self) {
-        for name in NAMES {
-            let _ = Command::new("ip").args(["netns", "del", &format!("{}-{name}", self.0)]).output();
+        for name in self.names {
+            let _ = self.ip(&format!("netns del {}-{name}", self.prefix));
         }
     }
 }
@@ -71,15 +115,16 @@ const NAMES: [&str; 5] = ["c", "ga", "gb", "ha", "hb"];
 /// The two guests, a client, and what stands between them.
 pub struct Lab {
     pub comparator: Comparator,
+    /// The comparator is QEMU's, which says nothing of itself.
+    stock: bool,
     filters: Vec<Process>,
     services: Vec<Process>,
     /// A namespace stays while somebody is in it, so it comes behind them.
     namespaces: Namespaces,
-    /// One lab at a time: two guests that starve each other on a small machine say nothing about their proxies.
-    _turn: MutexGuard<'static, ()>,
 }
 
-fn ip(words: &str) {
+/// An `ip` command that must succeed.
+pub fn ip(words: &str) {
     let output = Command::new("ip").args(words.split_whitespace()).output().unwrap();
     assert!(output.status.success(), "ip {words}: {}", String::from_utf8_lossy(&output.stderr));
 }
@@ -87,25 +132,26 @@ fn ip(words: &str) {
 impl Lab {
     /// Everything, up to guests without services; None, said loudly, where that is not to be had.
     pub fn new(options: &[&str]) -> Option<Self> {
-        for program in ["ip", "python3", "curl", "ping"] {
+        let vnet: &[&str] = if options.contains(&"--vnet-hdr-support") { &["--vnet-hdr-support"] } else { &[] };
+        Self::around(options, false, || Some(Comparator::ours(vnet)))
+    }
+
+    /// The same around a stock QEMU's comparator, with virtio-net headers.
+    pub fn with_qemu() -> Option<Self> {
+        Self::around(&["--vnet-hdr-support"], true, || Comparator::qemu(",vnet_hdr_support=on"))
+    }
+
+    fn around(options: &[&str], stock: bool, comparator: impl FnOnce() -> Option<Comparator>) -> Option<Self> {
+        for program in ["python3", "curl", "ping"] {
             installed(program)?;
         }
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let prefix = format!("xc{:x}x{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let namespaces = Namespaces(prefix.clone());
-        let added = Command::new("ip").args(["netns", "add", &format!("{prefix}-c")]).output().unwrap();
-        if !added.status.success() {
-            eprintln!("SKIP: no network namespaces: {}", String::from_utf8_lossy(&added.stderr).trim());
-            return None;
-        }
+        let namespaces = Namespaces::new(&NAMES)?;
         if !std::path::Path::new("/dev/net/tun").exists() {
             eprintln!("SKIP: there is no /dev/net/tun");
             return None;
         }
-        NAMES[1..].iter().for_each(|name| ip(&format!("netns add {prefix}-{name}")));
-        let vnet: &[&str] = if options.contains(&"--vnet-hdr-support") { &["--vnet-hdr-support"] } else { &[] };
-        let comparator = Comparator::ours(vnet);
-        let mut lab = Self { comparator, filters: Vec::new(), services: Vec::new(), namespaces, _turn: turn };
+        let comparator = comparator()?;
+        let mut lab = Self { comparator, stock, filters: Vec::new(), services: Vec::new(), namespaces };
         lab.wire();
         let [mirror, primary, secondary, out] =
             ["mirror", "primary-in", "secondary-in", "outdev"].map(|name| lab.comparator.path(name));
@@ -123,11 +169,8 @@ impl Lab {
     }
 
     fn wire(&self) {
-        let p = &self.namespaces.0;
-        let set = |name: &str, words: &str| {
-            let words: Vec<&str> = words.split_whitespace().collect();
-            assert!(self.run(name, &[&["sysctl", "-qw"], &words[..]].concat()).status.success(), "{words:?}");
-        };
+        let p = &self.namespaces.prefix;
+        let set = |name: &str, words: &str| self.namespaces.set(name, words);
         for host in ["ha", "hb"] {
             set(host, "net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1");
         }
@@ -162,7 +205,7 @@ impl Lab {
     }
 
     fn address(&self, name: &str, v4: &str, v6: &str) {
-        let at = format!("-n {}-{name}", self.namespaces.0);
+        let at = format!("-n {}-{name}", self.namespaces.prefix);
         ip(&format!("{at} addr add {v4}/24 dev eth0"));
         ip(&format!("{at} addr add {v6}/64 dev eth0 nodad"));
         ip(&format!("{at} link set eth0 up"));
@@ -177,10 +220,7 @@ impl Lab {
     }
 
     fn command(&self, name: &str, words: &[&str]) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &format!("{}-{name}", self.namespaces.0)]).args(words);
-        command.stdin(Stdio::null());
-        command
+        self.namespaces.command(name, words)
     }
 
     /// Runs a program in a namespace. It must end by itself.
@@ -194,7 +234,8 @@ impl Lab {
         let output = self.run("c", &[&["timeout", &patience], words].concat());
         let said = String::from_utf8_lossy(&output.stderr);
         if !output.status.success() {
-            let now = ["stdout", "ha", "hb"].map(|who| self.status(who).to_string()).join("\n");
+            let who = if self.stock { &["ha", "hb"][..] } else { &["stdout", "ha", "hb"] };
+            let now: String = who.iter().map(|who| format!("{}\n", self.status(who))).collect();
             panic!("{words:?}: {}: {said}\n{now}\n{}", output.status, self.story());
         }
         output.stdout
@@ -243,8 +284,7 @@ impl Lab {
         };
         let lines = || self.comparator.said(who).lines().map(str::to_owned).collect::<Vec<_>>();
         let before = lines().len();
-        let pid = rustix::process::Pid::from_child(child);
-        rustix::process::kill_process(pid, rustix::process::Signal::USR1).unwrap();
+        kill_process(Pid::from_child(child), Signal::USR1).unwrap();
         let begun = Instant::now();
         loop {
             if let Some(status) = lines().get(before..).and_then(|new| serde_json::from_str(new.last()?).ok()) {
@@ -258,8 +298,7 @@ impl Lab {
     /// Tells a filter that the other guest is gone.
     pub fn go_alone(&self, host: &str) {
         let filter = &self.filters[usize::from(host == "hb")].0;
-        let pid = rustix::process::Pid::from_child(filter);
-        rustix::process::kill_process(pid, rustix::process::Signal::USR2).unwrap();
+        kill_process(Pid::from_child(filter), Signal::USR2).unwrap();
         self.until("it is alone", |lab| lab.status(host)["alone"] == true);
     }
 
@@ -275,15 +314,22 @@ impl Lab {
 
     /// Says that a checkpoint was made, each time one is asked for, until the lab ends.
     pub fn answer_checkpoints(&self) {
-        let mut notify = Peer::connect(&self.comparator.path("notify-dev"));
+        self.answer_at(Peer::connect(&self.comparator.path("notify-dev")), false);
+    }
+
+    /// The same, by somebody who is there already, and owes an answer.
+    pub fn answer_at(&self, mut notify: Peer, owes: bool) {
+        // QEMU's waits for a second word where its frames have one.
+        let answer = if self.stock { framed_vnet(&[], b"COLO_CHECKPOINT") } else { framed(b"COLO_CHECKPOINT") };
         notify.0.set_read_timeout(None).unwrap();
         std::thread::spawn(move || {
             use std::io::{Read, Write};
-            let mut word = [0; 17];
-            while notify.0.read_exact(&mut word).is_ok() && &word[4..] == b"DO_CHECKPOINT" {
-                if notify.0.write_all(&super::frames::framed(b"COLO_CHECKPOINT")).is_err() {
+            let (mut word, mut owes) = ([0; 17], owes);
+            while owes || (notify.0.read_exact(&mut word).is_ok() && &word[4..] == b"DO_CHECKPOINT") {
+                if notify.0.write_all(&answer).is_err() {
                     return;
                 }
+                owes = false;
             }
         });
     }
@@ -291,10 +337,87 @@ impl Lab {
     /// What everybody has said, for a failure.
     fn story(&self) -> String {
         let said = ["stdout", "stderr", "ha", "ha-stderr", "hb", "hb-stderr"].map(|who| {
+            if self.stock && who == "stdout" {
+                return String::new();
+            }
             let said = self.comparator.said(who);
             let tail: Vec<_> = said.lines().rev().take(4).collect();
             format!("{who}: {}", tail.join("\n  "))
         });
         said.join("\n")
+    }
+}
+
+/// A filter, and a guest that is played: a second filter is no more than a way to the guest's end of a veth.
+///
+/// ```text
+///   to_guest ─┐                                        ┌─ hears ─▶ the test
+///             ├─ filter ─ vif ══ veth ══ eth0 ─ filter ┤
+///   redirect ◀┘                                        └─ says ◀── the test
+/// ```
+pub struct PlayedGuest {
+    pub filter: Listening,
+    _way: Listening,
+    pub hears: Peer,
+    pub says: Peer,
+    pub dir: TempDir,
+    namespaces: Namespaces,
+}
+
+impl PlayedGuest {
+    /// A filter with these options, beside `--to-guest unix:to-guest` and `--redirect unix:redirect`.
+    pub fn new(options: &[&str]) -> Option<Self> {
+        let namespaces = Namespaces::new(&["s"])?;
+        let dir = tempfile::tempdir().unwrap();
+        namespaces.set("s", "net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1");
+        let at = format!("-n {}-s link", namespaces.prefix);
+        ip(&format!("{at} add vif type veth peer name eth0"));
+        ["vif", "eth0"].iter().for_each(|name| ip(&format!("{at} set {name} up")));
+        let filter = |dev: &str, ports: [&str; 2], options: &[&str]| {
+            let [to_guest, redirect] = ports.map(|name| format!("unix:{}", dir.path().join(name).display()));
+            let words = [XL_COLO, "filter", "--dev", dev, "--to-guest", &to_guest, "--redirect", &redirect];
+            let mut command = namespaces.command("s", &[&words[..], options].concat());
+            command.stdout(File::create(dir.path().join(format!("{dev}-says"))).unwrap()).current_dir(dir.path());
+            let process = Listening::start(&mut command, &dir.path().join(ports[1]));
+            let begun = Instant::now();
+            while std::fs::read_to_string(dir.path().join(format!("{dev}-says"))).unwrap().is_empty() {
+                assert!(begun.elapsed() < PATIENCE, "{dev}: not all is open");
+                std::thread::sleep(LOOK);
+            }
+            process
+        };
+        let under_test = filter("vif", ["to-guest", "redirect"], options);
+        let way = filter("eth0", ["says", "hears"], &[]);
+        let [says, hears] = ["says", "hears"].map(|name| Peer::connect(&dir.path().join(name)));
+        Some(Self { filter: under_test, _way: way, hears, says, dir, namespaces })
+    }
+
+    /// A peer of the filter's.
+    pub fn connect(&self, name: &str) -> Peer {
+        Peer::connect(&self.dir.path().join(name))
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.filter.0), signal).unwrap();
+    }
+
+    pub fn status(&self) -> Value {
+        self.signal(Signal::USR1);
+        let begun = Instant::now();
+        loop {
+            let said = std::fs::read_to_string(self.dir.path().join("vif-says")).unwrap();
+            if let Some(status) = said.lines().last().and_then(|line| serde_json::from_str(line).ok()) {
+                return status;
+            }
+            assert!(begun.elapsed() < PATIENCE, "no status");
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Frames that the guest's interface has brought to the filter's.
+    pub fn arrived(&self) -> u64 {
+        let counter = ["cat", "/sys/class/net/vif/statistics/rx_packets"];
+        let output = self.namespaces.command("s", &counter).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
     }
 }

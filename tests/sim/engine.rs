@@ -3,7 +3,7 @@
 use super::commit::describe;
 use super::host::{Input, Role, disk_link};
 use super::plan::{A, B, Step};
-use super::world::{Event, PACKETS, STREAM, World, tell};
+use super::world::{Event, STREAM, World, tell};
 use bytes::{Bytes, BytesMut};
 use xen_colo::colo::arbiter::Ask;
 use xen_colo::colo::heartbeat::Word;
@@ -173,7 +173,7 @@ impl World {
                 self.stream(bytes);
                 self.step(Step::DevicesSent);
             }
-            Effect::ToSecondary { epoch, frame } => self.send(PACKETS, A, frame.len(), Input::Packet(epoch, frame)),
+            Effect::ToSecondary { epoch, frame } => self.send_packet(A, epoch, frame),
             Effect::Dismiss => {
                 self.say(A, Word::Dismissal);
                 self.step(Step::DismissSaid);
@@ -211,7 +211,7 @@ impl World {
             Effect::ToPrimary { epoch, frame } => {
                 tell!(self, "host 1 says in {epoch}: {}", describe(&frame));
                 self.commit.said(epoch, &frame);
-                self.send(PACKETS, B, frame.len(), Input::Packet(epoch, frame));
+                self.send_packet(B, epoch, frame);
                 self.step(Step::PacketSent);
             }
         }

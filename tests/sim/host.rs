@@ -57,6 +57,7 @@ pub(super) enum Input {
     DiskWrite { disk: usize, seq: u64, offset: u64, payload: Payload },
     DiskAck(usize, u64, Result<(), DiskError>),
     Packet(u64, Bytes),
+    PacketLink(bool),
     Beat(Beat),
     Network(Bytes),
 }
@@ -68,7 +69,7 @@ impl Input {
             Self::Stream(_) | Self::Message(_) | Self::Lost(_) => 0,
             Self::Answer(_) => 1,
             Self::DiskWrite { disk: 0, .. } | Self::DiskAck(0, ..) => 2,
-            Self::Packet(..) => 3,
+            Self::Packet(..) | Self::PacketLink(_) => 3,
             Self::Beat(_) => BEAT_SOCKET,
             Self::Network(_) => 5,
             Self::DiskWrite { .. } | Self::DiskAck(..) => 6,
@@ -451,10 +452,8 @@ impl World {
         let it = &mut self.hosts[host];
         let linked = it.linked;
         match (&mut it.role, input) {
-            (_, Input::Lost(loss)) if linked => {
-                // Once the links are closed there is nobody to hear of their end.
-                self.lose(host, loss);
-            }
+            // Once the links are closed there is nobody to hear of their end.
+            (_, Input::Lost(loss)) if linked => self.lose(host, loss),
             (_, Input::Lost(_)) => {}
             (Role::Primary(side), Input::Answer(answer)) => side.handle_answer(now, answer),
             (Role::Secondary(side), Input::Answer(answer)) => side.handle_answer(now, answer),
@@ -481,6 +480,7 @@ impl World {
             }
             (Role::Primary(side), Input::Packet(epoch, frame)) => side.handle_secondary_frame(now, epoch, frame),
             (Role::Secondary(side), Input::Packet(epoch, frame)) => side.handle_mirrored_frame(now, epoch, frame),
+            (Role::Primary(side), Input::PacketLink(up)) => side.handle_packet_link(now, up),
             (Role::Secondary(side), Input::Stream(bytes)) => {
                 side.handle_progress(now);
                 it.undecoded.extend_from_slice(&bytes);

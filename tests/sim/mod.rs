@@ -1,4 +1,5 @@
-//! The whole pair from a seed: the product's two sides, under a virtual clock, with one fault a run.
+//! The whole pair from a seed: the product's two sides, under a virtual clock, with one fault a run; the packet
+//! link of some breaks besides, and is made again.
 //!
 //! ```text
 //! seed ─▶ plan ─▶ world: hosts (engine, host, domain), wires, switch, arbiter, clients ─▶ oracles
@@ -25,6 +26,7 @@ mod engine;
 mod history;
 mod host;
 mod plan;
+mod wires;
 mod world;
 
 use plan::{Kind, Step};
@@ -179,6 +181,9 @@ fn the_pair_keeps_its_promises() {
         "primary let its secondary go",
         "secondary dismissed",
         "lost while dismissing",
+        "packet link broken",
+        "frame into a broken link",
+        "cause packet-link",
     ] {
         assert!(coverage.seen.contains_key(outcome), "no run ended like this: {outcome}");
     }
@@ -268,6 +273,11 @@ fn finds_drain_first_only() {
 }
 
 #[test]
+fn finds_open_without_link() {
+    find(Mutant::OpenWithoutLink);
+}
+
+#[test]
 fn every_mutant_has_a_test() {
-    assert_eq!(Mutant::ALL.len(), 11);
+    assert_eq!(Mutant::ALL.len(), 12);
 }

@@ -4,6 +4,7 @@
 //! of events is not drowned by the other troubles of a run.
 
 use super::dice::Dice;
+use super::wires::Turn;
 use xen_colo::colo::hello::{Mode, ResumeOrder};
 
 /// The host that begins as the primary.
@@ -194,6 +195,8 @@ pub(super) struct Plan {
     pub(super) disks: usize,
     /// Stream, packets, disk, beats, second disk.
     pub(super) wires: [Wire; 5],
+    /// What becomes of the packet link, and when, counted from the start of the protection.
+    pub(super) packet_turns: Vec<(u64, Turn)>,
     /// How often a guest's disk is busy, by host.
     pub(super) busy_percent: [u64; 2],
     /// How long an engine takes to look at its guest's frames.
@@ -259,6 +262,7 @@ impl Plan {
             net_us: dice.pick(&[50, 300, 1_000]),
             net_trouble: [trouble(dice, 25, 10), trouble(dice, 20, 10), trouble(dice, 20, 20)],
             disks: more.pick(&[1, 2]),
+            packet_turns: packet_turns(more),
             wires,
             busy_percent: [trouble(dice, 25, 60), trouble(dice, 25, 60)],
             look_us: dice.pick(&[10, 50, 1_000]),
@@ -273,6 +277,23 @@ impl Plan {
             check_memory: dice.percent(12),
         }
     }
+}
+
+/// Breaks of the packet link, one after the other.
+fn packet_turns(dice: &mut Dice) -> Vec<(u64, Turn)> {
+    let (mut turns, mut at_us) = (Vec::new(), 0);
+    let breaks = if dice.percent(25) { dice.range(1, 4) } else { 0 };
+    for _ in 0..breaks {
+        at_us += dice.range(1_000, 80_000);
+        turns.push((at_us, Turn::Break));
+        // A connection that ends is noticed at once, one that falls silent is not.
+        let notice_us = dice.pick(&[200, 200, 20_000]);
+        let heard_us = [A, B].map(|host| (at_us + dice.range(1, notice_us), Turn::Heard(host)));
+        at_us = heard_us.iter().map(|(us, _)| *us).max().unwrap_or(at_us) + dice.pick(&[100, 5_000, 60_000]);
+        turns.extend(heard_us);
+        turns.push((at_us, Turn::Again));
+    }
+    turns
 }
 
 fn unprotect(dice: &mut Dice, fault: Fault) -> Option<When> {

@@ -16,9 +16,10 @@ use super::domain::Captured;
 use super::history::History;
 use super::host::{Host, Input};
 use super::plan::{A, B, Kind, Plan, Step, When};
+use super::wires::{Line, PacketLink, Turn};
 use bytes::Bytes;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use xen_colo::clock::Instant;
@@ -70,6 +71,8 @@ pub(super) enum Event {
     Protect,
     /// The operator ends the protection.
     Unprotect,
+    /// The packet link breaks, or is made again.
+    PacketLink(Turn),
     /// The fault strikes.
     Fault,
     /// The fault ends.
@@ -101,16 +104,6 @@ impl Ord for Due {
     }
 }
 
-/// One direction of one link.
-#[derive(Default)]
-pub(super) struct Line {
-    last_us: u64,
-    /// Nothing that would arrive later does.
-    ends_us: Option<u64>,
-    cut: bool,
-    parked: VecDeque<Input>,
-}
-
 /// What a run saw, for proving that the runs see everything.
 #[derive(Clone, Default, Debug)]
 pub(super) struct Report {
@@ -139,6 +132,7 @@ pub(super) struct World {
     pub(super) clock: Arc<AtomicU64>,
     pub(super) hosts: [Host; 2],
     pub(super) lines: [Line; 10],
+    pub(super) packets: PacketLink,
     pub(super) register: Register,
     /// Who won the next generation, and when.
     pub(super) granted: Option<(usize, u64)>,
@@ -191,6 +185,7 @@ impl World {
             clock,
             hosts: [a, b],
             lines: Default::default(),
+            packets: PacketLink::default(),
             register: Register { generation: GENERATION, holder: "a".into() },
             granted: None,
             commit: Commit::default(),
@@ -214,6 +209,9 @@ impl World {
         };
         (0..world.clients.len()).for_each(|id| world.at(0, Event::Client(id)));
         world.at(world.plan.protect_us, Event::Protect);
+        for (at_us, turn) in world.plan.packet_turns.clone() {
+            world.at(world.plan.protect_us + at_us, Event::PacketLink(turn));
+        }
         if let When::At(us) = world.plan.fault.when {
             world.at(world.plan.protect_us + us, Event::Fault);
         }
@@ -291,6 +289,7 @@ impl World {
             Event::Answer { host, answer } => self.input(host, Input::Answer(answer)),
             Event::Protect => self.protect(),
             Event::Unprotect => self.unprotect(),
+            Event::PacketLink(turn) => self.turn_packet_link(turn),
             Event::Fault => self.strike(None),
             Event::Relief => self.relieve(),
             Event::Operator => self.operator(),
@@ -382,45 +381,6 @@ impl World {
             }
         }
         self.thaw(self.plan.fault.victim);
-    }
-
-    /// Sends something over a wire.
-    pub(super) fn send(&mut self, link: usize, from: usize, bytes: usize, input: Input) {
-        let wire = link * 2 + from;
-        let spec = self.plan.wires[link];
-        let travel_us = spec.delay_us + self.dice.below(spec.jitter_us + 1) + bytes as u64 * spec.us_per_kib / 1024;
-        let line = &mut self.lines[wire];
-        line.last_us = line.last_us.max(self.now_us + travel_us);
-        let at_us = line.last_us;
-        self.at(at_us, Event::Arrive { wire, input });
-    }
-
-    fn arrive(&mut self, wire: usize, input: Input) {
-        let line = &mut self.lines[wire];
-        if line.ends_us.is_some_and(|ends_us| ends_us < self.now_us) && !matches!(input, Input::Lost(_)) {
-            return;
-        }
-        if line.cut {
-            line.parked.push_back(input);
-        } else {
-            self.input(1 - wire % 2, input);
-        }
-    }
-
-    /// A host's connections end: the tail of what it sent is lost, and the peer hears of it.
-    pub(super) fn hang_up(&mut self, host: usize, why: &str) {
-        self.cut_tails(host);
-        self.send(STREAM, host, 0, Input::Lost(Loss::Disconnected(why.into())));
-    }
-
-    fn cut_tails(&mut self, host: usize) {
-        for link in [STREAM, PACKETS, DISK, BEATS, SECOND_DISK] {
-            let tail_us = 2 * self.plan.wires[link].delay_us + self.plan.wires[link].jitter_us;
-            let lives_us = self.dice.below(tail_us + 1);
-            // A disk server may sit on requests for as long as it likes.
-            let all = matches!(link, DISK | SECOND_DISK) && self.dice.percent(50);
-            self.lines[link * 2 + host].ends_us.get_or_insert(if all { u64::MAX } else { self.now_us + lives_us });
-        }
     }
 
     /// Asks the arbiter for a host.

@@ -452,7 +452,7 @@ _xl__colo() {
             return 0
             ;;
         xl__subcmd__colo__subcmd__filter)
-            opts="-v -h --dev --net --tap --bridge --mirror --to-guest --redirect --to-network --rewriter --vnet-hdr-support --ring --verbose --json --help"
+            opts="-v -h --dev --net --tap --bridge --mirror --to-guest --redirect --to-network --rewriter --notify-dev --vnet-hdr-support --vnet-hdr-len --ring --verbose --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -487,6 +487,14 @@ _xl__colo() {
                     return 0
                     ;;
                 --to-network)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --notify-dev)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --vnet-hdr-len)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -288,6 +288,8 @@ complete -c xl-colo -n "__fish_xl_colo_using_subcommand filter" -l mirror -d 'Co
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand filter" -l to-guest -d 'What comes from there enters the guest (filter-redirector, queue=tx, indev)' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand filter" -l redirect -d 'What the guest says goes there, and nowhere else (filter-redirector, queue=rx, outdev)' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand filter" -l to-network -d 'What comes from there leaves for the network (filter-redirector, queue=rx, indev)' -r
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand filter" -l notify-dev -d 'Where a toolstack says COLO_CHECKPOINT, as to a colo-compare, while the guest stands still and has become what the other is: the rewriter forgets then' -r
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand filter" -l vnet-hdr-len -d 'How long these headers are at the other ends: 12, or as a QEMU\'s netdev there has them' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand filter" -l rewriter -d 'Move the sequence numbers of the guest\'s TCP into the other guest\'s space (filter-rewriter)'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand filter" -l vnet-hdr-support -d 'Frames go with their virtio-net headers over all sockets, unfinished and uncut'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand filter" -l ring -d 'Take frames from the kernel by a ring: cheaper for many, and a frame alone comes a millisecond late'

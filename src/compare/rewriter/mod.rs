@@ -17,6 +17,8 @@
 //! SYN-ACK (guest B is slower): such a flow's frames are held, in order and bounded, until it does. QEMU computes garbage
 //! then. It cannot arrive before guest B's SYN, without which guest A's would not have left.
 //!
+//! Guest B draws numbers for its questions to a DHCP server too: `lease.rs`.
+//!
 //! **After a takeover** clients talk to guest B alone: what still differs is translated for as long as it lives, what begins
 //! later is not tracked, and [`Rewriter::is_done`] says when nothing is left.
 //!
@@ -34,6 +36,7 @@
 mod flow;
 #[cfg(test)]
 mod frames;
+mod lease;
 #[cfg(test)]
 mod properties;
 mod segment;
@@ -46,6 +49,7 @@ use super::packet::Tcp;
 use crate::clock::Instant;
 use crate::mutant::{self, Mutant};
 use flow::{Beginning, Flow, Handshake};
+use lease::Leases;
 use segment::Segment;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -92,6 +96,7 @@ pub struct Rewriter {
     config: Config,
     /// Keyed in the guest's direction.
     flows: BTreeMap<FlowKey, Flow>,
+    leases: Leases,
     outputs: VecDeque<Vec<u8>>,
     held_bytes: usize,
     alone: bool,
@@ -127,7 +132,12 @@ impl Rewriter {
         if self.is_done() {
             return Forward::Now;
         }
-        let Some(mut segment) = Segment::read(frame, self.config.vnet_header_bytes) else { return Forward::Now };
+        let Some(mut segment) = Segment::read(frame, self.config.vnet_header_bytes) else {
+            if !self.alone {
+                self.leases.answer(frame, self.config.vnet_header_bytes);
+            }
+            return Forward::Now;
+        };
         let key = segment.key.reversed();
         let opens = segment.has(Tcp::SYN) && !segment.has(Tcp::ACK);
         if !self.flows.contains_key(&key) && !segment.has(Tcp::RST) {
@@ -168,7 +178,9 @@ impl Rewriter {
         if self.is_done() {
             return;
         }
-        let Some(mut segment) = Segment::read(frame, self.config.vnet_header_bytes) else { return };
+        let Some(mut segment) = Segment::read(frame, self.config.vnet_header_bytes) else {
+            return self.leases.ask(frame, self.config.vnet_header_bytes);
+        };
         let key = segment.key;
         if segment.has(Tcp::SYN) {
             self.guest_begins(now, &segment);
@@ -199,6 +211,7 @@ impl Rewriter {
     /// Guest B has loaded guest A's state. What was held is dropped: guest A received it in the epoch that ended.
     pub fn checkpoint(&mut self) {
         self.flows.clear();
+        self.leases.clear();
         self.outputs.clear();
         (self.held_bytes, self.full_until) = (0, None);
     }

@@ -16,7 +16,7 @@ use crate::compare::packet::{Ip, Packet, Tcp, Transport, be32, first_fragment};
 use crate::mutant::{self, Mutant};
 
 const TIMESTAMPS_BYTES: usize = 10;
-const VNET_NEEDS_CSUM: u8 = 1;
+pub(super) const VNET_NEEDS_CSUM: u8 = 1;
 
 /// Offsets in a TCP header.
 const SEQ_AT: usize = 4;

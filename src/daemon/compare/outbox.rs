@@ -9,6 +9,7 @@ use crate::compare::wire::Head;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
+use std::ops::Range;
 
 /// With so much waiting, no input is read.
 const FULL_BYTES: usize = 1 << 20;
@@ -125,21 +126,42 @@ impl Outbox {
 
     /// Another peer: the message that was under way begins again.
     pub(in crate::daemon) fn begin_again(&mut self) {
-        let begun = match self.pieces.front() {
-            Some(Piece::Many(many)) => {
-                let mut at = 0;
-                // What is in a piece was framed here, so there is a message at every step.
-                while let Ok(Some(head)) = Head::read(&many[at..], self.vnet)
-                    && at + head.message_bytes() <= self.written_bytes
-                {
-                    at += head.message_bytes();
-                }
-                at
-            }
-            _ => 0,
-        };
+        let begun = self.under_way().start;
         self.waiting_bytes += self.written_bytes - begun;
         self.written_bytes = begun;
+    }
+
+    /// Drops all that waits, but for the message that is under way.
+    pub(in crate::daemon) fn clear(&mut self) {
+        let end = self.under_way().end;
+        self.pieces.truncate(usize::from(end > 0));
+        if let Some(Piece::Many(many)) = self.pieces.front_mut() {
+            many.truncate(end);
+        }
+        self.waiting_bytes = end - self.written_bytes;
+        self.advance(0);
+    }
+
+    /// Where in the first piece the message begins and ends that is written in part; where the next begins, if none is.
+    fn under_way(&self) -> Range<usize> {
+        let mut at = 0;
+        match self.pieces.front() {
+            // What is in a piece was framed here, so there is a message at every step.
+            Some(Piece::Many(many)) => {
+                while at < self.written_bytes
+                    && let Ok(Some(head)) = Head::read(&many[at..], self.vnet)
+                {
+                    let end = at + head.message_bytes();
+                    if end > self.written_bytes {
+                        return at..end;
+                    }
+                    at = end;
+                }
+            }
+            Some(one) if self.written_bytes > 0 => return 0..one.len_bytes(),
+            _ => {}
+        }
+        at..at
     }
 }
 
@@ -192,5 +214,39 @@ mod tests {
         assert_eq!(at, sent.len());
         assert!(peers > 5, "{peers} peers for {total_bytes} bytes: none was lost in the middle");
         assert_eq!(outbox.waiting_bytes(), 0);
+    }
+
+    #[test]
+    fn what_waits_is_dropped_and_the_message_under_way_is_not() {
+        for write in [false, true] {
+            for first in 0..10 {
+                let mut outbox = Outbox::new(false);
+                let old: Vec<_> = (first..first + 100).map(frame).collect();
+                old.iter().for_each(|frame| outbox.push(Bytes::copy_from_slice(frame)));
+                let (near, mut far) = UnixStream::pair().unwrap();
+                near.set_nonblocking(true).unwrap();
+                let mut near = Socket::Unix(near);
+                assert_eq!(write && outbox.write(&mut near).unwrap(), write);
+                assert!(!outbox.is_empty());
+                outbox.clear();
+                outbox.push(Bytes::from_static(b"new"));
+                let reader = std::thread::spawn(move || {
+                    let mut heard = Vec::new();
+                    far.read_to_end(&mut heard).unwrap();
+                    heard
+                });
+                while !outbox.is_empty() {
+                    outbox.write(&mut near).unwrap();
+                }
+                assert_eq!(outbox.waiting_bytes(), 0);
+                drop(near);
+                let heard = reader.join().unwrap();
+                let mut got = frames(&heard);
+                assert_eq!(heard.len(), got.iter().map(|frame| 4 + frame.len()).sum::<usize>(), "cut to whole frames");
+                assert_eq!(got.pop().unwrap(), b"new");
+                assert_eq!(got, old[..got.len()]);
+                assert!(got.len() < old.len() && (got.is_empty() || write), "{} of the old", got.len());
+            }
+        }
     }
 }

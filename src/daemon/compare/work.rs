@@ -16,13 +16,14 @@ use super::intake::{Frame, Intake, Taken};
 use super::outbox::Outbox;
 use super::port::Socket;
 use super::wake::Wake;
+use super::words::Words;
 use crate::compare::notify::{self, Instruction};
 use crate::compare::{Comparator, Output, asked_by};
 use crate::daemon::engine_clock;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashMap;
-use std::io::{self, IoSlice};
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -35,8 +36,6 @@ const AWAKE: Duration = Duration::from_micros(50);
 const END: Duration = Duration::from_secs(2);
 /// Reads of each input at a checkpoint, each up to the socket's own buffer.
 const DRAIN_READS: usize = 256;
-/// Words for a toolstack that does not read them.
-const NOTICES_MAX_BYTES: usize = 4096;
 
 const PRIMARY_IN: usize = 0;
 const SECONDARY_IN: usize = 1;
@@ -70,16 +69,6 @@ impl Port {
     }
 }
 
-/// What is said to the toolstack.
-#[derive(Debug, Default)]
-struct Notify {
-    decoder: notify::Decoder,
-    input: BytesMut,
-    output: Vec<u8>,
-    /// A checkpoint is wanted, and this peer has not been told.
-    owed: bool,
-}
-
 /// A comparator at work.
 pub(super) struct Work<R> {
     ports: Vec<Port>,
@@ -93,7 +82,9 @@ pub(super) struct Work<R> {
     outbox: Outbox,
     /// The messages of the primary's frames, with `vnet`, by where the frames lie.
     messages: Option<HashMap<usize, Bytes>>,
-    notify: Notify,
+    notify: Words,
+    /// A checkpoint is wanted, and the peer of notify_dev has not been told.
+    owed: bool,
     /// Why a checkpoint is wanted in this epoch.
     cause: Option<String>,
     quick: bool,
@@ -119,7 +110,8 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             secondary: Intake::new(vnet),
             outbox: Outbox::new(vnet),
             messages: vnet.then(HashMap::new),
-            notify: Notify::default(),
+            notify: Words::default(),
+            owed: false,
             cause: None,
             quick: false,
         }
@@ -151,7 +143,9 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             }
             self.outputs();
             moved |= self.write();
-            self.write_notices();
+            if let Some(port) = self.ports.get_mut(NOTIFY_DEV) {
+                self.notify.write(port);
+            }
             if !moved {
                 self.wait()?;
             }
@@ -163,7 +157,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             PRIMARY_IN => self.primary.reset(),
             SECONDARY_IN => self.secondary.reset(),
             OUTDEV => self.outbox.begin_again(),
-            _ => self.notify = Notify { owed: self.cause.is_some(), ..Notify::default() },
+            _ => (self.notify, self.owed) = (Words::default(), self.cause.is_some()),
         }
         if let Some(port) = self.ports.get_mut(number) {
             tracing::debug!(port = port.name, "a peer came");
@@ -193,36 +187,18 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
     }
 
     fn read_notify(&mut self) -> bool {
-        let Some(Port { peer: Some(peer), .. }) = self.ports.get(NOTIFY_DEV) else { return false };
-        let mut buffer = [0; 512];
-        match rustix::io::read(peer, &mut buffer) {
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return false,
-            Ok(0) => self.ports[NOTIFY_DEV].hang_up(&"the peer left"),
-            Err(error) => self.ports[NOTIFY_DEV].hang_up(&error),
-            Ok(bytes) => {
-                self.notify.input.extend_from_slice(&buffer[..bytes]);
-                self.instructions();
+        let moved = self.ports.get_mut(NOTIFY_DEV).is_some_and(|port| self.notify.read(port));
+        while moved && let Some(instruction) = self.notify.next(&mut self.ports[NOTIFY_DEV]) {
+            match instruction {
+                Instruction::Init => self.say(notify::COLO_COMPARE_GET_XEN_INIT),
+                Instruction::Checkpoint => self.checkpoint(),
+                Instruction::Unsupported => {}
             }
-        }
-        true
-    }
-
-    fn instructions(&mut self) {
-        loop {
-            match self.notify.decoder.instruction(&mut self.notify.input) {
-                Ok(None) => return,
-                Ok(Some(Instruction::Init)) => self.say(notify::COLO_COMPARE_GET_XEN_INIT),
-                Ok(Some(Instruction::Checkpoint)) => self.checkpoint(),
-                Ok(Some(Instruction::Unsupported)) => {
-                    tracing::warn!("COLO compare got unsupported instruction");
-                    continue;
-                }
-                Err(error) => return self.ports[NOTIFY_DEV].hang_up(&error),
-            }
-            if std::mem::take(&mut self.notify.owed) && self.cause.is_some() {
+            if std::mem::take(&mut self.owed) && self.cause.is_some() {
                 self.say(notify::DO_CHECKPOINT);
             }
         }
+        moved
     }
 
     /// Both guests stand still, and the secondary is what the primary was: nothing either has said waits any longer.
@@ -242,7 +218,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
         self.comparator.checkpoint(engine_clock(), self.epoch);
         self.epoch += 1;
         self.cause = None;
-        self.notify.owed = false;
+        self.owed = false;
         tracing::debug!(epoch = self.epoch, "a checkpoint was made");
         self.outputs();
     }
@@ -270,7 +246,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             }
             Some(Port { peer: None, .. }) => {
                 tracing::warn!(epoch = self.epoch, cause, "held until a checkpoint, and nobody at notify_dev");
-                self.notify.owed = true;
+                self.owed = true;
             }
             Some(_) => {
                 tracing::info!(epoch = self.epoch, cause, "asked for a checkpoint");
@@ -280,23 +256,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
     }
 
     fn say(&mut self, word: &[u8]) {
-        if self.notify.output.len() > NOTICES_MAX_BYTES {
-            return self.ports[NOTIFY_DEV].hang_up(&"the peer does not read what it asked for");
-        }
-        self.notify.output.extend(notify::encode(word));
-    }
-
-    fn write_notices(&mut self) {
-        let Some(port) = self.ports.get_mut(NOTIFY_DEV) else { return };
-        let Some(peer) = &mut port.peer else { return };
-        while !self.notify.output.is_empty() {
-            match peer.write_vectored(&[IoSlice::new(&self.notify.output)]) {
-                Ok(bytes) => drop(self.notify.output.drain(..bytes)),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => return port.hang_up(&error),
-            }
-        }
+        self.notify.say(&mut self.ports[NOTIFY_DEV], word);
     }
 
     fn write(&mut self) -> bool {
@@ -319,7 +279,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             if open && self.comparator.ready() { in_ } else { none },
             if open { in_ } else { none },
             if self.outbox.is_empty() { in_ } else { in_ | PollFlags::OUT },
-            if self.notify.output.is_empty() { in_ } else { in_ | PollFlags::OUT },
+            if self.notify.is_empty() { in_ } else { in_ | PollFlags::OUT },
         ];
         let begun = Instant::now();
         let until = self.comparator.poll_timeout().map(|at| at.since(engine_clock()));

@@ -1,8 +1,8 @@
 //! The thread that takes frames from one side and gives them to the other.
 //!
 //! ```text
-//!   loop:  new peers, orders ─▶ dev, unless redirect is full ─▶ network, unless mirror is full ─▶ to_guest, to_network
-//!          ─▶ mirror, redirect ─▶ nothing moved? wait
+//!   loop:  new peers, orders ─▶ notify_dev ─▶ dev, unless redirect is full ─▶ network, unless mirror is full
+//!          ─▶ to_guest, to_network ─▶ mirror, redirect ─▶ nothing moved? wait
 //! ```
 //!
 //! The trap: the rewriter knows frames only. It changes bytes of a segment, and what a checksum that is not finished covers
@@ -13,12 +13,14 @@
 use super::device::{Device, Unfinished};
 use super::{Config, FilterError};
 use crate::compare::Rewriter;
+use crate::compare::notify::{self, Instruction};
 use crate::compare::rewriter::Forward;
 use crate::compare::wire::{self, MAX_FRAME_BYTES};
 use crate::daemon::compare::intake::{Frame, Intake};
 use crate::daemon::compare::outbox::Outbox;
 use crate::daemon::compare::port::Socket;
 use crate::daemon::compare::wake::Wake;
+use crate::daemon::compare::words::Words;
 use crate::daemon::compare::work::{Port, look, read};
 use crate::daemon::engine_clock;
 use ::xen::packet::offload::{HEADER_BYTES, VnetHeader};
@@ -36,11 +38,14 @@ pub(super) const MIRROR: &str = "mirror";
 pub(super) const TO_GUEST: &str = "to_guest";
 pub(super) const REDIRECT: &str = "redirect";
 pub(super) const TO_NETWORK: &str = "to_network";
+pub(super) const NOTIFY_DEV: &str = "notify_dev";
 
-/// struct virtio_net_hdr_mrg_rxbuf, which is the header of virtio 1.
+/// struct virtio_net_hdr_mrg_rxbuf, which is the header of virtio 1, and the longest.
 const WIRE_HEADER_BYTES: usize = 12;
 /// Headers of frames that the rewriter holds, or held once and dropped.
 const HELD_MAX: usize = 8192;
+/// Looks at the device at a checkpoint, each for as many frames as it gives at once.
+const DRAIN_TAKES: usize = 1024;
 /// How often it is asked what the kernel has lost, at least.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -91,6 +96,9 @@ struct Counts {
     not_sent: u64,
     /// Too long for the wire, or impossible to finish.
     unusable: u64,
+    /// Of the guest as it was before a checkpoint.
+    stale: u64,
+    checkpoints: u64,
 }
 
 /// A filter at work.
@@ -102,10 +110,12 @@ pub(super) struct Work<R> {
     wake: Arc<Wake>,
     report: R,
     vnet: bool,
+    vnet_hdr_len: usize,
     mirror: Side<Outbox>,
     redirect: Side<Outbox>,
     to_guest: Side<Intake>,
     to_network: Side<Intake>,
+    toolstack: Side<Words>,
     rewriter: Option<Rewriter>,
     /// What belongs to the frames that the rewriter holds, by where they lie.
     held: HashMap<usize, (VnetHeader, Sum)>,
@@ -133,10 +143,12 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             wake,
             report,
             vnet,
+            vnet_hdr_len: config.vnet_hdr_len,
             mirror: Side::new(&ports, MIRROR, Outbox::new(vnet)),
             redirect: Side::new(&ports, REDIRECT, Outbox::new(vnet)),
             to_guest: Side::new(&ports, TO_GUEST, Intake::new(vnet)),
             to_network: Side::new(&ports, TO_NETWORK, Intake::new(vnet)),
+            toolstack: Side::new(&ports, NOTIFY_DEV, Words::default()),
             ports,
             rewriter: config.rewriter.then(Rewriter::new),
             held: HashMap::new(),
@@ -164,7 +176,8 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
                     (self.report)(&status);
                 }
             }
-            let mut moved = false;
+            // Before the guest's frames: what it said before a checkpoint is not to be taken for what it says after it.
+            let mut moved = self.read_toolstack()?;
             if self.is_open(&self.redirect) {
                 moved |= self.read_guest()?;
             }
@@ -185,6 +198,11 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
         }
     }
 
+    /// Whether frames travel as they are.
+    fn unfinished(&self) -> bool {
+        self.vnet && self.vnet_hdr_len > 0
+    }
+
     /// Whether there is room for what would have to go there.
     fn is_open(&self, side: &Side<Outbox>) -> bool {
         self.alone || !side.is_there() || !side.at.is_full()
@@ -199,6 +217,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             MIRROR => self.mirror.at.begin_again(),
             REDIRECT => self.redirect.at.begin_again(),
             TO_GUEST => self.to_guest.at.reset(),
+            NOTIFY_DEV => self.toolstack.at = Words::default(),
             _ => self.to_network.at.reset(),
         }
         tracing::debug!(port = port.name, "a peer came");
@@ -218,8 +237,42 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
         }
     }
 
+    fn read_toolstack(&mut self) -> Result<bool, FilterError> {
+        let Some(number) = self.toolstack.number.filter(|_| !self.alone) else { return Ok(false) };
+        let moved = self.toolstack.at.read(&mut self.ports[number]);
+        while moved && let Some(instruction) = self.toolstack.at.next(&mut self.ports[number]) {
+            match instruction {
+                Instruction::Init => {
+                    self.toolstack.at.say(&mut self.ports[number], notify::COLO_COMPARE_GET_XEN_INIT);
+                }
+                Instruction::Checkpoint => self.checkpoint()?,
+                Instruction::Unsupported => {}
+            }
+        }
+        Ok(moved)
+    }
+
+    /// The guest stands still, and is what the other was: nothing that it has said waits any longer.
+    fn checkpoint(&mut self) -> Result<(), FilterError> {
+        for _ in 0..DRAIN_TAKES {
+            let said = self.dev.take(self.unfinished())?.len() as u64;
+            (self.counts.from_guest, self.counts.stale) = (self.counts.from_guest + said, self.counts.stale + said);
+            if said == 0 {
+                break;
+            }
+        }
+        self.redirect.at.clear();
+        self.held.clear();
+        if let Some(rewriter) = &mut self.rewriter {
+            rewriter.checkpoint();
+        }
+        self.counts.checkpoints += 1;
+        tracing::debug!(checkpoints = self.counts.checkpoints, "a checkpoint was made");
+        Ok(())
+    }
+
     fn read_guest(&mut self) -> Result<bool, FilterError> {
-        let frames = self.dev.take(self.vnet)?;
+        let frames = self.dev.take(self.unfinished())?;
         let moved = !frames.is_empty();
         for (header, mut frame) in frames {
             self.counts.from_guest += 1;
@@ -237,8 +290,9 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
     }
 
     fn read_network(&mut self) -> Result<bool, FilterError> {
+        let unfinished = self.unfinished();
         let Some(network) = &mut self.network else { return Ok(false) };
-        let frames = network.take(self.vnet)?;
+        let frames = network.take(unfinished)?;
         let moved = !frames.is_empty();
         for (header, frame) in frames {
             if self.to_guest.is_there() && !self.alone {
@@ -316,7 +370,8 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             let mut words = [0; WIRE_HEADER_BYTES];
             words[..HEADER_BYTES].copy_from_slice(&header.bytes());
             let mut message = BytesMut::new();
-            wire::encode_vnet(&words, &frame, &mut message).ok().map(|()| message.freeze())
+            let header = &words[..self.vnet_hdr_len.min(WIRE_HEADER_BYTES)];
+            wire::encode_vnet(header, &frame, &mut message).ok().map(|()| message.freeze())
         } else {
             (frame.len() <= MAX_FRAME_BYTES).then(|| Bytes::from(frame))
         };
@@ -336,6 +391,9 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
                     moved = true;
                 }
             }
+        }
+        if let Some(port) = self.toolstack.number.and_then(|number| self.ports.get_mut(number)) {
+            self.toolstack.at.write(port);
         }
         moved
     }
@@ -359,6 +417,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             let flags = match port.name {
                 MIRROR => out(!self.mirror.at.is_empty()),
                 REDIRECT => out(!self.redirect.at.is_empty()),
+                NOTIFY_DEV => out(!self.toolstack.at.is_empty()),
                 _ => in_,
             };
             fds.push(PollFd::from_borrowed_fd(peer.as_fd(), flags));
@@ -439,6 +498,8 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             "ignored": counts.ignored,
             "not_sent": counts.not_sent,
             "unusable": counts.unusable,
+            "stale": counts.stale,
+            "checkpoints": counts.checkpoints,
             "lost_by_kernel": { "guest": self.lost[0], "network": self.lost[1] },
             "waiting_bytes": { MIRROR: self.mirror.at.waiting_bytes(), REDIRECT: self.redirect.at.waiting_bytes() },
             "rewritten_flows": self.rewriter.as_ref().map(Rewriter::needed),

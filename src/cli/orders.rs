@@ -118,6 +118,9 @@ impl ProtectArgs {
                 config
             }
         };
+        // What nobody said is the host's to fill in: it may have been told by `xl-colo set`.
+        let heartbeat_ms = config.says("protect.heartbeat_ms").then_some(config.protect.heartbeat_ms.0);
+        let heartbeat_misses = config.says("protect.heartbeat_misses").then_some(config.protect.heartbeat_misses.0);
         let own = config.protect;
         peer = self.peer.clone().or(peer).or(own.peer);
         let Some(peer) = peer else {
@@ -132,8 +135,8 @@ impl ProtectArgs {
             mode: if says("mode") { self.mode } else { own.mode },
             resume: if says("resume") { self.resume.into() } else { own.resume },
             checkpoint_delay_ms: self.checkpoint_delay_ms.or(own.checkpoint_delay_ms.map(|ms| ms.0)),
-            heartbeat_interval_ms: self.heartbeat_ms.or(Some(own.heartbeat_ms.0)),
-            heartbeat_misses: self.heartbeat_misses.or(u32::try_from(own.heartbeat_misses.0).ok()),
+            heartbeat_interval_ms: self.heartbeat_ms.or(heartbeat_ms),
+            heartbeat_misses: self.heartbeat_misses.or(heartbeat_misses.and_then(|misses| u32::try_from(misses).ok())),
             delta_mib: self.delta_mib.or(Some(own.delta_mib.0)),
             release_at_once: false,
             packet_digests: self.packet_digests || own.packet_digests,
@@ -285,7 +288,9 @@ mod tests {
         assert_eq!((host.name(), &request.peer[..]), (Some("a"), "tcp:h:1"));
         assert_eq!((request.mode, request.heartbeat_interval_ms), (Mode::Colo, Some(80)));
         let peered = file("peer.toml", "[protect]\npeer = \"h:2\"");
-        assert_eq!(protect(&["web", "--config", &peered]).unwrap().1.peer, "tcp:h:2");
+        let (_, request) = protect(&["web", "--config", &peered]).unwrap();
+        assert_eq!(request.peer, "tcp:h:2");
+        assert_eq!((request.heartbeat_interval_ms, request.heartbeat_misses), (None, None), "the host may know better");
         let why = protect(&["nobody"]).unwrap_err().to_string();
         assert!(why.contains("HOST:PORT") && why.contains("/etc/xen-colo/nobody.toml"), "{why}");
     }

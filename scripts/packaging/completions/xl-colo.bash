@@ -70,6 +70,9 @@ _xl__colo() {
             xl__colo,remus)
                 cmd="xl__colo__subcmd__remus"
                 ;;
+            xl__colo,report)
+                cmd="xl__colo__subcmd__report"
+                ;;
             xl__colo,save-helper)
                 cmd="xl__colo__subcmd__save__subcmd__helper"
                 ;;
@@ -141,6 +144,9 @@ _xl__colo() {
                 ;;
             xl__colo__subcmd__help,remus)
                 cmd="xl__colo__subcmd__help__subcmd__remus"
+                ;;
+            xl__colo__subcmd__help,report)
+                cmd="xl__colo__subcmd__help__subcmd__report"
                 ;;
             xl__colo__subcmd__help,save-helper)
                 cmd="xl__colo__subcmd__help__subcmd__save__subcmd__helper"
@@ -218,7 +224,7 @@ _xl__colo() {
 
     case "${cmd}" in
         xl__colo)
-            opts="-h -V --json --help --version demo host protect unprotect remus receive status list events top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help"
+            opts="-h -V --json --help --version demo host protect unprotect remus receive status list events report top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -358,7 +364,7 @@ _xl__colo() {
             return 0
             ;;
         xl__subcmd__colo__subcmd__demo)
-            opts="-h --mode --kill --guest-mib --seconds --diverge --serve --nested --guest --json --help"
+            opts="-h --mode --kill --guest-mib --seconds --diverge --serve --report --nested --guest --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -385,6 +391,10 @@ _xl__colo() {
                     return 0
                     ;;
                 --serve)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --report)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -506,7 +516,7 @@ _xl__colo() {
             return 0
             ;;
         xl__subcmd__colo__subcmd__help)
-            opts="demo host protect unprotect remus receive status list events top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help"
+            opts="demo host protect unprotect remus receive status list events report top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -828,6 +838,20 @@ _xl__colo() {
             return 0
             ;;
         xl__subcmd__colo__subcmd__help__subcmd__remus)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__help__subcmd__report)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1567,6 +1591,32 @@ _xl__colo() {
                     return 0
                     ;;
                 --run-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        xl__subcmd__colo__subcmd__report)
+            opts="-o -h --output --guest --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --output)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --guest)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -397,37 +397,50 @@ impl Comparator {
         let number = self.next_number;
         self.next_number += 1;
         self.account_held(&frame);
-        let packet = Packet::parse_behind(&frame, self.config.vnet_header_bytes);
-        let place = self.held.push(Held { number, since: now, flow: None, siblings: Vec::new(), frame: frame.clone() });
-        match packet {
-            Packet::Unparsable(reason) => self.diverge(None, Cause::Unparsable(reason)),
-            Packet::Neighbour(identity) => self.primary_said(place, identity.into(), Said::Identity),
+        let held = |frame| Held { number, since: now, flow: None, siblings: Vec::new(), frame };
+        match Packet::parse_behind(&frame, self.config.vnet_header_bytes) {
+            Packet::Unparsable(reason) => {
+                self.held.push(held(frame));
+                self.diverge(None, Cause::Unparsable(reason));
+            }
+            Packet::Neighbour(identity) => {
+                let place = self.held.push(held(frame));
+                self.primary_said(place, identity.into(), &Said::Identity, None);
+            }
             Packet::Ip(ip) => {
                 let (key, said) = said(ip, &frame);
-                self.primary_said(place, key, said);
+                let place = self.held.push(held(frame));
+                self.primary_said(place, key, &said, None);
             }
-            Packet::Fragment(fragment) => match self.fragments[0].handle(now, &fragment, &frame, place) {
-                Ok(None) => {}
-                Ok(Some(whole)) => {
-                    if let Some(held) = self.held.get_mut(place) {
-                        held.siblings = whole.places.into_iter().filter(|other| *other != place).collect();
+            Packet::Fragment(fragment) => {
+                let place = self.held.push(held(frame.clone()));
+                match self.fragments[0].handle(now, &fragment, &frame, place) {
+                    Ok(None) => {}
+                    Ok(Some(whole)) => {
+                        if let Some(held) = self.held.get_mut(place) {
+                            held.siblings = whole.places.into_iter().filter(|other| *other != place).collect();
+                        }
+                        let (key, said) = said(whole.ip, &whole.bytes);
+                        self.primary_said(place, key, &said, Some(&whole.bytes));
                     }
-                    let (key, said) = said(whole.ip, &whole.bytes);
-                    self.primary_said(place, key, said);
+                    Err(cause) => self.diverge(None, cause),
                 }
-                Err(cause) => self.diverge(None, cause),
-            },
+            }
         }
     }
 
-    fn primary_said(&mut self, place: u32, key: FlowKey, said: Said) {
-        let Some(at) = self.flows.find(key, &said) else { return self.diverge(None, Cause::BoundReached) };
+    /// Judges what the primary said in the frame at `place`, or in the datagram it made `whole`.
+    fn primary_said(&mut self, place: u32, key: FlowKey, said: &Said, whole: Option<&Bytes>) {
+        let Some(at) = self.flows.find(key, said) else { return self.diverge(None, Cause::BoundReached) };
         let buffers = self.buffers();
         let Some(flow) = self.flows.get_mut(at) else { return };
         if buffers {
             flow.stick();
         }
-        let siblings = self.held.get_mut(place).map_or(Vec::new(), |held| held.siblings.clone());
+        let siblings = match whole {
+            Some(_) => self.held.get(place).map_or(Vec::new(), |held| held.siblings.clone()),
+            None => Vec::new(),
+        };
         for place in siblings.into_iter().chain([place]) {
             if let Some(held) = self.held.get_mut(place) {
                 held.flow = Some(at);
@@ -435,26 +448,31 @@ impl Comparator {
                 flow.held_bytes += cost_bytes(&held.frame);
             }
         }
+        let Some(bytes) = whole.or_else(|| self.held.get(place).map(|held| &held.frame)) else { return };
         let full = flow.held_bytes > self.config.max_flow_bytes;
         let before = flow.secondary_bytes();
-        let verdict = flow.primary(place, said, &mut self.explained);
+        let verdict = flow.primary(place, said, bytes, &mut self.explained);
         let still_full = full && self.explained.is_empty();
         self.settle(at, before, verdict.and(if still_full { Err(Cause::BoundReached) } else { Ok(()) }));
     }
 
     fn judge_secondary(&mut self, now: Instant, frame: &Bytes) {
-        let (key, said) = match Packet::parse_behind(frame, self.config.vnet_header_bytes) {
+        let whole;
+        let ((key, said), bytes) = match Packet::parse_behind(frame, self.config.vnet_header_bytes) {
             Packet::Unparsable(_) => return self.stats.dropped_unparsable += 1,
-            Packet::Neighbour(identity) => (identity.into(), Said::Identity),
-            Packet::Ip(ip) => said(ip, frame),
+            Packet::Neighbour(identity) => ((identity.into(), Said::Identity), frame),
+            Packet::Ip(ip) => (said(ip, frame), frame),
             Packet::Fragment(fragment) => {
                 let before = self.fragments[1].held_bytes();
-                let whole = self.fragments[1].handle(now, &fragment, frame, 0);
+                let handled = self.fragments[1].handle(now, &fragment, frame, 0);
                 let sum = &mut self.stats.currently_secondary_bytes;
                 *sum = *sum + self.fragments[1].held_bytes() - before;
-                match whole {
+                match handled {
                     Ok(None) => return,
-                    Ok(Some(whole)) => said(whole.ip, &whole.bytes),
+                    Ok(Some(it)) => {
+                        whole = it.bytes;
+                        (said(it.ip, &whole), &whole)
+                    }
                     Err(Cause::BoundReached) => return self.drop_at_bound(None),
                     Err(_) => return self.stats.dropped_unparsable += 1,
                 }
@@ -466,7 +484,7 @@ impl Comparator {
         if before + cost_bytes(frame) > self.config.max_flow_bytes {
             return self.drop_at_bound(Some(at));
         }
-        let verdict = flow.secondary(now, said, frame.len(), &mut self.explained);
+        let verdict = flow.secondary(now, &said, bytes, &mut self.explained);
         self.settle(at, before, verdict);
     }
 
@@ -540,19 +558,12 @@ impl Comparator {
 }
 
 /// What an IP packet says, and in which flow. `bytes` are what its ranges are offsets in.
-fn said(ip: Ip, bytes: &Bytes) -> (FlowKey, Said) {
+fn said(ip: Ip, bytes: &[u8]) -> (FlowKey, Said) {
     let key = FlowKey::of(&ip);
     match ip.transport {
-        Transport::Tcp(tcp) if tcp.payload.is_empty() => (key, Said::Segment(tcp, Bytes::new())),
-        Transport::Tcp(tcp) => {
-            let payload = bytes.slice(tcp.payload.clone());
-            (key, Said::Segment(tcp, payload))
-        }
+        Transport::Tcp(tcp) => (key, Said::Segment(tcp)),
         Transport::Udp { payload, .. }
         | Transport::Icmp { message: payload, .. }
-        | Transport::Other { payload, .. } => {
-            let payload = bytes.slice(payload);
-            (key.within(&payload), Said::Datagram(payload))
-        }
+        | Transport::Other { payload, .. } => (key.within(&bytes[payload.clone()]), Said::Datagram(payload)),
     }
 }

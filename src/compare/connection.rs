@@ -18,17 +18,18 @@ use super::tcp::TcpFlow;
 use crate::clock::Instant;
 use crate::mutant::{self, Mutant};
 use bytes::Bytes;
+use std::ops::Range;
 
 /// What holding a frame costs beside its bytes: counted, so that tiny frames cannot hide.
 pub const FRAME_OVERHEAD_BYTES: usize = 128;
 
-/// What a packet says, behind its flow's key.
+/// What a packet says, behind its flow's key. Ranges are offsets in its bytes.
 #[derive(Debug)]
 pub(super) enum Said {
-    /// A TCP segment and its payload.
-    Segment(Tcp, Bytes),
+    /// A TCP segment.
+    Segment(Tcp),
     /// The payload of a datagram.
-    Datagram(Bytes),
+    Datagram(Range<usize>),
     /// What the key says already.
     Identity,
 }
@@ -64,7 +65,7 @@ impl Connection {
     /// The empty state of a flow in which such things are said.
     pub(super) fn new(key: FlowKey, said: &Said) -> Self {
         let kind = match said {
-            Said::Segment(..) => Kind::Tcp(Box::default()),
+            Said::Segment(_) => Kind::Tcp(Box::default()),
             Said::Datagram(_) => Kind::Datagrams(Datagrams::new(key.ignored())),
             Said::Identity => Kind::Identity(Announcements::default()),
         };
@@ -77,15 +78,17 @@ impl Connection {
         self.stuck = true;
     }
 
-    /// Queues what the primary said in the frame at `place` and judges. What leaves is pushed to `out`.
-    pub(super) fn primary(&mut self, place: u32, said: Said, out: &mut Vec<u32>) -> Result<(), Cause> {
+    /// Queues what the primary said in the frame at `place`, with its bytes, and judges. What leaves is pushed to `out`.
+    pub(super) fn primary(&mut self, place: u32, said: &Said, bytes: &Bytes, out: &mut Vec<u32>) -> Result<(), Cause> {
         let verdict = match (&mut self.kind, said) {
-            (Kind::Tcp(flow), Said::Segment(tcp, payload)) => {
+            (Kind::Tcp(flow), Said::Segment(tcp)) => {
                 // A flow that is stuck still learns what will have been shown when the checkpoint lets it go.
-                let one_life = flow.push_primary(place, &tcp, payload);
+                let one_life = flow.push_primary(place, tcp, bytes);
                 if self.stuck { Ok(()) } else { one_life.and_then(|()| flow.drain(out)) }
             }
-            (Kind::Datagrams(flow), Said::Datagram(payload)) if !self.stuck => flow.push_primary(place, payload, out),
+            (Kind::Datagrams(flow), Said::Datagram(payload)) if !self.stuck => {
+                flow.push_primary(place, bytes.slice(payload.clone()), out)
+            }
             (Kind::Identity(flow), Said::Identity) => {
                 flow.push_primary(place, out);
                 Ok(())
@@ -95,22 +98,22 @@ impl Connection {
         self.settle(verdict)
     }
 
-    /// Takes what the secondary said in a frame of so many bytes and judges, as [`Connection::primary`] does.
+    /// Takes what the secondary said and judges, as [`Connection::primary`] does.
     pub(super) fn secondary(
         &mut self,
         now: Instant,
-        said: Said,
-        frame_bytes: usize,
+        said: &Said,
+        bytes: &Bytes,
         out: &mut Vec<u32>,
     ) -> Result<(), Cause> {
         if self.stuck {
             return Ok(());
         }
         let verdict = match (&mut self.kind, said) {
-            (Kind::Tcp(flow), Said::Segment(tcp, payload)) => {
-                flow.push_secondary(now, &tcp, &payload, frame_bytes).and_then(|()| flow.drain(out))
+            (Kind::Tcp(flow), Said::Segment(tcp)) => {
+                flow.push_secondary(now, tcp, bytes).and_then(|()| flow.drain(out))
             }
-            (Kind::Datagrams(flow), Said::Datagram(payload)) => flow.push_secondary(now, &payload, out),
+            (Kind::Datagrams(flow), Said::Datagram(payload)) => flow.push_secondary(now, &bytes[payload.clone()], out),
             (Kind::Identity(flow), Said::Identity) => {
                 flow.push_secondary(out);
                 Ok(())

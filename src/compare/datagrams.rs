@@ -71,7 +71,7 @@ impl Datagrams {
     }
 
     /// Takes a datagram of the secondary, likewise.
-    pub(super) fn push_secondary(&mut self, now: Instant, payload: &Bytes, out: &mut Vec<u32>) -> Result<(), Cause> {
+    pub(super) fn push_secondary(&mut self, now: Instant, payload: &[u8], out: &mut Vec<u32>) -> Result<(), Cause> {
         let ordinal = self.sent[1];
         self.sent[1] += 1;
         let waiting = self.held.iter_mut().filter(|held| !held.explained).take(MAX_LOOK);

@@ -82,7 +82,7 @@ impl FlowKey {
             && self.dst_port == PORT_DNS
             && payload.get(2).is_some_and(|flags| flags & DNS_ANSWER == 0)
         {
-            return Self { src_port: 0, transaction: QUESTION | fold(&payload[DNS_ID.end..]), ..self };
+            return Self { src_port: 0, transaction: QUESTION | question(&payload[DNS_ID.end..]), ..self };
         }
         let ports = [self.src_port, self.dst_port];
         if let Some(asked) = (self.protocol == 17).then(|| dhcp_question([ports[1], ports[0]], payload)).flatten() {
@@ -108,6 +108,17 @@ impl FlowKey {
             17 if [self.src_port, self.dst_port].iter().all(|port| PORTS_DHCP.contains(port)) => DHCP_SECS,
             _ => 0..0,
         }
+    }
+
+    /// A number that tells most flows of one guest from each other, for little; not for a table that strangers fill.
+    pub(super) fn fold(&self) -> u8 {
+        let peer = match self.dst {
+            IpAddr::V4(address) => address.to_bits(),
+            IpAddr::V6(address) => address.to_bits() as u32,
+        };
+        let ports = u32::from(self.src_port) << 16 | u32::from(self.dst_port);
+        // All of the bits have a say in the upper ones of the product (Knuth 6.4).
+        ((peer.rotate_left(16) ^ ports).wrapping_mul(0x9e37_79b9) >> 24) as u8
     }
 
     /// The same flow, from a packet sent by the peer.
@@ -165,7 +176,7 @@ impl fmt::Display for FlowKey {
 }
 
 /// What is asked, in 47 bits (FNV-1a). Two questions that share them are taken for two of one flow, and compared.
-fn fold(bytes: &[u8]) -> u64 {
+fn question(bytes: &[u8]) -> u64 {
     let hash =
         bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
     (hash ^ hash >> 47) & (QUESTION - 1)
@@ -176,9 +187,9 @@ fn dhcp_question(ports: [u16; 2], payload: &[u8]) -> Option<u64> {
     match ports {
         PORTS_DHCP if payload.first() == Some(&DHCP_REQUEST) => {
             let hardware = payload.get(DHCP_HARDWARE)?;
-            Some(fold(&[hardware, &[dhcp_step(payload)?]].concat()))
+            Some(question(&[hardware, &[dhcp_step(payload)?]].concat()))
         }
-        PORTS_DHCPV6 => Some(fold(payload.get(..DHCPV6_XID.start)?)),
+        PORTS_DHCPV6 => Some(question(payload.get(..DHCPV6_XID.start)?)),
         _ => None,
     }
 }

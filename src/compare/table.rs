@@ -24,11 +24,16 @@ use std::time::Duration;
 
 /// Flows looked at for one that may give way.
 const MAX_LOOK: usize = 16;
+/// Guesses where a flow stands: one for each fold of a key.
+const GUESSES: usize = 256;
 
 #[derive(Debug)]
 pub(super) struct Table {
     index: HashMap<FlowKey, u32>,
     flows: Line<Connection>,
+    /// By the fold of a key, the place of the flow that had it last. A guess is looked at before the index is asked: a
+    /// keyed hash costs more than all the rest of a find, and whoever makes guesses fail makes it cost just that.
+    guesses: Box<[u32; GUESSES]>,
     max_flows: usize,
     /// Since when a flow had something only the secondary said, when it was entered: at most one valid entry a flow.
     /// It may be more by now, so the entry is looked at again when its time has come.
@@ -37,7 +42,13 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new(max_flows: usize) -> Self {
-        Self { index: HashMap::new(), flows: Line::new(), max_flows, waiting: BinaryHeap::new() }
+        Self {
+            index: HashMap::new(),
+            flows: Line::new(),
+            guesses: Box::new([0; GUESSES]),
+            max_flows,
+            waiting: BinaryHeap::new(),
+        }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -50,17 +61,21 @@ impl Table {
 
     /// The place of a flow that is used now. Nothing: it is new and there is no room.
     pub(super) fn find(&mut self, key: FlowKey, said: &Said) -> Option<u32> {
-        let at = match self.index.get(&key) {
-            Some(at) => *at,
-            None => {
-                if self.flows.len() >= self.max_flows && !self.make_room() {
-                    return None;
-                }
-                let at = self.flows.push(Connection::new(key, said));
-                self.index.insert(key, at);
-                at
+        let guess = usize::from(key.fold());
+        let guessed = self.guesses[guess];
+        let at = if self.flows.get(guessed).is_some_and(|flow| flow.key == key) {
+            guessed
+        } else if let Some(at) = self.index.get(&key) {
+            *at
+        } else {
+            if self.flows.len() >= self.max_flows && !self.make_room() {
+                return None;
             }
+            let at = self.flows.push(Connection::new(key, said));
+            self.index.insert(key, at);
+            at
         };
+        self.guesses[guess] = at;
         self.flows.refresh(at);
         self.flows.get_mut(at)?.touched = true;
         Some(at)

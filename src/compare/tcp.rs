@@ -205,6 +205,22 @@ impl Secondary {
 }
 
 impl Segment {
+    /// Compares what is not explained yet with the secondary's bytes from there on, part of what begins at `from`.
+    /// `false`: they differ.
+    fn compare(&mut self, from: i64, theirs: &[u8]) -> bool {
+        if mutant::active(Mutant::CutMatters) && from != self.start {
+            return false;
+        }
+        let mine = &self.payload[(self.checked - self.start) as usize..];
+        let len = mine.len().min(theirs.len());
+        let looked_at = len - usize::from(mutant::active(Mutant::OverlookByte));
+        if mine[..looked_at] != theirs[..looked_at] {
+            return false;
+        }
+        self.checked += len as i64;
+        true
+    }
+
     /// Moves `checked` as far as the payload is explained. `false`: it never will be.
     fn check_bytes(&mut self, shown: &Shown, secondary: &mut Secondary) -> bool {
         while self.checked < self.end {
@@ -214,17 +230,9 @@ impl Segment {
             }
             let Some(index) = secondary.holding(self.checked) else { break };
             let piece = &secondary.pieces[index];
-            if mutant::active(Mutant::CutMatters) && piece.at != self.start {
+            if !self.compare(piece.at, &piece.bytes[(self.checked - piece.at) as usize..]) {
                 return false;
             }
-            let theirs = &piece.bytes[(self.checked - piece.at) as usize..];
-            let mine = &self.payload[(self.checked - self.start) as usize..];
-            let len = mine.len().min(theirs.len());
-            let looked_at = len - usize::from(mutant::active(Mutant::OverlookByte));
-            if mine[..looked_at] != theirs[..looked_at] {
-                return false;
-            }
-            self.checked += len as i64;
             secondary.consume(index, self.checked);
         }
         // The secondary's stream ended: before these bytes, or not where this one ends.
@@ -270,8 +278,9 @@ impl TcpFlow {
         near + i64::from(seq.wrapping_sub(near as u32) as i32)
     }
 
-    /// Queues a segment of the primary. An error: it begins a second life within the epoch.
-    pub(super) fn push_primary(&mut self, place: u32, tcp: &Tcp, payload: Bytes) -> Result<(), Cause> {
+    /// Queues a segment of the primary, whose payload lies in `bytes`. An error: it begins a second life within the
+    /// epoch.
+    pub(super) fn push_primary(&mut self, place: u32, tcp: &Tcp, bytes: &Bytes) -> Result<(), Cause> {
         let mut clear = true;
         if tcp.has(Tcp::SYN) && self.shown.isn != Some(tcp.seq) {
             let again = self.held.iter().any(|held| held.syn && held.seq == tcp.seq);
@@ -296,21 +305,17 @@ impl TcpFlow {
             fin: tcp.has(Tcp::FIN),
             rst: tcp.has(Tcp::RST),
             start,
-            end: start + payload.len() as i64,
-            payload,
+            end: start + tcp.payload.len() as i64,
+            payload: bytes.slice(tcp.payload.clone()),
             checked: start,
         });
         if clear { Ok(()) } else { Err(Cause::Reused) }
     }
 
-    /// Takes what a segment of the secondary says. An error: it begins a second life within the epoch.
-    pub(super) fn push_secondary(
-        &mut self,
-        now: Instant,
-        tcp: &Tcp,
-        payload: &Bytes,
-        frame_bytes: usize,
-    ) -> Result<(), Cause> {
+    /// Takes what a segment of the secondary says, whose payload lies in `bytes`. An error: it begins a second life
+    /// within the epoch.
+    pub(super) fn push_secondary(&mut self, now: Instant, tcp: &Tcp, bytes: &Bytes) -> Result<(), Cause> {
+        let payload = &tcp.payload;
         if tcp.has(Tcp::SYN | Tcp::FIN | Tcp::RST) {
             self.secondary.flag_since.get_or_insert(now);
         }
@@ -334,15 +339,47 @@ impl TcpFlow {
         if tcp.has(Tcp::FIN) {
             self.secondary.fin = Some(start + payload.len() as i64);
         }
-        self.secondary.absorb(now, start, payload, frame_bytes, &self.shown.bytes);
+        let met = self.meet(start, &bytes[payload.clone()]);
+        let end = start + payload.len() as i64;
+        if start + (met as i64) < end {
+            let rest = bytes.slice(payload.start + met..payload.end);
+            self.secondary.absorb(now, start + met as i64, &rest, bytes.len(), &self.shown.bytes);
+        }
         Ok(())
+    }
+
+    /// Compares the secondary's bytes with the segment that waits for just them; how many they were. What can be compared
+    /// where it lies is neither copied nor kept. Whatever is not so simple is left to [`TcpFlow::drain`].
+    fn meet(&mut self, at: i64, theirs: &[u8]) -> usize {
+        let clear = self.opened == self.secondary.syn && self.secondary.pieces.is_empty();
+        let Some(head) = self.held.front_mut().filter(|head| clear && head.checked == at && head.checked < head.end)
+        else {
+            return 0;
+        };
+        // What was shown is not compared again.
+        let unknown = match self.shown.bytes.end_of(at) {
+            Some(_) => 0,
+            None => {
+                self.shown.bytes.next_start(at).map_or(theirs.len(), |start| theirs.len().min((start - at) as usize))
+            }
+        };
+        if unknown == 0 || !head.compare(at, &theirs[..unknown]) {
+            return 0;
+        }
+        (head.checked - at) as usize
     }
 
     /// Judges the queue from its head on. What leaves is pushed to `out`. An error: the guests said different things.
     pub(super) fn drain(&mut self, out: &mut Vec<u32>) -> Result<(), Cause> {
+        if self.held.is_empty() {
+            return Ok(());
+        }
         // One guest began a new life and the other has not: it cannot speak for this one yet.
-        let mut silent = Secondary::default();
-        let secondary = if self.opened == self.secondary.syn { &mut self.secondary } else { &mut silent };
+        let mut silent = None;
+        let secondary = match self.opened == self.secondary.syn {
+            true => &mut self.secondary,
+            false => silent.insert(Secondary::default()),
+        };
         while let Some(head) = self.held.front_mut() {
             if head.breaks_promise(&self.shown, secondary) || !head.check_bytes(&self.shown, secondary) {
                 return Err(Cause::PayloadDiffers);

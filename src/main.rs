@@ -9,7 +9,7 @@ mod main {
 
 use clap::{CommandFactory, FromArgMatches};
 use main::{alone, logging};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -223,9 +223,10 @@ async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
         Ok(configuration) => configuration,
         Err(error) => return fail_config(&error),
     };
-    // An image is made when it is needed; where it cannot be is said now.
+    // An image is made when it is needed; where it cannot be is said now. The directory of sockets is made in any case.
     for disk in &args.disks {
-        if let Some(dir) = disk.parent().filter(|dir| !dir.as_os_str().is_empty() && !dir.is_dir()) {
+        let is_made = |dir: &Path| dir.as_os_str().is_empty() || dir.is_dir() || args.run_dir.starts_with(dir);
+        if let Some(dir) = disk.parent().filter(|dir| !is_made(dir)) {
             let why = format!("--disk {}: there is no directory {}", disk.display(), dir.display());
             return fail(cli::EXIT_ENVIRONMENT, &why);
         }

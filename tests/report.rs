@@ -229,7 +229,7 @@ async fn the_longest_logs_give_a_page_as_small_as_any() {
         let cause = ["delay", "payload-differs", "aged", "command"][(number % 4) as usize];
         let rest = format!(
             r#""event":"checkpoint","checkpoint":{number},"cause":"{cause}","pages":{pages},"devices_bytes":512,"stream_bytes":{pages}00,"interval_us":250000,"reply_us":10,"pause_us":{pause},"capture_us":40,"transfer_us":900,"release_us":940,"load_us":70"#,
-            pages = number % 977,
+            pages = 1 + number % 977,
             pause = 20 + number * number % 7919,
         );
         line(number, "a", &rest)

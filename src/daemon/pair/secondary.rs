@@ -402,6 +402,10 @@ impl SecondarySide {
                     tracing::error!(%error, "the replica cannot be written");
                     self.error = Some(error.to_string());
                 }
+                if self.replicas.is_lost() {
+                    self.machine.handle_disk_lost(error.to_string());
+                    self.pump(now);
+                }
             }
         }
         false

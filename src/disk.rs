@@ -116,6 +116,10 @@ pub trait Disk: Send {
     }
     /// Writes `bytes` at `offset`.
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError>;
+    /// Whether a write waits for nothing but memory now, as far as one can know.
+    fn writes_in_memory(&self) -> bool {
+        false
+    }
     /// Makes every completed write durable.
     fn flush(&mut self) -> Result<(), DiskError>;
 

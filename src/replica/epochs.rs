@@ -266,6 +266,11 @@ impl Replica {
         self.latch("a write of the primary", result)
     }
 
+    /// Whether writes of the primary go into memory.
+    pub(super) fn takes_in_memory(&self) -> bool {
+        self.stage == Stage::Running && self.budget.has_memory()
+    }
+
     /// A read of the primary: its own latest writes.
     pub fn primary_read(&mut self, generation: u64, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
         self.check_primary(generation)?;

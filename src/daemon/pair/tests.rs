@@ -117,7 +117,7 @@ impl Pair {
                 Some(late) if disk == 1 => late.push(PrimaryEffect::DiskWrite { disk, seq, offset, payload }),
                 _ => {
                     let mut view = b.replicas().primary_views(1).nth(disk).unwrap();
-                    a.handle_disk_acked(at(ms), disk, seq, payload.content().write_to(&mut view, offset));
+                    a.handle_disk_acked(at(ms), disk, vec![(seq, payload.content().write_to(&mut view, offset))]);
                 }
             },
             _ => {}

@@ -4,7 +4,7 @@
 //! Two are here, siblings and both for use: [`MemoryDisk`] and [`FileDisk`]. `flush` reaches the medium
 //! (`fdatasync`), because an NBD FLUSH that only reaches the page cache is how acknowledged writes get lost.
 
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -116,8 +116,18 @@ pub trait Disk: Send {
     }
     /// Writes `bytes` at `offset`.
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError>;
+    /// Whether a write waits for nothing but memory now, as far as one can know.
+    fn writes_in_memory(&self) -> bool {
+        false
+    }
     /// Makes every completed write durable.
     fn flush(&mut self) -> Result<(), DiskError>;
+
+    /// Forgets what memory remembers of the medium: reads are of what it holds from now on, not of what an earlier process
+    /// wrote and failed to flush. What is yet to be written stays.
+    fn reread(&mut self) -> Result<(), DiskError> {
+        Ok(())
+    }
 
     /// Makes `len_bytes` bytes from `offset` zeroes. Unless the disk knows better, it writes them.
     fn write_zeroes(&mut self, offset: u64, len_bytes: u64, how: Zeroing) -> Result<(), DiskError> {
@@ -337,6 +347,11 @@ impl Disk for FileDisk {
         })
     }
 
+    /// The page cache keeps what it could not write, as clean as the rest: it is dropped with that.
+    fn reread(&mut self) -> Result<(), DiskError> {
+        fadvise(&self.file, 0, None, Advice::DontNeed).map_err(|errno| self.failed("reread")(errno.into()))
+    }
+
     fn write_zeroes(&mut self, offset: u64, len_bytes: u64, how: Zeroing) -> Result<(), DiskError> {
         check_range(self.size_bytes, offset, len_bytes)?;
         self.check_flushes()?;
@@ -481,6 +496,7 @@ mod tests {
         exercise(&mut FileDisk::open_or_create(&path, 8192).unwrap());
         let mut again = FileDisk::open_or_create(&path, 1).unwrap();
         assert_eq!(again.size_bytes(), 8192, "an existing image keeps its size");
+        again.reread().unwrap();
         let mut byte = [0];
         again.read(4000, &mut byte).unwrap();
         assert_eq!(byte, [7]);

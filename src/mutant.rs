@@ -34,6 +34,10 @@ pub enum Mutant {
     TrustStateRead,
     /// What an earlier process wrote to an image counts as flushed.
     TrustPageCache,
+    /// A flush of an image that failed is tried again, and believed.
+    FlushAgain,
+    /// What the page cache shows of an image counts as being there, after a flush of it failed.
+    TrustCachedImage,
     /// A guest's images are called whole as soon as one of them is.
     WholeAlone,
     /// Only the first of a guest's images is called not whole before a checkpoint is written into any.
@@ -95,15 +99,17 @@ impl Mutant {
         Self::OpenWithoutLink,
     ];
     /// Those it cannot, since its hosts never come back; the replica's own crash tests do.
-    pub const OF_CRASHES: [Self; 5] = [
+    pub const OF_CRASHES: [Self; 7] = [
         Self::WholeBeforeFlush,
         Self::ResyncAfterWrite,
         Self::ForgetDirectory,
         Self::TrustStateRead,
         Self::TrustPageCache,
+        Self::FlushAgain,
+        Self::TrustCachedImage,
     ];
     /// Those that only the crash tests of several disks can.
-    pub const OF_SETS: [Self; 2] = [Self::WholeAlone, Self::MarkFirstOnly];
+    pub const OF_SETS: [Self; 3] = [Self::WholeAlone, Self::MarkFirstOnly, Self::FlushAgain];
     /// Those of the NBD client, which its own tests catch.
     pub const OF_SESSIONS: [Self; 4] =
         [Self::NoHoldAcrossConnections, Self::ReplayOvertaken, Self::ForgetRetained, Self::FlushCoversLater];

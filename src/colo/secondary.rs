@@ -19,6 +19,7 @@
 //! Arbitrating  | Go                         | TakeOver                                     | Exited(Alone)
 //! Arbitrating  | Stop                       | StopGuest                                    | Exited(Stopped)
 //! Arbitrating  | Hold                       | (the guest stays paused)                     | Held
+//! all but the parted      | a disk is lost             | DropStaged, StopGuest: nobody can go on from here | Exited(Failed)
 //! all but the parted      | dismissed    | DropStaged, GiveUp (and say so)              | Dismissed
 //! Dismissed    | peer lost · no end within the deadline | StopGuest                      | Exited(Dismissed)
 //! WaitVmstate, Receiving | no progress within the deadline: the peer hangs, and is lost
@@ -316,6 +317,13 @@ impl Secondary {
     /// on, but not for long (its disk takes no more writes, for one).
     pub fn give_way(&mut self, delay: Duration) {
         self.parting.give_way(delay);
+    }
+
+    /// A disk of the guest does not hold what was written to it: the primary has the guest, or nobody.
+    pub fn handle_disk_lost(&mut self, why: String) {
+        if !matches!(self.state, State::Dismissed | State::Exited(_)) {
+            self.fail(why);
+        }
     }
 
     /// The primary ends the protection. A side that has lost it, or is to take over, has parted already.

@@ -31,7 +31,7 @@ use self::telling::Telling;
 use super::control::{Answer as Reply, Asked};
 use super::guest::{Guest, GuestQueue};
 use super::links::packets::Told;
-use super::links::{DiskAnswer, Links, StreamIn, lock};
+use super::links::{DiskAnswers, Links, StreamIn, lock};
 use super::live::Live;
 use super::pair::primary::PrimarySide;
 use super::pair::secondary::SecondarySide;
@@ -78,7 +78,7 @@ enum Input {
     Word(Word),
     Lost(Loss),
     Stream(StreamIn),
-    Disk(DiskAnswer),
+    Disk(DiskAnswers),
     Hash(usize, ChunkHash),
     Recycled(crate::page::PageBatch),
     PacketLink(Told),
@@ -219,7 +219,7 @@ impl Engine {
             Some(loss) = links.lost.recv() => Input::Lost(loss),
             Some(answer) = self.answers.recv() => Input::Answer(answer),
             Some(item) = links.stream_in.recv() => Input::Stream(item),
-            Some(answer) = links.disk_in.recv() => Input::Disk(answer),
+            Some(answers) = links.disk_in.recv() => Input::Disk(answers),
             Some((disk, hash)) = links.hashes_in.recv(), if hashes_wanted => Input::Hash(disk, hash),
             Some(batch) = links.recycled.recv() => Input::Recycled(batch),
             Some(told) = links.packet_link.recv() => Input::PacketLink(told),
@@ -371,9 +371,9 @@ impl Engine {
                 (Role::Secondary(role), StreamIn::Item(item)) => role.side.handle_item(now, item),
                 _ => {}
             },
-            Input::Disk((disk, seq, result)) => {
+            Input::Disk((disk, answers)) => {
                 if let Role::Primary(role) = &mut self.role {
-                    role.side.handle_disk_acked(now, disk, seq, result);
+                    role.side.handle_disk_acked(now, disk, answers);
                 }
             }
             Input::Hash(disk, hash) => {

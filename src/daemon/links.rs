@@ -38,7 +38,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 
 use disk::Acks;
-pub use disk::{DiskAnswer, DiskWrite};
+pub use disk::{DiskAnswers, DiskWrite};
 use packets::{Ends, Times, Told};
 
 /// Stream items waiting for the engine; one may hold 4 MiB of pages.
@@ -143,7 +143,7 @@ pub struct Links {
     /// What became of the packet link.
     pub packet_link: mpsc::Receiver<Told>,
     /// Answers to disk writes; never any on the secondary.
-    pub disk_in: mpsc::Receiver<DiskAnswer>,
+    pub disk_in: mpsc::Receiver<DiskAnswers>,
     /// Disk writes, by disk; none on the secondary.
     pub disk_out: Vec<Outbox<DiskWrite>>,
     /// The secondary's hashes, by disk, if it was asked for them.

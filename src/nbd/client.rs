@@ -161,6 +161,12 @@ impl Client {
         self.under_way.len()
     }
 
+    /// Whether [`Self::poll_output`] has something.
+    #[must_use]
+    pub fn has_output(&self) -> bool {
+        !self.output.is_empty()
+    }
+
     /// Bytes for the server, if there are any.
     pub fn poll_output(&mut self) -> Option<Bytes> {
         self.output.pop_front()
@@ -173,6 +179,19 @@ impl Client {
 
     /// Takes a request. Returns the cookie its completion will carry.
     pub fn submit(&mut self, request: Request) -> Result<u64, SubmitError> {
+        let cookie = self.enter(request)?;
+        self.send_if_free(cookie);
+        Ok(cookie)
+    }
+
+    /// [`Self::submit`] for a caller that has seen to it that no request under way stands in this one's way.
+    pub fn submit_free(&mut self, request: Request) -> Result<u64, SubmitError> {
+        let cookie = self.enter(request)?;
+        self.send(cookie);
+        Ok(cookie)
+    }
+
+    fn enter(&mut self, request: Request) -> Result<u64, SubmitError> {
         let info = self.export().ok_or(SubmitError::NotReady)?;
         request.check(&info)?;
         let bytes = self.under_way_bytes + request.payload_bytes();
@@ -185,7 +204,6 @@ impl Client {
         self.under_way_bytes = bytes;
         self.under_way.insert(cookie, UnderWay { request, held: true });
         self.held += 1;
-        self.send_if_free(cookie);
         Ok(cookie)
     }
 
@@ -409,18 +427,21 @@ impl Client {
     /// Sends a held request unless an earlier one stands in its way.
     fn send_if_free(&mut self, cookie: u64) {
         let Some(UnderWay { request, .. }) = self.under_way.get(&cookie) else { return };
-        if self.under_way.range(..cookie).any(|(_, earlier)| earlier.request.blocks(request)) {
-            return;
+        if !self.under_way.range(..cookie).any(|(_, earlier)| earlier.request.blocks(request)) {
+            self.send(cookie);
         }
-        let request = request.clone();
-        if let Some(one) = self.under_way.get_mut(&cookie).filter(|one| one.held) {
-            // The payload is not kept: after an error nobody sends it again from here.
-            (one.held, one.request.data) = (false, Bytes::new());
-            self.held -= 1;
-            self.put_request(cookie, &request);
-            if !request.data.is_empty() {
-                self.output.push_back(request.data);
-            }
+    }
+
+    fn send(&mut self, cookie: u64) {
+        let Some(one) = self.under_way.get_mut(&cookie).filter(|one| one.held) else { return };
+        // The payload is not kept: after an error nobody sends it again from here.
+        let data = std::mem::take(&mut one.request.data);
+        one.held = false;
+        self.held -= 1;
+        let request = one.request.clone();
+        self.put_request(cookie, &request);
+        if !data.is_empty() {
+            self.output.push_back(data);
         }
     }
 

@@ -289,6 +289,12 @@ impl Session {
         self.actions.pop_front()
     }
 
+    /// Whether [`Self::poll_output`] has something for any connection.
+    #[must_use]
+    pub fn has_output(&self) -> bool {
+        self.connections.values().filter_map(|one| one.client.as_ref()).any(Client::has_output)
+    }
+
     /// Bytes for a connection's server, if there are any.
     pub fn poll_output(&mut self, id: u64) -> Option<Bytes> {
         self.connections.get_mut(&id)?.client.as_mut()?.poll_output()
@@ -435,7 +441,7 @@ impl Session {
             let ready = self.connections.iter_mut().filter(|(_, connection)| connection.ready);
             let Some((id, connection)) = ready.min_by_key(|(_, connection)| connection.sent.len()) else { return };
             let Some(client) = connection.client.as_mut() else { return };
-            match client.submit(request.clone()) {
+            match client.submit_free(request.clone()) {
                 Ok(sent) => {
                     connection.sent.insert(sent, (cookie, now));
                     self.ledger.sent(cookie, *id);

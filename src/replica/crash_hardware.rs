@@ -6,7 +6,9 @@
 //! ```
 //!
 //! The trap: what a call has done is visible at once and durable only after a flush, and of what is unflushed each byte
-//! may have arrived by itself. So the two are kept apart, and a medium is every one it may be.
+//! may have arrived by itself. So the two are kept apart, and a medium is every one it may be. A flush that fails settles
+//! it: some of it has arrived, and the rest never will, however often it is flushed again; but the page cache goes on
+//! showing all of it until it is dropped.
 
 use super::state::{Standing, State, StateFile};
 use crate::disk::{Disk, DiskError};
@@ -29,20 +31,69 @@ pub(super) enum Event {
     Record(Vec<u8>),
     RecordSync,
     DirSync,
+    /// A flush that failed, of whichever kind.
+    Failed(Box<Event>, Arrived),
+}
+
+impl Event {
+    /// Whether it could fail and leave behind what nobody sees.
+    pub(super) fn is_flush(&self) -> bool {
+        matches!(self, Self::Flush | Self::RecordSync | Self::DirSync)
+    }
+}
+
+/// How much of what a failed flush covered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Arrived {
+    Nothing,
+    /// The first byte; of a record, half.
+    Some,
+    Everything,
+}
+
+impl Arrived {
+    pub(super) const ALL: [Self; 3] = [Self::Nothing, Self::Some, Self::Everything];
+}
+
+/// What becomes of a process's calls.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) enum Fate {
+    #[default]
+    Whole,
+    /// It is killed after so many.
+    KilledAfter(usize),
+    /// The flush after so many fails.
+    FailsAfter(usize, Arrived),
 }
 
 /// What a process sees of its disks, and what it did to which.
 pub(super) struct Hardware<const DISKS: usize> {
     pub(super) images: [Image; DISKS],
     pub(super) records: [Record; DISKS],
+    pub(super) media: [Medium; DISKS],
     pub(super) log: Vec<(usize, Event)>,
-    /// Calls until the process is killed.
-    pub(super) fuse: Option<usize>,
+    pub(super) fate: Fate,
+    /// A flush of this image has failed in this process.
+    pub(super) failed: [bool; DISKS],
+    /// Or one of anything.
+    pub(super) any_failed: bool,
+    /// It was written or flushed again all the same, or taken over on.
+    pub(super) went_on: bool,
+}
+
+impl<const DISKS: usize> Hardware<DISKS> {
+    /// The process is gone; its page cache is not.
+    pub(super) fn end_process(&mut self) {
+        (self.fate, self.failed, self.any_failed) = (Fate::Whole, [false; DISKS], false);
+    }
 }
 
 impl<const DISKS: usize> Default for Hardware<DISKS> {
     fn default() -> Self {
-        Self { images: [[0; SIZE]; DISKS], records: [const { None }; DISKS], log: Vec::new(), fuse: None }
+        let media = std::array::from_fn(|_| Medium::default());
+        let (images, records) = ([[0; SIZE]; DISKS], [const { None }; DISKS]);
+        let (log, failed) = (Vec::new(), [false; DISKS]);
+        Self { images, records, media, log, fate: Fate::Whole, failed, any_failed: false, went_on: false }
     }
 }
 
@@ -64,11 +115,24 @@ impl<const DISKS: usize> Machine<DISKS> {
 
     fn call(&self, event: Event) -> Result<(), DiskError> {
         let mut hardware = self.get();
-        match &mut hardware.fuse {
-            Some(0) => return Err(DiskError::io("a dead process", io::Error::other("killed"))),
-            Some(left) => *left -= 1,
-            None => {}
+        let hardware = &mut *hardware;
+        match &mut hardware.fate {
+            Fate::KilledAfter(0) => return Err(DiskError::io("a dead process", io::Error::other("killed"))),
+            Fate::FailsAfter(0, arrived) => {
+                assert!(event.is_flush(), "{event:?} is no flush");
+                hardware.failed[self.disk] |= matches!(event, Event::Flush);
+                hardware.any_failed = true;
+                let event = Event::Failed(Box::new(event), *arrived);
+                hardware.fate = Fate::Whole;
+                hardware.media[self.disk].take(&event);
+                hardware.log.push((self.disk, event));
+                return Err(DiskError::io("a medium", io::Error::other("failed")));
+            }
+            Fate::KilledAfter(left) | Fate::FailsAfter(left, _) => *left -= 1,
+            Fate::Whole => {}
         }
+        hardware.went_on |= hardware.failed[self.disk] && matches!(event, Event::Write(..) | Event::Flush);
+        hardware.media[self.disk].take(&event);
         match &event {
             Event::Write(at, bytes) => hardware.images[self.disk][*at..at + bytes.len()].copy_from_slice(bytes),
             Event::Record(record) => hardware.records[self.disk] = Some(record.clone()),
@@ -92,6 +156,13 @@ impl<const DISKS: usize> Disk for Machine<DISKS> {
     }
     fn flush(&mut self) -> Result<(), DiskError> {
         self.call(Event::Flush)
+    }
+    fn reread(&mut self) -> Result<(), DiskError> {
+        let mut hardware = self.get();
+        if hardware.fate != Fate::KilledAfter(0) {
+            hardware.images[self.disk] = hardware.media[self.disk].seen();
+        }
+        Ok(())
     }
 }
 
@@ -117,6 +188,11 @@ pub(super) fn standing(record: Record) -> Standing {
     State::open(Box::new(machine)).unwrap().standing()
 }
 
+/// The beginning of a new record, before the rest of the old one.
+fn torn(new: &[u8], old: &[u8], at: usize) -> Vec<u8> {
+    [&new[..at], old.get(at..).unwrap_or_default()].concat()
+}
+
 /// What survives a power cut, and what may.
 #[derive(Clone, Default)]
 pub(super) struct Medium {
@@ -139,7 +215,30 @@ impl Medium {
             }
             Event::RecordSync => self.unsynced.drain(..).for_each(|record| self.record = record),
             Event::DirSync => self.named = self.created,
+            Event::Failed(flush, arrived) => self.fail(flush, *arrived),
         }
+    }
+
+    /// What a failed flush has not brought here is gone.
+    fn fail(&mut self, flush: &Event, arrived: Arrived) {
+        match (flush, arrived) {
+            (_, Arrived::Everything) => self.take(flush),
+            (Event::Flush, _) => {
+                let first = if arrived == Arrived::Some { 1 } else { 0 };
+                self.unflushed.drain(..).take(first).for_each(|(at, byte)| self.image[at] = byte);
+            }
+            (Event::RecordSync, _) => {
+                let new = self.unsynced.pop().filter(|_| arrived == Arrived::Some);
+                self.unsynced.clear();
+                self.record = new.map_or_else(|| self.record.clone(), |new| torn(&new, &self.record, 20));
+            }
+            _ => {}
+        }
+    }
+
+    /// The image without what only a page cache remembers.
+    fn seen(&self) -> Image {
+        self.arrived(usize::MAX)
     }
 
     /// The image when of the unflushed bytes those arrived whose bit is set.
@@ -167,8 +266,7 @@ impl Medium {
     pub(super) fn records(&self) -> Vec<Option<Vec<u8>>> {
         let mut records = vec![self.record.clone()];
         for new in &self.unsynced {
-            let torn = [1, 20, 29, 35].map(|at| [&new[..at], self.record.get(at..).unwrap_or_default()].concat());
-            records.extend(torn);
+            records.extend([1, 20, 29, 35].map(|at| torn(new, &self.record, at)));
             records.push(new.clone());
         }
         let mut records: Vec<_> = records.into_iter().filter(|_| self.created).map(Some).collect();

@@ -2,7 +2,8 @@
 //! process: [`super::crash_tests`] for what only shows between two.
 //!
 //! ```text
-//!  history:  a beginning, then up to three operations, each of one disk or of both; a kill inside the first ones
+//!  history:  a beginning, then up to three operations, each of one disk or of both; a kill inside the first ones; a flush
+//!            of an image, a record or its name that fails
 //!  cut:      before and after each call to either image or either record
 //!  medium:   of each image and each record what may have arrived, whatever has of the other's
 //! ```
@@ -10,7 +11,7 @@
 //! Two things are held against each medium: what a record says is true of its image, byte for byte; and images that a
 //! guest would be booted on are one checkpoint of both, or both the guest's own with all it flushed.
 
-use super::crash_hardware::{Event, Hardware, Image, Machine, Medium, Record, standing};
+use super::crash_hardware::{Arrived, Event, Fate, Hardware, Image, Machine, Medium, Record, standing};
 use super::epochs::{Replica, ReplicaConfig, Stage};
 use super::set::Replicas;
 use super::state::{Standing, State, StateFile};
@@ -61,8 +62,8 @@ const OPS: [Op; 16] = [
     Op::PowerCut { everything: true },
 ];
 
-/// An operation, or one inside which the process is killed after so many calls.
-type Act = (Op, Option<usize>);
+/// An operation, and what becomes of its calls.
+type Act = (Op, Fate);
 
 /// What a guest must find right after an operation returned.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -173,14 +174,14 @@ fn is_bootable(records: &[Record; DISKS]) -> bool {
 
 fn take_up(hardware: &Arc<Mutex<Hardware<DISKS>>>) -> Result<(), ()> {
     let open = |disk| State::open(Box::new(Machine::of(disk, hardware))).unwrap();
-    let mut taken = [0, 1].map(|disk| Taken { state: open(disk), is_new: false });
+    let image = |disk| Some(Box::new(Machine::of(disk, hardware)) as Box<dyn Disk>);
+    let mut taken = [0, 1].map(|disk| Taken { state: open(disk), image: image(disk) });
     take_up_states(&mut taken, false).map_err(drop)
 }
 
 /// One history as it runs.
 struct Run {
     hardware: Arc<Mutex<Hardware<DISKS>>>,
-    media: [Medium; DISKS],
     model: Model,
     replicas: Option<Replicas>,
     booted: bool,
@@ -190,8 +191,7 @@ struct Run {
 impl Run {
     fn new() -> Self {
         let model = Model { floor: [Some(Image::default()); DISKS], ..Model::default() };
-        let (hardware, media) = Default::default();
-        Self { hardware, media, model, replicas: None, booted: false, byte: 0 }
+        Self { hardware: Arc::default(), model, replicas: None, booted: false, byte: 0 }
     }
 
     fn get(&self) -> MutexGuard<'_, Hardware<DISKS>> {
@@ -199,7 +199,7 @@ impl Run {
     }
 
     /// Does one operation. The calls it made; `None` when it makes no sense now.
-    fn act(&mut self, (op, fuse): Act) -> Option<Vec<(usize, Event)>> {
+    fn act(&mut self, (op, fate): Act) -> Option<Vec<(usize, Event)>> {
         let lives = self.booted || self.replicas.is_some();
         let makes_sense = match op {
             Op::Sync => !self.booted,
@@ -213,16 +213,14 @@ impl Run {
         }
         self.model = self.during(op);
         self.byte += 1;
-        self.get().fuse = fuse;
+        self.get().fate = fate;
         let before = self.model.clone();
         self.whole(op);
-        if fuse.is_some() {
+        if let Fate::KilledAfter(_) = fate {
             self.model = Model { taken: false, settled: false, ..before };
             self.end();
         }
-        self.get().fuse = None;
         let events = std::mem::take(&mut self.get().log);
-        events.iter().for_each(|(disk, event)| self.media[*disk].take(event));
         if let Op::PowerCut { everything } = op {
             self.power_cut(everything);
         }
@@ -255,24 +253,30 @@ impl Run {
     fn end(&mut self) {
         self.replicas = None;
         self.booted = false;
-        if self.model.taken && !self.model.settled {
+        // The record of the guest may have arrived, though nobody was told so.
+        if self.model.taken && !self.model.settled && !self.get().any_failed {
             self.model.floor = [None; DISKS];
         }
+        self.get().end_process();
         (self.model.taken, self.model.settled) = (false, false);
     }
 
     fn whole(&mut self, op: Op) {
-        let (byte, visible) = (self.byte, self.get().images);
+        let byte = self.byte;
         let model = &mut self.model;
         match op {
             Op::Kill | Op::PowerCut { .. } => return self.end(),
             Op::Boot => {
                 if take_up(&self.hardware).is_ok() {
                     self.booted = true;
-                    model.guest = visible;
+                    model.guest = self.hardware.lock().unwrap().images;
                     model.checkpoints.clear();
                     model.must = Must::Guest;
                 }
+                return;
+            }
+            // As an image's file does it by itself.
+            Op::Guest(disk) | Op::GuestFlush(disk) if self.booted && self.hardware.lock().unwrap().failed[disk] => {
                 return;
             }
             Op::Guest(disk) if self.booted => {
@@ -300,12 +304,14 @@ impl Run {
         let on = |disk: usize, does: &dyn Fn(&mut Replica) -> bool| does(&mut replicas.disks()[disk].lock().unwrap());
         let generation = model.generation;
         let stage = replicas.status()[0].stage;
+        // Else it has nothing to do, and promises nothing.
+        let lives = matches!(stage, Stage::Syncing | Stage::Running);
         let calls = self.hardware.lock().unwrap().log.len();
         match op {
             Op::Sync => {
                 if replicas.start_sync(generation + 1).is_ok() {
                     model.generation += 1;
-                    model.primary = visible;
+                    model.primary = self.hardware.lock().unwrap().images;
                     model.checkpoints.clear();
                     (model.latest, model.floor, model.recorded) = (None, [None; DISKS], true);
                     model.must = Must::Resync;
@@ -328,7 +334,7 @@ impl Run {
                 }
             }
             Op::Seal => {
-                if replicas.seal().is_ok() && matches!(stage, Stage::Syncing | Stage::Running) {
+                if replicas.seal().is_ok() && lives {
                     model.checkpoints.insert((generation, replicas.status()[0].seals), model.primary);
                     (model.latest, model.guest) = (Some(model.primary), model.primary);
                 }
@@ -338,14 +344,19 @@ impl Run {
                 while bytes == u64::MAX && matches!(applied, Ok(true)) {
                     applied = replicas.apply_some(bytes);
                 }
-                if applied.is_ok_and(|more| !more) {
+                if applied.is_ok_and(|more| !more) && (lives || model.taken) {
                     model.must =
                         if model.taken { Must::Guest } else { model.latest.map_or(Must::Resync, Must::Checkpoint) };
                 }
             }
-            Op::Takeover => model.taken |= replicas.takeover(generation + 1).is_ok(),
+            Op::Takeover => {
+                let taken = model.taken;
+                model.taken |= replicas.takeover(generation + 1).is_ok();
+                let mut hardware = self.hardware.lock().unwrap();
+                hardware.went_on |= hardware.failed.contains(&true) && model.taken && !taken;
+            }
             Op::Stop => {
-                if replicas.stop().is_ok() && !model.taken {
+                if replicas.stop().is_ok() && lives && !model.taken {
                     model.must = model.latest.map_or(Must::Resync, Must::Checkpoint);
                 }
             }
@@ -363,16 +374,14 @@ impl Run {
 
     fn power_cut(&mut self, everything: bool) {
         for disk in 0..DISKS {
-            let medium = self.media[disk].cut(everything);
+            let medium = self.get().media[disk].cut(everything);
             let record = medium.record();
             match standing(record.clone()) {
                 Standing::Guest | Standing::NoRecord => self.model.flushed(disk, medium.image),
                 Standing::Checkpoint { .. } | Standing::Resync(_) => self.model.floor[disk] = None,
             }
-            let mut hardware = self.get();
-            (hardware.images[disk], hardware.records[disk]) = (medium.image, record);
-            drop(hardware);
-            self.media[disk] = medium;
+            let mut hardware = self.hardware.lock().unwrap();
+            (hardware.images[disk], hardware.records[disk], hardware.media[disk]) = (medium.image, record, medium);
         }
     }
 }
@@ -383,36 +392,41 @@ struct Found {
     cuts: u64,
     booted: u64,
     refused: u64,
+    failed: u64,
 }
 
 /// Runs a history, and cuts its last operation everywhere. The calls of that one; `None` when it makes no sense.
-fn run(before: &[Act], last: Op, found: &mut Found) -> Result<Option<usize>, String> {
+fn run(before: &[Act], last: Act, found: &mut Found) -> Result<Option<Vec<Event>>, String> {
     let mut run = Run::new();
     for act in before {
         if run.act(*act).is_none() {
             return Ok(None);
         }
     }
-    let mut media = run.media.clone();
-    let during = run.during(last);
-    let Some(events) = run.act((last, None)) else { return Ok(None) };
+    let mut media = run.get().media.clone();
+    let during = run.during(last.0);
+    let Some(events) = run.act(last) else { return Ok(None) };
     found.histories += 1;
+    found.failed += u64::from(matches!(last.1, Fate::FailsAfter(..)));
+    if run.get().went_on {
+        return Err(format!("it went on with an image whose flush had failed: {before:?}, {last:?}"));
+    }
+    let after = run.get().media.clone();
     for (made, event) in events.iter().map(Some).chain([None]).enumerate() {
         found.cuts += 1;
-        let (model, media_now) = if event.is_some() { (&during, &media) } else { (&run.model, &run.media) };
+        let (model, media_now) = if event.is_some() { (&during, &media) } else { (&run.model, &after) };
         let (booted, refused) = model
             .check(media_now)
             .map_err(|wrong| format!("{wrong}\n after {made} calls of the last of {before:?}, {last:?}"))?;
         (found.booted, found.refused) = (found.booted + booted, found.refused + refused);
         event.iter().for_each(|(disk, event)| media[*disk].take(event));
     }
-    Ok(Some(events.len()))
+    Ok(Some(events.into_iter().map(|(_, event)| event).collect()))
 }
 
 /// Where histories begin: images of all standings, level and not, before and after a takeover.
 fn beginnings() -> Vec<Vec<Act>> {
-    let after =
-        |beginning: &[Act], ops: &[Op]| [beginning, &ops.iter().map(|op| (*op, None)).collect::<Vec<_>>()].concat();
+    let after = |beginning: &[Op], ops: &[Op]| [beginning, ops].concat();
     let all = Op::Apply(u64::MAX);
     let whole = after(&[], &[Op::Sync, Op::Primary(0), Op::Primary(1), Op::Seal, all]);
     let second_behind = after(&whole, &[Op::Primary(1), Op::Seal]);
@@ -420,7 +434,7 @@ fn beginnings() -> Vec<Vec<Act>> {
     let behind = after(&whole, &epochs);
     let uneven = after(&behind, &[Op::Apply(1)]);
     let taken_over = after(&behind, &[Op::Takeover]);
-    vec![
+    let beginnings = vec![
         vec![],
         after(&whole, &[Op::Kill, Op::Boot]),
         after(&uneven, &[Op::Kill]),
@@ -433,20 +447,27 @@ fn beginnings() -> Vec<Vec<Act>> {
         behind,
         uneven,
         taken_over,
-    ]
+    ];
+    beginnings.into_iter().map(|ops| ops.into_iter().map(|op| (op, Fate::Whole)).collect()).collect()
 }
 
-/// Every history of up to `left` more operations.
+/// Every history of up to `left` more operations; in each, one flush at most fails, and nothing of it arrives.
 fn explore(before: &mut Vec<Act>, left: usize, found: &mut Found) -> Result<(), String> {
+    let has_failed = before.iter().any(|(_, fate)| matches!(fate, Fate::FailsAfter(..)));
     for op in OPS {
-        let Some(calls) = run(before, op, found)? else { continue };
-        if left > 1 {
-            for fuse in [None].into_iter().chain((1..calls).map(Some)) {
-                before.push((op, fuse));
-                let explored = explore(before, left - 1, found);
-                before.pop();
-                explored?;
-            }
+        let Some(events) = run(before, (op, Fate::Whole), found)? else { continue };
+        let mut fates = vec![Fate::Whole];
+        for (calls, _) in events.iter().enumerate().filter(|(_, event)| event.is_flush() && !has_failed) {
+            let fate = Fate::FailsAfter(calls, Arrived::Nothing);
+            run(before, (op, fate), found)?;
+            fates.push(fate);
+        }
+        fates.extend((1..events.len()).map(Fate::KilledAfter));
+        for fate in fates.into_iter().filter(|_| left > 1) {
+            before.push((op, fate));
+            let explored = explore(before, left - 1, found);
+            before.pop();
+            explored?;
         }
     }
     Ok(())
@@ -464,8 +485,9 @@ fn explore_all() -> Result<Found, String> {
 fn a_crash_at_any_instant_leaves_one_checkpoint_of_both_or_the_word_that_there_is_none() {
     let found = explore_all().unwrap_or_else(|wrong| panic!("{wrong}"));
     eprintln!("{found:?}");
-    let Found { histories, cuts, booted, refused } = found;
+    let Found { histories, cuts, booted, refused, failed } = found;
     assert!(histories > 20_000 && cuts > 50_000 && booted > 15_000 && refused > 100_000, "{found:?}");
+    assert!(failed > 5_000, "{found:?}");
 }
 
 #[test]

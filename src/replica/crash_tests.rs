@@ -2,16 +2,18 @@
 //!
 //! ```text
 //!  history:  a beginning, then up to three of: sync, write, flush, seal, apply, takeover, stop, boot,
-//!            kill (the page cache stays), power cut (nothing, or everything unflushed arrived), a kill inside an operation
+//!            kill (the page cache stays), power cut (nothing, or everything unflushed arrived), a kill inside an operation,
+//!            a flush of the image, its record or its name that fails (nothing, some or everything arrived), eviction
 //!  cut:      before and after each call to the image and its record
 //!  medium:   of what is unflushed, each byte may have arrived or not; a record may be torn, a new name missing
 //! ```
 //!
 //! The model is whole images: the primary's disk at each checkpoint, and the guest's with what it flushed. Whatever is
 //! left on the medium must be one of them, or say that it needs a resync; and where an operation promised that the
-//! image is whole when it returned, a resync is wrong too.
+//! image is whole when it returned, a resync is wrong too. After a flush of the image failed, its process may neither write
+//! nor flush it again, nor take over on it.
 
-use super::crash_hardware::{Event, Image, Machine, Medium, standing};
+use super::crash_hardware::{Arrived, Event, Fate, Image, Machine, Medium, standing};
 use super::epochs::{Replica, ReplicaConfig, Stage};
 use super::state::{Standing, State};
 use super::take_up::{Taken, take_up_states};
@@ -38,12 +40,14 @@ enum Op {
     /// A guest is booted on the image.
     Boot,
     Kill,
+    /// The page cache forgets what is not to be written.
+    Evict,
     PowerCut {
         everything: bool,
     },
 }
 
-const OPS: [Op; 16] = [
+const OPS: [Op; 17] = [
     Op::Sync,
     Op::Primary(0),
     Op::Primary(1),
@@ -58,16 +62,13 @@ const OPS: [Op; 16] = [
     Op::Stop,
     Op::Boot,
     Op::Kill,
+    Op::Evict,
     Op::PowerCut { everything: false },
     Op::PowerCut { everything: true },
 ];
 
-/// An operation, or one inside which the process is killed after so many calls.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Act {
-    Whole(Op),
-    KilledAfter(usize, Op),
-}
+/// An operation, and what becomes of its calls.
+type Act = (Op, Fate);
 
 /// What must be on the medium right after an operation returned.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -130,7 +131,6 @@ impl Model {
 /// One history as it runs.
 struct Run {
     machine: Machine<1>,
-    medium: Medium,
     model: Model,
     replica: Option<Replica>,
     booted: bool,
@@ -141,33 +141,28 @@ impl Run {
     fn new() -> Self {
         let model = Model { floor: Some(Image::default()), ..Model::default() };
         let machine = Machine::of(0, &Arc::default());
-        Self { machine, medium: Medium::default(), model, replica: None, booted: false, byte: 0 }
+        Self { machine, model, replica: None, booted: false, byte: 0 }
+    }
+
+    fn medium(&self) -> Medium {
+        self.machine.get().media[0].clone()
     }
 
     /// Does one operation. The calls it made; `None` when it makes no sense now.
-    fn act(&mut self, act: Act) -> Option<Vec<Event>> {
-        let (op, fuse) = match act {
-            Act::Whole(op) => (op, None),
-            Act::KilledAfter(calls, op) => (op, Some(calls)),
-        };
+    fn act(&mut self, (op, fate): Act) -> Option<Vec<Event>> {
         if !self.makes_sense(op) {
             return None;
         }
         self.model = self.during(op);
         self.byte += 1;
-        self.machine.get().fuse = fuse;
-        if fuse.is_none() {
-            self.whole(op);
-        } else {
-            let mut model = self.model.clone();
-            self.whole(op);
-            (model.taken, model.settled) = (false, false);
-            self.model = model;
+        self.machine.get().fate = fate;
+        let model = self.model.clone();
+        self.whole(op);
+        if let Fate::KilledAfter(_) = fate {
+            self.model = Model { taken: false, settled: false, ..model };
             self.end();
         }
-        self.machine.get().fuse = None;
         let events: Vec<_> = self.machine.get().log.drain(..).map(|(_, event)| event).collect();
-        events.iter().for_each(|event| self.medium.take(event));
         if let Op::PowerCut { everything } = op {
             self.power_cut(everything);
         }
@@ -180,6 +175,7 @@ impl Run {
             Op::Boot => !self.booted && self.replica.is_none(),
             Op::Guest | Op::GuestFlush => self.booted || self.replica.is_some(),
             Op::Kill => self.booted || self.replica.is_some(),
+            Op::Evict => self.machine.get().failed[0],
             Op::PowerCut { .. } => true,
             _ => self.replica.is_some(),
         }
@@ -205,27 +201,33 @@ impl Run {
     fn end(&mut self) {
         self.replica = None;
         self.booted = false;
-        if self.model.taken && !self.model.settled {
+        // The record of the guest may have arrived, though nobody was told so.
+        if self.model.taken && !self.model.settled && !self.machine.get().any_failed {
             self.model.floor = None;
         }
+        self.machine.get().end_process();
         (self.model.taken, self.model.settled) = (false, false);
     }
 
     fn whole(&mut self, op: Op) {
-        let (byte, visible) = (self.byte, self.machine.get().images[0]);
+        let byte = self.byte;
         let model = &mut self.model;
         match op {
             Op::Kill | Op::PowerCut { .. } => return self.end(),
+            Op::Evict => return self.machine.reread().unwrap(),
             Op::Boot => {
                 let state = State::open(Box::new(self.machine.clone())).unwrap();
-                if take_up_states(&mut [Taken { state, is_new: false }], false).is_ok() {
+                let image = Some(Box::new(self.machine.clone()) as Box<dyn Disk>);
+                if take_up_states(&mut [Taken { state, image }], false).is_ok() {
                     self.booted = true;
-                    model.guest = visible;
+                    model.guest = self.machine.get().images[0];
                     model.checkpoints.clear();
                     model.must = Must::Guest;
                 }
                 return;
             }
+            // As an image's file does it by itself.
+            Op::Guest | Op::GuestFlush if self.booted && self.machine.get().failed[0] => return,
             Op::Guest if self.booted => {
                 if Disk::write(&mut self.machine, 2, &[byte; 2]).is_ok() {
                     model.guest[2..4].fill(byte);
@@ -248,12 +250,14 @@ impl Run {
         });
         let generation = model.generation;
         let stage = replica.stage();
+        // Else it has nothing to do, and promises nothing.
+        let lives = matches!(stage, Stage::Syncing | Stage::Running);
         let calls = machine.get().log.len();
         match op {
             Op::Sync => {
                 if replica.start_sync(generation + 1).is_ok() {
                     model.generation += 1;
-                    model.primary = visible;
+                    model.primary = machine.get().images[0];
                     model.checkpoints.clear();
                     (model.latest, model.floor, model.recorded, model.must) = (None, None, true, Must::Resync);
                 }
@@ -281,7 +285,7 @@ impl Run {
                 }
             }
             Op::Seal => {
-                if replica.seal().is_ok() && matches!(stage, Stage::Syncing | Stage::Running) {
+                if replica.seal().is_ok() && lives {
                     model.checkpoints.insert((generation, replica.status().seals), model.primary);
                     (model.latest, model.guest) = (Some(model.primary), model.primary);
                 }
@@ -292,21 +296,24 @@ impl Run {
                 while bytes == u64::MAX && matches!(applied, Ok(true)) {
                     applied = replica.apply_some(bytes);
                 }
-                if applied.is_ok_and(|more| !more) {
+                if applied.is_ok_and(|more| !more) && (lives || model.taken) {
                     model.must =
                         if model.taken { Must::Guest } else { model.latest.map_or(Must::Resync, Must::Checkpoint) };
                 }
             }
             Op::Takeover => {
+                let taken = model.taken;
                 model.taken |= replica.takeover(generation + 1).is_ok();
-                assert_eq!(machine.get().log.len(), calls, "nor does a takeover");
+                let mut machine = machine.get();
+                assert_eq!(machine.log.len(), calls, "nor does a takeover");
+                machine.went_on |= machine.failed[0] && model.taken && !taken;
             }
             Op::Stop => {
-                if replica.stop().is_ok() && !model.taken {
+                if replica.stop().is_ok() && lives && !model.taken {
                     model.must = model.latest.map_or(Must::Resync, Must::Checkpoint);
                 }
             }
-            Op::Boot | Op::Kill | Op::PowerCut { .. } => unreachable!("done above"),
+            Op::Boot | Op::Kill | Op::Evict | Op::PowerCut { .. } => unreachable!("done above"),
         }
         if model.taken && !model.settled && replica.status().standing == Standing::Guest {
             model.settled = true;
@@ -316,14 +323,14 @@ impl Run {
     }
 
     fn power_cut(&mut self, everything: bool) {
-        self.medium = self.medium.cut(everything);
-        let record = self.medium.record();
+        let mut hardware = self.machine.get();
+        let medium = hardware.media[0].cut(everything);
+        let record = medium.record();
         match standing(record.clone()) {
-            Standing::Guest | Standing::NoRecord => self.model.flushed(self.medium.image),
+            Standing::Guest | Standing::NoRecord => self.model.flushed(medium.image),
             Standing::Checkpoint { .. } | Standing::Resync(_) => self.model.floor = None,
         }
-        let mut hardware = self.machine.get();
-        (hardware.images[0], hardware.records[0]) = (self.medium.image, record);
+        (hardware.images[0], hardware.records[0], hardware.media[0]) = (medium.image, record, medium);
     }
 }
 
@@ -335,32 +342,39 @@ struct Found {
     checkpoints: u64,
     guests: u64,
     resyncs: u64,
+    failed: u64,
 }
 
 /// Runs a history, and cuts its last operation everywhere. The calls of that one; `None` when it makes no sense.
-fn run(before: &[Act], last: Op, found: &mut Found) -> Result<Option<usize>, String> {
+fn run(before: &[Act], last: Act, found: &mut Found) -> Result<Option<Vec<Event>>, String> {
     let mut run = Run::new();
     for act in before {
         if run.act(*act).is_none() {
             return Ok(None);
         }
     }
-    let mut medium = run.medium.clone();
-    let during = run.during(last);
-    let Some(events) = run.act(Act::Whole(last)) else { return Ok(None) };
+    let mut medium = run.medium();
+    let during = run.during(last.0);
+    let Some(events) = run.act(last) else { return Ok(None) };
     found.histories += 1;
+    found.failed += u64::from(matches!(last.1, Fate::FailsAfter(..)));
+    let told = |wrong: String, made| {
+        let mut text = format!("{wrong}\n after {made} calls of the last of");
+        before.iter().chain([&last]).for_each(|act| _ = write!(text, "\n  {act:?}"));
+        text
+    };
+    if run.machine.get().went_on {
+        return Err(told("it went on with an image whose flush had failed".into(), events.len()));
+    }
+    let after = run.medium();
     for (made, event) in events.iter().map(Some).chain([None]).enumerate() {
         found.cuts += 1;
         let model = if event.is_some() { &during } else { &run.model };
-        let media = if event.is_some() { &medium } else { &run.medium };
+        let media = if event.is_some() { &medium } else { &after };
         for image in media.images() {
             for record in media.records() {
                 found.media += 1;
-                let standing = model.check(image, record).map_err(|wrong| {
-                    let mut text = format!("{wrong}\n after {made} calls of the last of");
-                    before.iter().chain([&Act::Whole(last)]).for_each(|act| _ = write!(text, "\n  {act:?}"));
-                    text
-                })?;
+                let standing = model.check(image, record).map_err(|wrong| told(wrong, made))?;
                 match standing {
                     Standing::Checkpoint { .. } => found.checkpoints += 1,
                     Standing::Guest | Standing::NoRecord => found.guests += 1,
@@ -370,19 +384,17 @@ fn run(before: &[Act], last: Op, found: &mut Found) -> Result<Option<usize>, Str
         }
         event.iter().for_each(|event| medium.take(event));
     }
-    Ok(Some(events.len()))
+    Ok(Some(events))
 }
 
-const WHOLE: [Act; 4] =
-    [Act::Whole(Op::Sync), Act::Whole(Op::Primary(0)), Act::Whole(Op::Seal), Act::Whole(Op::Apply(u64::MAX))];
+const WHOLE: [Op; 4] = [Op::Sync, Op::Primary(0), Op::Seal, Op::Apply(u64::MAX)];
 
 /// Where histories begin: a new image, and lives that three operations alone do not reach.
 fn beginnings() -> Vec<Vec<Act>> {
-    let after =
-        |beginning: &[Act], ops: &[Op]| [beginning, &ops.iter().map(|op| Act::Whole(*op)).collect::<Vec<_>>()].concat();
+    let after = |beginning: &[Op], ops: &[Op]| [beginning, ops].concat();
     let behind = after(&WHOLE, &[Op::Primary(1), Op::Seal, Op::Primary(0), Op::Seal, Op::Guest]);
     let taken_over = after(&behind, &[Op::Takeover]);
-    vec![
+    let beginnings = vec![
         vec![],
         WHOLE.to_vec(),
         after(&[], &[Op::Sync, Op::Primary(0), Op::Kill, Op::Sync]),
@@ -391,20 +403,39 @@ fn beginnings() -> Vec<Vec<Act>> {
         after(&taken_over, &[Op::Apply(u64::MAX)]),
         after(&WHOLE, &[Op::Kill, Op::Boot]),
         taken_over,
-    ]
+    ];
+    let whole = |ops: Vec<Op>| ops.into_iter().map(|op| (op, Fate::Whole)).collect::<Vec<_>>();
+    // An image that another process failed to flush, copied anew; and one that a guest did, before it boots again.
+    let lost = Fate::FailsAfter(0, Arrived::Nothing);
+    let copied =
+        [whole(vec![Op::Sync, Op::Primary(0)]), vec![(Op::PrimaryFlush, lost)], whole(vec![Op::Kill, Op::Sync])];
+    let guest = [
+        whole(after(&WHOLE, &[Op::Kill, Op::Boot, Op::Guest])),
+        vec![(Op::GuestFlush, lost)],
+        whole(vec![Op::Kill, Op::Boot]),
+    ];
+    beginnings.into_iter().map(whole).chain([copied.concat(), guest.concat()]).collect()
 }
 
-/// Every history of up to `left` more operations.
+/// Every history of up to `left` more operations; in each, one flush at most fails.
 fn explore(before: &mut Vec<Act>, left: usize, found: &mut Found) -> Result<(), String> {
+    let has_failed = before.iter().any(|(_, fate)| matches!(fate, Fate::FailsAfter(..)));
     for op in OPS {
-        let Some(calls) = run(before, op, found)? else { continue };
-        if left > 1 {
-            for act in [Act::Whole(op)].into_iter().chain((1..calls).map(|calls| Act::KilledAfter(calls, op))) {
-                before.push(act);
-                let explored = explore(before, left - 1, found);
-                before.pop();
-                explored?;
+        let Some(events) = run(before, (op, Fate::Whole), found)? else { continue };
+        let mut fates = vec![Fate::Whole];
+        for (calls, event) in events.iter().enumerate() {
+            for arrived in Arrived::ALL.into_iter().filter(|_| event.is_flush() && !has_failed) {
+                let fate = Fate::FailsAfter(calls, arrived);
+                run(before, (op, fate), found)?;
+                fates.push(fate);
             }
+        }
+        fates.extend((1..events.len()).map(Fate::KilledAfter));
+        for fate in fates.into_iter().filter(|_| left > 1) {
+            before.push((op, fate));
+            let explored = explore(before, left - 1, found);
+            before.pop();
+            explored?;
         }
     }
     Ok(())
@@ -421,10 +452,11 @@ fn explore_all() -> Result<Found, String> {
 #[test]
 fn a_crash_at_any_instant_leaves_a_checkpoint_or_the_word_that_there_is_none() {
     let found = explore_all().unwrap_or_else(|wrong| panic!("{wrong}"));
-    let Found { histories, cuts, media, checkpoints, guests, resyncs } = found;
+    let Found { histories, cuts, media, checkpoints, guests, resyncs, failed } = found;
     eprintln!("{found:?}");
     assert!(histories > 15_000 && cuts > 20_000 && media > 80_000, "{found:?}");
     assert!(checkpoints > 5_000 && guests > 5_000 && resyncs > 50_000, "{found:?}");
+    assert!(failed > 5_000, "{found:?}");
 }
 
 #[test]

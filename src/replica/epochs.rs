@@ -188,6 +188,12 @@ impl Replica {
         self.base.own_standing()
     }
 
+    /// Whether a flush of the image has failed: it does not hold what was written to it, and nobody can take over on it.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.base.check_lost().is_err()
+    }
+
     /// Where it stands.
     #[must_use]
     pub fn stage(&self) -> Stage {
@@ -224,7 +230,7 @@ impl Replica {
         if generation < self.generation {
             return Err(ReplicaError::StaleGeneration { theirs: generation, ours: self.generation });
         }
-        Ok(())
+        Ok(self.base.check_lost()?)
     }
 
     /// A write of the primary: into the base during the initial copy, into pending after it.
@@ -258,6 +264,11 @@ impl Replica {
             _ => content.write_to(&mut self.base, offset),
         };
         self.latch("a write of the primary", result)
+    }
+
+    /// Whether writes of the primary go into memory.
+    pub(super) fn takes_in_memory(&self) -> bool {
+        self.stage == Stage::Running && self.budget.has_memory()
     }
 
     /// A read of the primary: its own latest writes.
@@ -327,7 +338,7 @@ impl Replica {
     pub fn guest_flush(&mut self) -> Result<(), DiskError> {
         self.check_guest()?;
         if self.stage == Stage::Running {
-            return Ok(());
+            return self.base.check_lost();
         }
         self.apply_some(FLUSH_STEP_BYTES)?;
         if !self.sealed.is_empty() {
@@ -386,7 +397,7 @@ impl Replica {
 
     /// Guest B carries on from the last checkpoint and its own writes; the primary's since then are dropped and
     /// its generation is over. Copies nothing; the layers are merged by [`Self::apply_some`]. Does nothing when
-    /// the guest was already taken over; refused before the first checkpoint.
+    /// the guest was already taken over; refused before the first checkpoint, and on an image whose flush failed.
     pub fn takeover(&mut self, new_generation: u64) -> Result<(), ReplicaError> {
         self.check_takeover(new_generation)?;
         if self.taken_over {
@@ -405,7 +416,8 @@ impl Replica {
     pub(super) fn check_takeover(&self, new_generation: u64) -> Result<(), ReplicaError> {
         match self.stage {
             _ if self.taken_over => Ok(()),
-            Stage::Running if new_generation > self.generation => Ok(()),
+            // The layers above it cannot make up for what it has lost.
+            Stage::Running if new_generation > self.generation => Ok(self.base.check_lost()?),
             Stage::Running => Err(ReplicaError::StaleGeneration { theirs: new_generation, ours: self.generation }),
             stage => Err(ReplicaError::Stage { step: "takeover", stage }),
         }

@@ -112,6 +112,17 @@ impl Budget {
         self.memory_bytes.load(Relaxed)
     }
 
+    /// Whether the next extents are likely to find room in memory.
+    #[must_use]
+    pub fn has_memory(&self) -> bool {
+        self.memory_bytes() + MAX_EXTENT_BYTES as u64 <= self.data_limit_bytes()
+    }
+
+    /// A part is kept for the index of what is spilled.
+    fn data_limit_bytes(&self) -> u64 {
+        self.memory_limit_bytes - self.memory_limit_bytes / 4
+    }
+
     /// Spill files' contents, in bytes.
     #[must_use]
     pub fn spill_bytes(&self) -> u64 {
@@ -469,7 +480,7 @@ impl Overlay {
     fn place(&mut self, bytes: &[u8]) -> Result<Extent, DiskError> {
         let limit_bytes = self.budget.memory_limit_bytes;
         let len = bytes.len();
-        if self.take(limit_bytes - limit_bytes / 4, EXTENT_COST_BYTES + len as u64) {
+        if self.take(self.budget.data_limit_bytes(), EXTENT_COST_BYTES + len as u64) {
             return Ok(Extent { len, place: Place::Memory(bytes.into()) });
         }
         if !self.take(limit_bytes, EXTENT_COST_BYTES) {

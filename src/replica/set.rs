@@ -279,6 +279,12 @@ impl Replicas {
         self.0.iter().any(|replica| lock(replica).status().broken)
     }
 
+    /// Whether one of them has lost what was written to it, and with it the guest that would take over.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.0.iter().any(|replica| lock(replica).is_lost())
+    }
+
     /// Where each stands.
     #[must_use]
     pub fn status(&self) -> Vec<ReplicaStatus> {

@@ -12,7 +12,7 @@
 //! changed, and yet it is refused, because a restored copy of an old image would look the same.
 
 use super::state::{FileState, Place, Standing, State, Why, path};
-use crate::disk::DiskError;
+use crate::disk::{Disk, DiskError, FileDisk};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -66,8 +66,9 @@ pub enum StateError {
 pub fn take_up(images: &[PathBuf], runs: bool) -> Result<(), StateError> {
     let open = |image: &PathBuf| {
         // A record without its image is about one that was removed.
-        let is_new = !image.exists();
-        Ok(Taken { state: State::open(Box::new(FileState::of(image)))?, is_new })
+        let disk =
+            if image.exists() { Some(Box::new(FileDisk::open_read_only(image)?) as Box<dyn Disk>) } else { None };
+        Ok(Taken { state: State::open(Box::new(FileState::of(image)))?, image: disk })
     };
     let mut taken = images.iter().map(open).collect::<Result<Vec<_>, DiskError>>()?;
     take_up_states(&mut taken, runs).map_err(|(at, refused)| {
@@ -125,20 +126,22 @@ pub(super) enum Refused {
 /// An image that is to be taken up.
 pub(super) struct Taken {
     pub(super) state: State,
-    /// There is no image yet, whatever the record says.
-    pub(super) is_new: bool,
+    /// `None` while there is no image yet, whatever the record says.
+    pub(super) image: Option<Box<dyn Disk>>,
 }
 
 impl Taken {
     fn standing(&self) -> Standing {
-        if self.is_new { Standing::NoRecord } else { self.state.standing() }
+        if self.image.is_none() { Standing::NoRecord } else { self.state.standing() }
     }
 }
 
 /// All of them, or the first that stands in the way, by its index.
 pub(super) fn take_up_states(taken: &mut [Taken], runs: bool) -> Result<(), (usize, Refused)> {
     judge(taken, runs)?;
-    for (at, Taken { state, .. }) in taken.iter_mut().enumerate() {
+    for (at, Taken { state, image }) in taken.iter_mut().enumerate() {
+        // A guest builds on what it reads: that must be what is there.
+        image.as_mut().map_or(Ok(()), |image| image.reread()).map_err(|error| (at, Refused::Disk(error)))?;
         if state.standing() != Standing::NoRecord {
             state.belong(None);
             state.record(Standing::Guest).map_err(|error| (at, Refused::Disk(error)))?;

@@ -152,26 +152,30 @@ fn lost(why: String) -> DiskError {
 async fn forward(mirror: MirrorHandle, remote: Remote) {
     let (mut under_way, mut waiting) = (HashMap::new(), None);
     loop {
-        while let Some(copy) = waiting.take().or_else(|| lock(&mirror.0).poll_forward()) {
-            let request = match &copy.payload {
-                Payload::Data(data) => Request::write(copy.offset, data.clone()),
-                &Payload::Zeroes { len_bytes, keep_allocated } => {
-                    Request::write_zeroes(copy.offset, len_bytes, keep_allocated)
-                }
-            };
-            match remote.submit(request) {
-                Ok(cookie) => _ = under_way.insert(cookie, copy.seq),
-                Err(_) => {
-                    waiting = Some(copy);
-                    break;
+        remote.submit_all(|submit| {
+            while let Some(copy) = waiting.take().or_else(|| lock(&mirror.0).poll_forward()) {
+                let request = match &copy.payload {
+                    Payload::Data(data) => Request::write(copy.offset, data.clone()),
+                    &Payload::Zeroes { len_bytes, keep_allocated } => {
+                        Request::write_zeroes(copy.offset, len_bytes, keep_allocated)
+                    }
+                };
+                match submit(request) {
+                    Ok(cookie) => _ = under_way.insert(cookie, copy.seq),
+                    Err(_) => {
+                        waiting = Some(copy);
+                        break;
+                    }
                 }
             }
-        }
-        match tokio::time::timeout(IDLE, remote.completion()).await {
-            Ok(Ok(completion)) => {
-                let Some(seq) = under_way.remove(&completion.cookie) else { continue };
-                let result = completion.result.map(drop).map_err(|error| lost(format!("{error:?}")));
-                lock(&mirror.0).handle_acked(seq, result);
+        });
+        match tokio::time::timeout(IDLE, remote.completions()).await {
+            Ok(Ok(completions)) => {
+                let mut mirror = lock(&mirror.0);
+                for completion in completions {
+                    let Some(seq) = under_way.remove(&completion.cookie) else { continue };
+                    mirror.handle_acked(seq, completion.result.map(drop).map_err(|error| lost(format!("{error:?}"))));
+                }
             }
             Ok(Err(error)) => {
                 return lock(&mirror.0).fail(&lost(error.to_string()));

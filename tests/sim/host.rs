@@ -473,7 +473,7 @@ impl World {
                 self.strike_if_due();
             }
             (Role::Primary(side), Input::DiskAck(disk, seq, result)) => {
-                side.handle_disk_acked(now, disk, seq, result);
+                side.handle_disk_acked(now, disk, vec![(seq, result)]);
                 self.flush(host);
                 self.step(Step::DiskAckGot);
                 self.strike_if_due();

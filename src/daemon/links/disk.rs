@@ -50,19 +50,13 @@ pub struct DiskWrite {
     pub payload: Payload,
 }
 
-/// The answer to a disk write: which disk, which write, what came of it.
-pub type DiskAnswer = (usize, u64, Result<(), DiskError>);
+/// The answers to writes of a disk: which disk, and for each which write, and what came of it.
+pub type DiskAnswers = (usize, Vec<(u64, Result<(), DiskError>)>);
 
 /// Where the answers of one disk go.
 pub(super) struct Acks {
     pub(super) disk: usize,
-    pub(super) to: mpsc::Sender<DiskAnswer>,
-}
-
-impl Acks {
-    async fn send(&self, seq: u64, result: Result<(), DiskError>) -> Result<(), mpsc::error::SendError<DiskAnswer>> {
-        self.to.send((self.disk, seq, result)).await
-    }
+    pub(super) to: mpsc::Sender<DiskAnswers>,
 }
 
 /// What is counted of a disk's link.
@@ -80,14 +74,16 @@ pub(in crate::daemon) fn refused(why: impl std::fmt::Display) -> DiskError {
 }
 
 /// Zeroes go as such, and as any bytes to a server that knows no better.
-pub(in crate::daemon) fn submit(remote: &Remote, offset: u64, payload: &Payload) -> Result<u64, SubmitError> {
+pub(in crate::daemon) fn submit(
+    offset: u64,
+    payload: &Payload,
+    to: &mut dyn FnMut(Request) -> Result<u64, SubmitError>,
+) -> Result<u64, SubmitError> {
     match payload {
-        Payload::Data(data) => remote.submit(Request::write(offset, data.clone())),
+        Payload::Data(data) => to(Request::write(offset, data.clone())),
         &Payload::Zeroes { len_bytes, keep_allocated } => {
-            match remote.submit(Request::write_zeroes(offset, len_bytes, keep_allocated)) {
-                Err(SubmitError::Unsupported) => {
-                    remote.submit(Request::write(offset, vec![0; len_bytes as usize].into()))
-                }
+            match to(Request::write_zeroes(offset, len_bytes, keep_allocated)) {
+                Err(SubmitError::Unsupported) => to(Request::write(offset, vec![0; len_bytes as usize].into())),
                 submitted => submitted,
             }
         }
@@ -110,25 +106,34 @@ pub(super) async fn forward(
     let mut waiting: Option<(usize, DiskWrite)> = None;
     let (mut lost, mut is_down) = (0, false);
     loop {
-        while let Some((bytes, write)) = waiting.take().or_else(|| outgoing.try_recv()) {
-            match submit(&remote, write.offset, &write.payload) {
-                Ok(cookie) => _ = under_way.insert(cookie, (write.seq, bytes)),
-                Err(SubmitError::Full) => {
-                    waiting = Some((bytes, write));
-                    break;
-                }
-                Err(error) => {
-                    let _ = acks.send(write.seq, Err(refused(error))).await;
-                    outgoing.written(bytes);
+        let mut answers = Vec::new();
+        remote.submit_all(|to| {
+            while let Some((bytes, write)) = waiting.take().or_else(|| outgoing.try_recv()) {
+                match submit(write.offset, &write.payload, to) {
+                    Ok(cookie) => _ = under_way.insert(cookie, (write.seq, bytes)),
+                    Err(SubmitError::Full) => {
+                        waiting = Some((bytes, write));
+                        break;
+                    }
+                    Err(error) => {
+                        answers.push((write.seq, Err(refused(error))));
+                        outgoing.written(bytes);
+                    }
                 }
             }
+        });
+        if !answers.is_empty() && acks.to.send((acks.disk, answers)).await.is_err() {
+            return Ok(());
         }
         tokio::select! {
-            completion = remote.completion() => {
-                let completion = completion.map_err(io::Error::other)?;
-                let Some((seq, bytes)) = under_way.remove(&completion.cookie) else { continue };
-                outgoing.written(bytes);
-                if acks.send(seq, completion.result.map(drop).map_err(refused)).await.is_err() {
+            completions = remote.completions() => {
+                let mut answers = Vec::new();
+                for completion in completions.map_err(io::Error::other)? {
+                    let Some((seq, bytes)) = under_way.remove(&completion.cookie) else { continue };
+                    outgoing.written(bytes);
+                    answers.push((seq, completion.result.map(drop).map_err(refused)));
+                }
+                if acks.to.send((acks.disk, answers)).await.is_err() {
                     return Ok(());
                 }
             }

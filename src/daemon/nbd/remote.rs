@@ -8,7 +8,9 @@
 //!                  └ driver: dials, closes, and watches the clock
 //! ```
 //!
-//! The session is behind a lock that nobody holds while waiting. A connection reads and writes at the same time: one
+//! The session is behind a lock that nobody holds while waiting. To take it and to wake somebody costs as much as to send
+//! 4 KiB: so many requests are submitted at once, and many completions taken, and only those are woken whom it concerns.
+//! A connection reads and writes at the same time: one
 //! that only wrote would wait for a server that waits for its replies to be read.
 
 use crate::clock::Instant;
@@ -70,8 +72,10 @@ pub struct Remote {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// For the caller, and for connections that have nothing to send.
+    /// For the caller.
     changed: Notify,
+    /// For connections that have nothing to send.
+    sendable: Notify,
     /// For the driver.
     stirred: Notify,
     sent_bytes: Arc<AtomicU64>,
@@ -88,6 +92,13 @@ struct State {
 impl Shared {
     /// Does something with the session, and tells whoever that concerns.
     fn with<T>(&self, what: impl FnOnce(&mut Session, Instant) -> T) -> T {
+        let result = self.ask(what);
+        self.changed.notify_waiters();
+        result
+    }
+
+    /// [`Self::with`], for the caller: it knows.
+    fn ask<T>(&self, what: impl FnOnce(&mut Session, Instant) -> T) -> T {
         let mut state = lock(&self.state);
         let result = what(&mut state.session, engine_clock());
         while let Some(action) = state.session.poll_action() {
@@ -98,16 +109,23 @@ impl Shared {
         if earlier || !state.actions.is_empty() {
             self.stirred.notify_one();
         }
+        let sends = state.session.has_output() || state.session.failed().is_some();
         drop(state);
-        self.changed.notify_waiters();
+        if sends {
+            self.sendable.notify_waiters();
+        }
         result
     }
 
     /// Waits until `look` finds something.
-    async fn wait<T>(&self, mut look: impl FnMut(&mut Session) -> Option<T>) -> T {
+    async fn wait<T>(&self, look: impl FnMut(&mut Session) -> Option<T>) -> T {
+        self.wait_for(&self.changed, look).await
+    }
+
+    async fn wait_for<T>(&self, changed: &Notify, mut look: impl FnMut(&mut Session) -> Option<T>) -> T {
         loop {
             // Before the look, so that no change falls in between.
-            let mut changed = pin!(self.changed.notified());
+            let mut changed = pin!(changed.notified());
             changed.as_mut().enable();
             if let Some(found) = look(&mut lock(&self.state).session) {
                 return found;
@@ -123,7 +141,8 @@ impl Remote {
     #[must_use]
     pub fn open(session: Session, connect: Connect, sent_bytes: Arc<AtomicU64>) -> Self {
         let state = Mutex::new(State { session, wakes_at: None, actions: Vec::new() });
-        let shared = Arc::new(Shared { state, changed: Notify::new(), stirred: Notify::new(), sent_bytes });
+        let (changed, sendable, stirred) = Default::default();
+        let shared = Arc::new(Shared { state, changed, sendable, stirred, sent_bytes });
         Self { driver: tokio::spawn(drive(shared.clone(), connect)), shared }
     }
 
@@ -135,7 +154,12 @@ impl Remote {
 
     /// [`Session::submit`]. What is [`SubmitError::Full`] may be tried again after the next completion.
     pub fn submit(&self, request: Request) -> Result<u64, SubmitError> {
-        self.shared.with(|session, now| session.submit(request, now))
+        self.submit_all(|submit| submit(request))
+    }
+
+    /// Submits as many as `what` does.
+    pub fn submit_all<T>(&self, what: impl FnOnce(&mut dyn FnMut(Request) -> Result<u64, SubmitError>) -> T) -> T {
+        self.shared.ask(|session, now| what(&mut |request| session.submit(request, now)))
     }
 
     /// The next completion, or why there will be none any more. Nothing is lost when it is not waited for to the end.
@@ -143,6 +167,18 @@ impl Remote {
         let look = |session: &mut Session| match session.poll_completion() {
             Some(completion) => Some(Ok(completion)),
             None => session.failed().cloned().map(Err),
+        };
+        self.shared.wait(look).await
+    }
+
+    /// As [`Self::completion`], and every further one that is there.
+    pub async fn completions(&self) -> Result<Vec<Completion>, SessionError> {
+        let look = |session: &mut Session| {
+            let completions: Vec<_> = std::iter::from_fn(|| session.poll_completion()).collect();
+            match session.failed() {
+                _ if !completions.is_empty() => Some(Ok(completions)),
+                failed => failed.cloned().map(Err),
+            }
         };
         self.shared.wait(look).await
     }
@@ -266,7 +302,7 @@ async fn send(shared: &Shared, id: u64, mut write: WriteHalf<Link>) -> io::Resul
             }
             (large.is_some() || !buffer.is_empty() || session.failed().is_some()).then_some(large)
         };
-        let large = shared.wait(look).await.unwrap_or_default();
+        let large = shared.wait_for(&shared.sendable, look).await.unwrap_or_default();
         if buffer.is_empty() && large.is_empty() {
             return Ok(());
         }

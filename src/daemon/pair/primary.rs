@@ -299,12 +299,14 @@ impl PrimarySide {
         self.pump(now);
     }
 
-    /// The secondary's answer to a write of a disk.
-    pub fn handle_disk_acked(&mut self, now: Instant, disk: usize, seq: u64, result: Result<(), DiskError>) {
-        let failed = result.as_ref().err().map(ToString::to_string);
-        self.mirrors.handle_acked(disk, seq, result);
-        if let Some(why) = failed {
-            self.machine.handle_loss(now, Loss::Local(format!("disk write to the secondary: disk{disk}: {why}")));
+    /// The secondary's answers to writes of a disk.
+    pub fn handle_disk_acked(&mut self, now: Instant, disk: usize, answers: Vec<(u64, Result<(), DiskError>)>) {
+        for (seq, result) in answers {
+            let failed = result.as_ref().err().map(ToString::to_string);
+            self.mirrors.handle_acked(disk, seq, result);
+            if let Some(why) = failed {
+                self.machine.handle_loss(now, Loss::Local(format!("disk write to the secondary: disk{disk}: {why}")));
+            }
         }
         self.machine.handle_progress(now);
         self.pump(now);

@@ -39,8 +39,7 @@ const INBOUND_MAX_BYTES: usize = 16 << 20;
 /// How long sealed disk epochs may wait before they are written to the base disk: long enough that their one flush,
 /// for which guest and engine wait, is rare.
 const DISK_APPLY_DELAY: Duration = Duration::from_millis(250);
-/// How long a side whose replica takes no more writes lets the primary ask the arbiter first. The primary has most
-/// likely hung up for just that, and is well.
+/// How long a side whose replica takes no more writes lets the primary ask the arbiter first: it most likely is well.
 const GIVE_WAY: Duration = Duration::from_millis(500);
 /// Bytes of sealed epochs written to the base disk in one slice of [`SecondarySide::work`].
 const DISK_APPLY_SLICE_BYTES: u64 = 1 << 20;
@@ -392,8 +391,7 @@ impl SecondarySide {
         if !self.wants_work(now) {
             return false;
         }
-        let applied = self.replicas.apply_some(DISK_APPLY_SLICE_BYTES);
-        match applied {
+        match self.replicas.apply_some(DISK_APPLY_SLICE_BYTES) {
             Ok(true) => return true,
             Ok(false) => self.disk_due = None,
             Err(error) => {
@@ -401,6 +399,10 @@ impl SecondarySide {
                 if self.error.is_none() {
                     tracing::error!(%error, "the replica cannot be written");
                     self.error = Some(error.to_string());
+                }
+                if self.replicas.is_lost() {
+                    self.machine.handle_disk_lost(error.to_string());
+                    self.pump(now);
                 }
             }
         }

@@ -117,7 +117,7 @@ impl Pair {
                 Some(late) if disk == 1 => late.push(PrimaryEffect::DiskWrite { disk, seq, offset, payload }),
                 _ => {
                     let mut view = b.replicas().primary_views(1).nth(disk).unwrap();
-                    a.handle_disk_acked(at(ms), disk, seq, payload.content().write_to(&mut view, offset));
+                    a.handle_disk_acked(at(ms), disk, vec![(seq, payload.content().write_to(&mut view, offset))]);
                 }
             },
             _ => {}
@@ -182,7 +182,7 @@ fn a_primary_that_dies_before_a_disks_write_arrived_takes_all_disks_back() {
 #[test]
 fn a_disk_that_cannot_be_sealed_keeps_the_others_from_it() {
     let fails = Arc::new(AtomicBool::new(false));
-    let second = Failing(MemoryDisk::new(DISK_BYTES), fails.clone());
+    let second = Failing { disk: MemoryDisk::new(DISK_BYTES), writes: fails.clone(), flushes: Arc::default() };
     let mut pair = Pair::new(vec![Box::new(MemoryDisk::new(DISK_BYTES)), Box::new(second)]);
     pair.write_and_checkpoint(100, 1);
     fails.store(true, Ordering::Relaxed);
@@ -196,23 +196,47 @@ fn a_disk_that_cannot_be_sealed_keeps_the_others_from_it() {
     assert!(!pair.b.took_over());
 }
 
-/// A disk that takes no writes while it is told to fail.
-struct Failing(MemoryDisk, Arc<AtomicBool>);
+#[test]
+fn a_disk_whose_flush_failed_is_nobodys_to_take_over() {
+    let fails = Arc::new(AtomicBool::new(false));
+    let second = Failing { disk: MemoryDisk::new(DISK_BYTES), writes: Arc::default(), flushes: fails.clone() };
+    let mut pair = Pair::new(vec![Box::new(MemoryDisk::new(DISK_BYTES)), Box::new(second)]);
+    pair.write_and_checkpoint(100, 1);
+    fails.store(true, Ordering::Relaxed);
+    while pair.b.work(at(1000)) {}
+    // The primary has the guest: it need not wait for the next checkpoint to learn it.
+    assert_eq!(pair.b.machine().state(), secondary::State::Exited(Exit::Failed));
+    assert!(pair.b.error().is_some_and(|error| error.starts_with("disk1: ")), "{:?}", pair.b.error());
+    fails.store(false, Ordering::Relaxed);
+    pair.b.handle_loss(at(2000), Loss::Requested);
+    assert!(!pair.b.took_over());
+    assert!(pair.b.replicas().takeover(9).is_err());
+}
+
+/// A disk that takes no writes, or flushes, while it is told to fail.
+struct Failing {
+    disk: MemoryDisk,
+    writes: Arc<AtomicBool>,
+    flushes: Arc<AtomicBool>,
+}
 
 impl Disk for Failing {
     fn size_bytes(&self) -> u64 {
-        self.0.size_bytes()
+        self.disk.size_bytes()
     }
     fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
-        self.0.read(offset, into)
+        self.disk.read(offset, into)
     }
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        if self.1.load(Ordering::Relaxed) {
+        if self.writes.load(Ordering::Relaxed) {
             return Err(DiskError::NoSpace { what: "the second disk".into() });
         }
-        self.0.write(offset, bytes)
+        self.disk.write(offset, bytes)
     }
     fn flush(&mut self) -> Result<(), DiskError> {
+        if self.flushes.load(Ordering::Relaxed) {
+            return Err(DiskError::io("the second disk", std::io::Error::other("a medium failed")));
+        }
         Ok(())
     }
 }

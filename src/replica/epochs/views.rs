@@ -120,6 +120,10 @@ impl Disk for PrimaryView {
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         lock(&self.replica).primary_write(self.generation, offset, bytes)
     }
+    /// Unless somebody writes to the image now, or what comes goes to a spill file.
+    fn writes_in_memory(&self) -> bool {
+        self.replica.try_lock().is_ok_and(|replica| replica.takes_in_memory())
+    }
     fn flush(&mut self) -> Result<(), DiskError> {
         lock(&self.replica).primary_flush(self.generation)
     }

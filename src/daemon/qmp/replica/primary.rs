@@ -333,7 +333,7 @@ async fn carry(source: Source, link: Arc<Link>, failed: impl FnOnce(&str)) {
         while let Some(Forward { seq, epoch, offset, payload }) =
             waiting.take().or_else(|| source.mirror().poll_forward())
         {
-            match submit(&link.remote, offset, &payload) {
+            match link.remote.submit_all(|to| submit(offset, &payload, to)) {
                 Ok(cookie) => _ = under_way.insert(cookie, seq),
                 Err(crate::nbd::client::SubmitError::Full) => {
                     waiting = Some(Forward { seq, epoch, offset, payload });

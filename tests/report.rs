@@ -239,7 +239,8 @@ async fn the_longest_logs_give_a_page_as_small_as_any() {
     let change = |number: u64| {
         line(number, "a", [r#""event":"degraded","reason":"x""#, r#""event":"resumed""#][(number % 2) as usize])
     };
-    let kinds: [(&str, u64, &dyn Fn(u64) -> String); 4] = [
+    type Line<'a> = &'a dyn Fn(u64) -> String;
+    let kinds: [(&str, u64, Line); 4] = [
         ("a.events.1", 1, &checkpoint),
         ("a.events", 60_000, &change),
         ("b.events.1", 1, &loaded),

@@ -480,7 +480,7 @@ mod tests {
 
     fn at(orders: &[&Order], wanted: &str) -> usize {
         let is_it = |order: &&Order| format!("{} {}", order.command, order.arguments).contains(wanted);
-        orders.iter().position(|order| is_it(order)).unwrap_or_else(|| panic!("no {wanted} in {orders:?}"))
+        orders.iter().position(is_it).unwrap_or_else(|| panic!("no {wanted} in {orders:?}"))
     }
 
     #[test]

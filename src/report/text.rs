@@ -56,8 +56,8 @@ pub fn duration(us: u64) -> String {
     let s = us / 1_000_000;
     match us {
         0..1_000 => format!("{us} µs"),
-        ..1_000_000 => format!("{} ms", short(us as f64 / 1e3)),
-        ..120_000_000 => format!("{} s", short(us as f64 / 1e6)),
+        1_000..1_000_000 => format!("{} ms", short(us as f64 / 1e3)),
+        1_000_000..120_000_000 => format!("{} s", short(us as f64 / 1e6)),
         _ if s < 7200 => format!("{} min {} s", s / 60, s % 60),
         _ if s < 172_800 => format!("{} h {} min", s / 3600, s / 60 % 60),
         _ => format!("{} d {} h", s / 86_400, s / 3600 % 24),

@@ -301,7 +301,14 @@ async fn qemus_own_server_is_killed_and_comes_back() {
         let drive = format!("if=none,id={EXPORT},format=raw,file={}", image.display());
         command.args(["-drive", &drive, "-qmp", &format!("unix:{},server=on,wait=off", qmp.display())]);
         let process = Listening::start(&mut command, &qmp);
-        let mut monitor = Monitor::connect(&qmp, PATIENCE).unwrap();
+        // Between its bind and its listen it refuses.
+        let begun = Instant::now();
+        let mut monitor = loop {
+            match Monitor::connect(&qmp, PATIENCE) {
+                Err(_) if begun.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(20)),
+                other => break other.unwrap(),
+            }
+        };
         monitor.execute("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": socket}}})).unwrap();
         // Whoever dials in between is refused, and tries again.
         std::thread::sleep(Duration::from_millis(20));

@@ -8,7 +8,7 @@
 //! The commands are those for a QEMU, by libxl's line and by `blockdev-add`; data is compared byte for byte.
 
 use crate::common::conversation::Conversation;
-use crate::common::qemu::difference;
+use crate::common::qemu::{difference, monitor};
 use crate::common::{Listening, PATIENCE, XL_COLO, installed, run, until};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -81,7 +81,7 @@ impl Lab {
     async fn start(&self, name: &str, mut command: Command) -> Side {
         let socket = self.at(name);
         let process = Listening::start(&mut command, &socket);
-        Side { process, monitor: Monitor::connect(&socket, PATIENCE).await.unwrap() }
+        Side { process, monitor: monitor(&socket).await }
     }
 
     async fn ours(&self, name: &str, drives: &[String]) -> Side {

@@ -1,12 +1,12 @@
 //! A QEMU of Debian's without a machine: its disks and its monitor are as real as with one.
 
 use crate::common::conversation::Conversation;
-use crate::common::{Listening, PATIENCE, installed};
+use crate::common::{Listening, PATIENCE, installed, until};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
 use xen_colo::daemon::address::Address;
-use xen_colo::daemon::qmp::client::Monitor;
+use xen_colo::daemon::qmp::client::{Monitor, MonitorError};
 
 /// A QEMU without a machine, killed at the end.
 pub struct Qemu {
@@ -14,6 +14,15 @@ pub struct Qemu {
     pub process: Listening,
     /// Its monitor: one client at a time.
     pub monitor: Monitor,
+}
+
+/// A client of a monitor whose socket is there. Between its bind and its listen it refuses.
+pub async fn monitor(socket: &Path) -> Monitor {
+    until("the monitor listens", async || match Monitor::connect(socket, PATIENCE).await {
+        Err(error @ MonitorError::Connect { .. }) => Err(error.to_string()),
+        other => Ok(other.unwrap()),
+    })
+    .await
 }
 
 impl Qemu {
@@ -27,7 +36,7 @@ impl Qemu {
             .args(more)
             .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
         let process = Listening::start(&mut command, socket);
-        let mut qemu = Self { process, monitor: Monitor::connect(socket, PATIENCE).await.unwrap() };
+        let mut qemu = Self { process, monitor: monitor(socket).await };
         let known = qemu.order("query-commands", json!({})).await;
         if !known.to_string().contains("\"xen-set-replication\"") {
             eprintln!("SKIP: this qemu-system-x86_64 is built without replication");

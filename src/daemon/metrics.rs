@@ -7,7 +7,7 @@
 //!
 //! Histograms and counts of what happened come from the ring of events, which is read as the event log reads it; everything
 //! else from the status, which the engine is asked for. The traps: the engine answers a status between two packets, so it is
-//! asked at most once in [`STATUS_AGE_MAX`], however many scrape; and a server is as robust as its worst client lets it be, so
+//! asked at most once in 100 ms, however many scrape; and a server is as robust as its worst client lets it be, so
 //! connections, the bytes of a request and the time for all of it are bounded.
 
 mod counted;

@@ -7,10 +7,10 @@
 //! ```
 //!
 //! It reads files and knows no host: the hosts of a post-mortem are gone. So it is no driver, and not in `daemon`, whose
-//! events it is written in. Of the modules only [`logs`] touches files; the rest is pure, and a page follows from its logs.
+//! events it is written in. Of the modules only `logs` touches files; the rest is pure, and a page follows from its logs.
 //!
 //! Three traps. A log may be huge, cut off or not a log at all: what is read, kept and drawn is bounded, and what was left
-//! out is said. Texts in it were chosen by a peer: [`html`] escapes each, and [`text::plain`] takes the rest of the
+//! out is said. Texts in it were chosen by a peer: `html` escapes each, and [`text::plain`] takes the rest of the
 //! tricks away. And two hosts have two clocks: lines are put in the order of the wall clock, and how far the clocks are
 //! apart is measured and said, not mended.
 

@@ -4,7 +4,7 @@
 const TEXT_MAX_BYTES: usize = 512;
 
 /// A text that came from elsewhere, on one line: what would move the cursor or turn the direction of writing is taken out.
-/// [`super::html`] escapes what HTML would read.
+/// `html` escapes what HTML would read.
 #[must_use]
 pub fn plain(text: &str) -> String {
     let cut = &text[..text.floor_char_boundary(TEXT_MAX_BYTES)];

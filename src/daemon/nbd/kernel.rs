@@ -9,7 +9,7 @@
 //!
 //! A request that had been sent when the server ended is sent again by the kernel's own clock for requests: as soon as
 //! that finds another connection than the one it was sent on. By default it looks after 30 s, longer than a guest's
-//! clients wait, so it is set to [`LOOK`].
+//! clients wait, so it is set to a few seconds.
 //!
 //! The traps: a server that hangs must not be given up for another connection, because it could still carry out what was
 //! sent to it, after what was sent anew; so there is no time limit on requests. And the kernel hears of the end of a

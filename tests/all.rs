@@ -11,6 +11,7 @@ mod compare_differential;
 mod compare_qemu;
 mod config;
 mod demo;
+mod device_disks;
 mod device_model;
 mod digests;
 mod disk_link;

@@ -169,7 +169,7 @@ impl Engine {
     }
 
     /// Runs until it is told to stop.
-    pub async fn run(mut self) {
+    pub async fn run(mut self) -> Option<Guest> {
         if let Role::Running(guest) = &mut self.role
             && let Err(error) = guest.domain_mut().and_then(|domain| domain.resume())
         {
@@ -185,6 +185,7 @@ impl Engine {
                 self.after(engine_clock());
             });
         }
+        self.guest_left_alone()
     }
 
     async fn select(&mut self) -> Input {

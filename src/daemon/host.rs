@@ -25,13 +25,13 @@ use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, UNDER_WAY, Vac
 use super::engine_clock;
 use super::events::{self, Events, What, log::EventLog};
 use super::frames::{FrameReader, FrameWriter};
-use super::guest::GuestError;
+use super::guest::{Guest, GuestError};
 use super::links::{self, Outgoing, Side, lock, outbox};
 use super::live::{Configuration, LogFilter};
 use super::manager::Manager;
 use super::metrics::{Metrics, MetricsAddress};
 use super::nbd::remote::{self, Connect, Dialling};
-use super::xen::{Wire, XenBoot};
+use super::xen::{self, Wire, XenBoot};
 use crate::colo::arbiter::{Claim, Policy, Verdict};
 use crate::colo::delta::SentPages;
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
@@ -43,6 +43,7 @@ use crate::compare::digest::Key;
 use crate::page::PAGE_SIZE;
 use crate::replica::mirror::{Holds, MirrorHandle, Target, resync};
 use crate::replica::set::Mirrors;
+use crate::say;
 use bytes::{Bytes, BytesMut};
 use std::io;
 use std::path::PathBuf;
@@ -284,11 +285,14 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address, Option<&str>))
     std::thread::Builder::new()
         .name("engine".into())
         .spawn(move || {
-            match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            let left = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
                 Ok(runtime) => runtime.block_on(engine.run()),
-                Err(error) => tracing::error!(%error, "no runtime for the engine"),
-            }
-            let _ = engine_ended.send(());
+                Err(error) => {
+                    tracing::error!(%error, "no runtime for the engine");
+                    None
+                }
+            };
+            let _ = engine_ended.send(left);
         })
         .map_err(HostError::Thread)?;
 
@@ -302,7 +306,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address, Option<&str>))
     } else {
         tokio::spawn(wire.clone().carry(network_outgoing));
     }
-    let configuration = config.configuration.clone();
+    let (configuration, disks) = (config.configuration.clone(), config.disks.clone());
     let shared = Arc::new(Shared { config, vacancy, host: host_sender, wire });
     // Before anybody is told that it runs, and may order its end.
     let signals = Signals::new().map_err(HostError::Signals)?;
@@ -329,7 +333,11 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address, Option<&str>))
         }
     });
     let attendant = Attendant { engine: control_sender, line, manager: manager.clone(), configuration, protecting };
-    let ended = attendant.attend(signals, engine_end).await;
+    let ended = match attendant.attend(signals, engine_end).await {
+        Ok(None) => Ok(()),
+        Ok(Some(guest)) => give_away(guest, &disks),
+        Err(error) => Err(error),
+    };
     manager.stopping();
     greeting.abort();
     history.tell(None, What::HostEnded);
@@ -339,6 +347,20 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address, Option<&str>))
     let _ = std::fs::remove_file(socket);
     let _ = std::fs::remove_file(monitor_socket);
     ended
+}
+
+/// The guest goes on, and needs no host for its devices.
+fn give_away(guest: Guest, disks: &[PathBuf]) -> Result<(), HostError> {
+    let name = guest.name.clone();
+    match tokio::task::block_in_place(|| xen::give_away(guest, disks)) {
+        Ok(places) => {
+            say::out(&format!("{name} needs no xl-colo now: {places}"));
+            Ok(())
+        }
+        Err(why) => Err(HostError::Unfinished(format!(
+            "{name} runs on, and what it has of disks and NIC stands still until xl-colo host runs here again: {why}"
+        ))),
+    }
 }
 
 /// Tells the service manager how the host is, whenever that changes.

@@ -55,6 +55,11 @@ pub async fn boot(_: &XenBoot, _: &[PathBuf], _: &Wire) -> Result<Guest, GuestEr
     absent()
 }
 
+/// Nothing that could be given away.
+pub fn give_away(_: Guest, _: &[PathBuf]) -> Result<String, String> {
+    absent().map_err(|error: GuestError| error.to_string())
+}
+
 /// Nothing.
 pub fn set_aside(_: &str) -> Result<Option<String>, String> {
     Ok(None)

@@ -9,9 +9,11 @@
 //! The hotplug scripts `vif-colo` and `block-colo` make the left-hand sides when libxl attaches the device, on the
 //! secondary too, long before a takeover.
 
+mod alone;
 mod look;
 mod nic;
 
+pub use self::alone::give_away;
 pub use self::look::{device_model_path, domain_name, facts, guest_facts};
 pub use self::nic::Wire;
 use self::nic::{Attachment, GuestNic};
@@ -141,6 +143,9 @@ pub async fn boot(boot: &XenBoot, images: &[PathBuf], wire: &Wire) -> Result<Gue
             boot.name
         )));
     }
+    let xen = Interface::open().map_err(|e| toolstack(&e))?;
+    let stands =
+        running.map(|domid| blocking(|| alone::take_back(&xen, domid, &boot.name, images.len()))).transpose()?;
     let (mirrors, disks) = mirrors_on(images, boot.disk_bytes, running.is_some())?;
     // Before the domain: its devices are opened when it is made.
     let mut served = Vec::with_capacity(images.len());
@@ -164,6 +169,10 @@ pub async fn boot(boot: &XenBoot, images: &[PathBuf], wire: &Wire) -> Result<Gue
     let config = blocking(|| toolstack::config(domid))?;
     let mut attached = attach(domid, &config, wire).await?;
     attached.attachments.extend(served);
+    if let Some(model) = &mut attached.model {
+        blocking(|| alone::take_disks_back(model, &boot.name, images))?;
+    }
+    drop(stands);
     let info = attached.xen.domain_info(domid).map_err(|e| toolstack(&e))?;
     let ram_pages = info.map_or(0, |info| info.total_pages);
     let mac = toolstack::macs(&config).first().copied().unwrap_or_default();
@@ -188,8 +197,7 @@ pub async fn boot(boot: &XenBoot, images: &[PathBuf], wire: &Wire) -> Result<Gue
 /// end of whoever served them before.
 fn go_on(guest: &str, disks: usize) -> Result<(), String> {
     for index in 0..disks {
-        let (socket, export) = (disk_socket(guest, index), disk_name(index));
-        let served = kernel::Served { socket, backend: format!("{guest}/{export}"), export };
+        let served = alone::pv_disk(guest, index);
         let devices = kernel::reconnect(&served).map_err(|e| format!("{}: {e}", served.backend))?;
         for device in devices {
             tracing::info!(disk = %served.backend, device, "the guest's disk goes on");

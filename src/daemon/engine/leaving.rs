@@ -7,7 +7,8 @@
 //! ```
 //!
 //! The whole host leaves ([`Engine::depart`], SIGTERM) the same way. A primary dismisses its secondary; a secondary says
-//! `leaving`, and its primary dismisses it; then the process ends, and nobody was lost.
+//! `leaving`, and its primary dismisses it; then the process ends, and nobody was lost. A Xen guest that is left alone
+//! runs on, and its devices are given away (`daemon::xen`).
 //!
 //! The trap is a primary that protects again at once, and knocks while the guest it dismissed is still being taken
 //! apart. A host that is about to be free says so ([`Vacancy::Leaving`]), and lets who knocks wait.
@@ -17,6 +18,7 @@ use crate::clock::Instant;
 use crate::colo::heartbeat::Word;
 use crate::colo::{Exit, primary, secondary};
 use crate::daemon::control::Answer as Reply;
+use crate::daemon::guest::Guest;
 use crate::daemon::protected::{self, Protected};
 use tokio::sync::oneshot;
 
@@ -125,7 +127,7 @@ impl Engine {
             None => self.left.clone().unwrap_or_else(|| "no guest ran here".into()),
             Some((guest, how)) => {
                 let fate = match guest.geometry.xen {
-                    Some(_) => "runs on, and its disk and NIC stand still until xl-colo host runs here again",
+                    Some(_) => "runs on",
                     None => "ends with this process",
                 };
                 format!("{} {how}; it {fate}", guest.name)
@@ -135,6 +137,23 @@ impl Engine {
             let _ = reply.send(Reply::Return(serde_json::json!({"said": said})));
         }
         self.stopping = true;
+    }
+
+    /// The guest that is this host's alone, and outlives it.
+    pub(super) fn guest_left_alone(self) -> Option<Guest> {
+        let guest = match self.role {
+            Role::Running(guest) => guest,
+            Role::Primary(role) => match role.side.machine().state() {
+                primary::State::Exited(Exit::Unprotected | Exit::Alone) => role.guest,
+                _ => return None,
+            },
+            Role::Secondary(role) => match role.side.machine().state() {
+                secondary::State::Exited(Exit::Alone) => role.guest,
+                _ => return None,
+            },
+            Role::Empty => return None,
+        };
+        guest.geometry.xen.is_some().then_some(*guest)
     }
 
     /// Leaves word for whoever starts this host again, should it be killed.

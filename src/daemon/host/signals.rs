@@ -12,6 +12,7 @@
 
 use super::HostError;
 use crate::daemon::control::{Answer, Asked, Request, ask_engine};
+use crate::daemon::guest::Guest;
 use crate::daemon::live::{self, Configuration};
 use crate::daemon::manager::Manager;
 use crate::say;
@@ -67,17 +68,20 @@ pub(super) struct Attendant {
 }
 
 impl Attendant {
-    /// Attends until the engine has ended, or need not be waited for any more.
+    /// Attends until the engine has ended, or need not be waited for any more. The guest that goes on without it.
     pub(super) async fn attend(
         mut self,
         mut signals: Signals,
-        mut engine_end: oneshot::Receiver<()>,
-    ) -> Result<(), HostError> {
+        mut engine_end: oneshot::Receiver<Option<Guest>>,
+    ) -> Result<Option<Guest>, HostError> {
         let ended = loop {
             tokio::select! {
-                _ = &mut engine_end => break Ok(()),
+                left = &mut engine_end => break Ok(left.unwrap_or_default()),
                 wish = signals.next() => match wish {
-                    Wish::End(name) => break self.leave(name, &mut signals).await,
+                    Wish::End(name) => break match self.leave(name, &mut signals).await {
+                        Ok(()) => Ok(engine_end.await.unwrap_or_default()),
+                        Err(unfinished) => Err(unfinished),
+                    },
                     Wish::Reload => self.reload().await,
                 },
             }

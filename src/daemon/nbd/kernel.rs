@@ -145,6 +145,12 @@ pub fn disconnect(device: &str) -> Result<(), DeviceError> {
     kernel.order(&order, "disconnect a device").map(drop)
 }
 
+/// Whether a device of the kernel is this disk.
+#[must_use]
+pub fn is_used(served: &Served) -> bool {
+    !devices_of(Path::new("/sys/block"), &served.backend).is_empty()
+}
+
 /// The devices that say that they are this disk.
 fn devices_of(block: &Path, backend: &str) -> Vec<u32> {
     let entries = std::fs::read_dir(block).into_iter().flatten().flatten();

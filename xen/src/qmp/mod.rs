@@ -17,10 +17,12 @@
 //! Protocol: QEMU's `docs/interop/qmp-spec.txt`.
 
 mod device_model;
+mod disks;
 #[cfg(test)]
 mod tests;
 
 pub use device_model::{DeviceModel, Image, STATE_BYTES_MAX};
+pub use disks::Backing;
 
 use rustix::net::{AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketType};
 use serde_json::{Value, json};

@@ -14,6 +14,7 @@
 mod degraded;
 mod digests;
 mod effects;
+mod frames;
 mod leaving;
 mod moments;
 mod orders;
@@ -29,7 +30,7 @@ pub use self::orders::UNDER_WAY;
 pub use self::parts::{EngineParts, HostInput, NetworkFrame};
 use self::telling::Telling;
 use super::control::{Answer as Reply, Asked};
-use super::guest::{Guest, GuestQueue};
+use super::guest::Guest;
 use super::links::packets::Told;
 use super::links::{DiskAnswers, Links, StreamIn, lock};
 use super::live::Live;
@@ -40,7 +41,7 @@ use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Register, Verdict};
 use crate::colo::heartbeat::Word;
 use crate::colo::hello::Mode;
-use crate::colo::{Cause, Exit, Loss, primary as primary_machine, secondary as secondary_machine};
+use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
 use crate::replica::mirror::Target;
 use crate::replica::mirror::resync::ChunkHash;
 use bytes::Bytes;
@@ -51,8 +52,6 @@ use tokio::sync::{mpsc, oneshot};
 
 /// Bytes that may wait for the stream or the disk link during the first copy.
 const COPY_BACKLOG_BYTES: usize = 16 << 20;
-/// Inputs of one kind applied before the next select.
-const BURST: usize = 64;
 
 enum Role {
     Empty,
@@ -181,7 +180,11 @@ impl Engine {
             let input = self.select().await;
             self.span().in_scope(|| {
                 self.check_lease();
+                let is_frame = matches!(input, Input::SecondaryOrMirrored(..) | Input::Network(_) | Input::GuestFrames);
                 self.apply(input);
+                if is_frame {
+                    self.take_waiting_frames();
+                }
                 self.after(engine_clock());
             });
         }
@@ -231,30 +234,6 @@ impl Engine {
             () = std::future::ready(()), if busy => Input::Work,
             () = sleep => Input::Deadline,
             else => Input::Closed,
-        }
-    }
-
-    /// Completes when the guest has frames that may be taken.
-    fn guest_frames(&self) -> impl Future<Output = ()> + use<> {
-        let queue = self.guest_queue().cloned();
-        let ready = match &self.role {
-            Role::Primary(role) => role.side.ready_for_guest_frames(),
-            Role::Empty | Role::Running(_) | Role::Secondary(_) => true,
-        };
-        async move {
-            match queue {
-                Some(queue) if ready => queue.wait().await,
-                _ => std::future::pending().await,
-            }
-        }
-    }
-
-    fn guest_queue(&self) -> Option<&Arc<GuestQueue>> {
-        match &self.role {
-            Role::Empty => None,
-            Role::Running(guest) => Some(&guest.queue),
-            Role::Primary(role) => Some(&role.guest.queue),
-            Role::Secondary(role) => Some(&role.guest.queue),
         }
     }
 
@@ -444,39 +423,6 @@ impl Engine {
             role.guest.attachments.clear();
         }
         self.parts.vacancy.send_if_modified(|said| std::mem::replace(said, vacancy) != vacancy);
-    }
-
-    fn take_guest_frames(&mut self, now: Instant) {
-        let lost = self.guest_queue().is_some_and(|queue| queue.notice_lost());
-        if let (true, Role::Primary(role)) = (lost, &mut self.role) {
-            // Its guest has said what nobody will explain; a checkpoint makes it good, and the client repeats itself.
-            role.side.request_checkpoint(now, Cause::FramesLost);
-        }
-        for _ in 0..BURST {
-            match &mut self.role {
-                Role::Empty => return,
-                Role::Running(guest) => {
-                    let Some((_, frame)) = guest.queue.pop() else { return };
-                    self.emit(frame);
-                }
-                Role::Primary(role) => {
-                    if !role.side.ready_for_guest_frames() {
-                        return;
-                    }
-                    let Some((epoch, frame)) = role.guest.queue.pop() else { return };
-                    self.digests.see_primary(epoch, &frame);
-                    role.side.handle_guest_frame(now, epoch, frame);
-                }
-                Role::Secondary(role) => {
-                    let Some((epoch, frame)) = role.guest.queue.pop() else { return };
-                    let is_heard = role.side.took_over() && epoch == role.side.machine().epoch();
-                    role.side.handle_guest_frame(now, epoch, frame);
-                    if is_heard {
-                        self.telling.output();
-                    }
-                }
-            }
-        }
     }
 
     fn answered(&mut self, now: Instant, answer: Answer) {

@@ -143,9 +143,32 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     /// # Errors
     /// As [`FrameWriter::write_waiting`].
     pub async fn write(&mut self, frame: &[u8]) -> Result<(), FrameError> {
+        self.put(frame)?;
+        self.flush().await
+    }
+
+    /// Adds a frame to those that [`Self::flush`] writes.
+    ///
+    /// # Errors
+    /// [`FrameError::Oversized`].
+    pub fn put(&mut self, frame: &[u8]) -> Result<(), FrameError> {
+        encode(frame, &mut self.batch)
+    }
+
+    /// Bytes that [`Self::flush`] would write.
+    #[must_use]
+    pub fn waiting_bytes(&self) -> usize {
+        self.batch.len()
+    }
+
+    /// Writes what was [`Self::put`]. Not cancel-safe.
+    ///
+    /// # Errors
+    /// [`FrameError::Io`] when the peer is gone.
+    pub async fn flush(&mut self) -> Result<(), FrameError> {
+        let written = self.stream.write_all(&self.batch).await;
         self.batch.clear();
-        encode(frame, &mut self.batch)?;
-        Ok(self.stream.write_all(&self.batch).await?)
+        Ok(written?)
     }
 }
 

@@ -12,21 +12,22 @@
 //! comes *before* the first link, so that whatever a former primary still sends carries an older generation.
 
 mod boot;
+mod cable;
 mod greet;
 mod signals;
 
 use self::boot::boot;
+use self::cable::switch_port;
 use self::greet::greet_all;
 use self::signals::{Attendant, Signals};
 use super::address::{Address, Link};
 use super::arbiter::Arbiter;
 use super::control::{self, Answer as Reply, Protect};
-use super::engine::{Engine, EngineParts, HostInput, NetworkFrame, UNDER_WAY, Vacancy};
+use super::engine::{Engine, EngineParts, HostInput, UNDER_WAY, Vacancy};
 use super::engine_clock;
 use super::events::{self, Events, What, log::EventLog};
-use super::frames::{FrameReader, FrameWriter};
 use super::guest::{Guest, GuestError};
-use super::links::{self, Outgoing, Side, lock, outbox};
+use super::links::{self, Side, lock, outbox};
 use super::live::{Configuration, LogFilter};
 use super::manager::Manager;
 use super::metrics::{Metrics, MetricsAddress};
@@ -44,7 +45,7 @@ use crate::page::PAGE_SIZE;
 use crate::replica::mirror::{Holds, MirrorHandle, Target, resync};
 use crate::replica::set::Mirrors;
 use crate::say;
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -58,8 +59,6 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 const ROOM_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a host that ends waits for its event log.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// Time between two attempts to reach the switch.
-const SWITCH_RETRY: Duration = Duration::from_millis(50);
 /// The feature a secondary names when its disks are new and all zero.
 pub(super) const BLANK_DISK: &str = "blank-disk";
 /// The feature a host names when it can take a guest.
@@ -354,7 +353,7 @@ fn give_away(guest: Guest, disks: &[PathBuf]) -> Result<(), HostError> {
     let name = guest.name.clone();
     match tokio::task::block_in_place(|| xen::give_away(guest, disks)) {
         Ok(places) => {
-            say::out(&format!("{name} needs no xl-colo now: {places}"));
+            places.map(|places| say::out(&format!("{name} needs no xl-colo now: {places}")));
             Ok(())
         }
         Err(why) => Err(HostError::Unfinished(format!(
@@ -370,35 +369,6 @@ async fn tell_status(mut line: watch::Receiver<String>, manager: Manager) {
         if line.changed().await.is_err() {
             return;
         }
-    }
-}
-
-/// Keeps a connection to the switch, as a cable that is plugged in again when it falls out.
-async fn switch_port(net: Address, frames_in: mpsc::Sender<Bytes>, mut frames_out: Outgoing<NetworkFrame>) {
-    loop {
-        if let Ok(link) = net.connect().await {
-            let (read, write) = tokio::io::split(link);
-            let (mut reader, mut writer) = (FrameReader::new(read), FrameWriter::new(write));
-            let incoming = async {
-                while let Ok(Some(frame)) = reader.read().await {
-                    if frames_in.send(frame).await.is_err() {
-                        return;
-                    }
-                }
-            };
-            let outgoing = async {
-                while let Some((bytes, NetworkFrame { until, frame })) = frames_out.recv().await {
-                    let in_time = until.is_none_or(|until| engine_clock() < until);
-                    let written = if in_time { writer.write(&frame).await } else { Ok(()) };
-                    frames_out.written(bytes);
-                    if written.is_err() {
-                        return;
-                    }
-                }
-            };
-            tokio::select! { () = incoming => {}, () = outgoing => {} }
-        }
-        tokio::time::sleep(SWITCH_RETRY).await;
     }
 }
 

@@ -95,7 +95,8 @@ impl<T> Outgoing<T> {
         self.receiver.recv().await
     }
 
-    fn try_recv(&mut self) -> Option<(usize, T)> {
+    /// The next, if there is one now.
+    pub fn try_recv(&mut self) -> Option<(usize, T)> {
         self.receiver.try_recv().ok()
     }
 

@@ -56,7 +56,7 @@ pub async fn boot(_: &XenBoot, _: &[PathBuf], _: &Wire) -> Result<Guest, GuestEr
 }
 
 /// Nothing that could be given away.
-pub fn give_away(_: Guest, _: &[PathBuf]) -> Result<String, String> {
+pub fn give_away(_: Guest, _: &[PathBuf]) -> Result<Option<String>, String> {
     absent().map_err(|error: GuestError| error.to_string())
 }
 

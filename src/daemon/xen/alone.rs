@@ -58,15 +58,16 @@ impl Drop for Paused<'_> {
     }
 }
 
-/// Gives a guest's devices away, and tells where they are. What of them stands still after an error, it says.
-pub fn give_away(guest: Guest, images: &[PathBuf]) -> Result<String, String> {
+/// Gives a guest's devices away, and tells where they are; nothing, of a guest that is gone. What of them stands still
+/// after an error, it says.
+pub fn give_away(guest: Guest, images: &[PathBuf]) -> Result<Option<String>, String> {
     let said = |e: ::xen::Error| e.to_string();
     let name = guest.name.clone();
     let store = Store::open().map_err(said)?;
     let by_name = |name: &str| store.by_name(name).map_err(said);
     // What has just taken over has its own name a little later.
     let domid = by_name(&name)?.map_or_else(|| by_name(&toolstack::incoming(&name)), |domid| Ok(Some(domid)))?;
-    let domid = domid.ok_or("it is no domain of this host")?;
+    let Some(domid) = domid else { return Ok(None) };
     let unmerged = images.iter().find(|image| !matches!(found(image), Ok(Standing::Guest | Standing::NoRecord)));
     if let Some(image) = unmerged {
         return Err(format!("what it wrote since the takeover is not all in {} yet", image.display()));
@@ -98,7 +99,7 @@ pub fn give_away(guest: Guest, images: &[PathBuf]) -> Result<String, String> {
         }
     }
     places.extend(plug_in(domid)?);
-    Ok(places.join("; "))
+    Ok(Some(places.join("; ")))
 }
 
 /// Takes back what was given away, but for emulated disks: those when they are served again, by [`take_disks_back`]. The

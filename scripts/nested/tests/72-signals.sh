@@ -57,12 +57,12 @@ expect "its disk, too" 'written without a host' "$(get b alone)"
 
 start_host a "--listen 10.78.0.1:9740 --guest pvh --xen /etc/xen/guests/pvh.cfg --disk-mib 16"
 holds "a host that starts again has taken its NIC back" host a '[[ ! -e /sys/class/net/vif$(xl domid pvh).0/master ]]'
-holds "and its disk" host a '! pgrep -f "[x]l-colo nbd"'
+holds "and its disk" host a '! ps aux | grep "[x]l-colo nbd"'
 expect "what was written without a host is there" 'written without a host' "$(get b alone)"
 protect
 expect "a protected write" 201 "$(put b again value | sed s/200/201/)"
 holds "the primary ends when it is asked to" terminate a
 expect "the guest answers" value "$(get b again)"
 host a 'xl destroy pvh'
-holds "what served its disk has ended with the guest" wait_until 20 host a '! pgrep -f "[x]l-colo nbd"'
+holds "what served its disk has ended with the guest" wait_until 20 host a '! ps aux | grep "[x]l-colo nbd"'
 host b 'xl-colo stop'

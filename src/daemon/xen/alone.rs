@@ -107,9 +107,13 @@ pub fn give_away(guest: Guest, images: &[PathBuf]) -> Result<Option<String>, Str
 pub(super) fn take_back(xen: &Interface, domid: DomId, guest: &str, disks: usize) -> Result<impl Drop, String> {
     let paused = Paused::new(xen, domid)?;
     for device in vifs(domid) {
-        if is_in_a_bridge(&device) {
+        if master(&device).is_some() {
             ip_link(&["set", "dev", &device, "nomaster"])?;
         }
+    }
+    let our_port = port(domid);
+    if master(&our_port).is_some() {
+        ip_link(&["set", "dev", &our_port, "up"])?;
     }
     for index in 0..disks {
         end_server(&pv_disk(guest, index))?;
@@ -208,20 +212,24 @@ fn master(device: &str) -> Option<String> {
     Some(link.file_name()?.to_str()?.to_owned())
 }
 
-fn is_in_a_bridge(device: &str) -> bool {
-    master(device).is_some()
+/// The bridge's port that is the host's, in the place of the guest's NIC.
+fn port(domid: DomId) -> String {
+    format!("cb{domid}.0")
 }
 
-/// Puts the guest's NIC where its network is; which that is.
+/// Puts the guest's NIC where its network is; which that is. Our own port goes down: the bridge has learned that the
+/// guest is behind it, and forgets that with it.
 fn plug_in(domid: DomId) -> Result<Option<String>, String> {
     let mut devices = vifs(domid).peekable();
     if devices.peek().is_none() {
         return Ok(None);
     }
-    let bridge = master(&format!("cb{domid}.0")).ok_or(format!("cb{domid}.0 is in no bridge: the NIC stands still"))?;
+    let our_port = port(domid);
+    let bridge = master(&our_port).ok_or(format!("{our_port} is in no bridge: the NIC stands still"))?;
     for device in devices {
         ip_link(&["set", "dev", &device, "master", &bridge])?;
     }
+    ip_link(&["set", "dev", &our_port, "down"])?;
     Ok(Some(format!("its NIC is in {bridge}")))
 }
 

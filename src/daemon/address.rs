@@ -4,8 +4,10 @@
 //! One pair of types for all of them, so that everything above speaks of a [`Link`] and a [`Listener`].
 
 use super::exec;
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use std::fmt;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -14,6 +16,8 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 /// How long a connection attempt may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// What a Unix socket holds of what its peer has not read, in bytes; the system counts twice as many.
+const UNIX_SEND_BYTES: usize = 512 << 10;
 
 /// An address.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -88,7 +92,11 @@ impl Address {
                     stream.set_nodelay(true)?;
                     Box::new(stream)
                 }
-                Self::Unix(path) => Box::new(UnixStream::connect(path).await?),
+                Self::Unix(path) => {
+                    let stream = UnixStream::connect(path).await?;
+                    widen(&stream);
+                    Box::new(stream)
+                }
                 Self::Exec(command) => Box::new(exec::start(command)?),
             })
         };
@@ -106,6 +114,12 @@ impl Address {
             Self::Exec(_) => Err(io::Error::new(io::ErrorKind::InvalidInput, "nobody can listen on a command")),
         }
     }
+}
+
+/// Lets a Unix socket hold more on its way out, as far as the system allows: by default it is about three frames of 64 KiB,
+/// so that both ends would wait for each other all the time. TCP finds its own measure.
+pub(in crate::daemon) fn widen(socket: impl AsFd) {
+    let _ = set_socket_send_buffer_size(socket, UNIX_SEND_BYTES);
 }
 
 /// Listens on a Unix socket that only this user can open.
@@ -137,7 +151,11 @@ impl Listener {
                 stream.set_nodelay(true)?;
                 Ok(Box::new(stream))
             }
-            Self::Unix(listener, _) => Ok(Box::new(listener.accept().await?.0)),
+            Self::Unix(listener, _) => {
+                let (stream, _) = listener.accept().await?;
+                widen(&stream);
+                Ok(Box::new(stream))
+            }
         }
     }
 

@@ -9,7 +9,7 @@
 //! in the socket's backlog, as at a chardev of QEMU's.
 
 use super::wake::Wake;
-use crate::daemon::address::{Address, BadAddress, bind_unix};
+use crate::daemon::address::{Address, BadAddress, bind_unix, widen};
 use std::fmt;
 use std::io::{self, IoSlice, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
@@ -94,6 +94,7 @@ impl AsFd for Socket {
 impl Socket {
     fn unix(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
+        widen(&stream);
         Ok(Self::Unix(stream))
     }
 

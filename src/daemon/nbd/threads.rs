@@ -12,6 +12,7 @@
 
 use super::beside::Beside;
 use super::{BUSY_RETRY, HANDSHAKE_DEADLINE, ServeError};
+use crate::daemon::address::widen;
 use crate::daemon::links::lock;
 use crate::disk::{Disk, DiskError};
 use crate::nbd::handshake::{Encryption, Export};
@@ -70,7 +71,11 @@ impl Listener {
                 stream.set_nodelay(true)?;
                 Ok(Stream::Tcp(stream))
             }
-            Self::Unix(listener) => Ok(Stream::Unix(listener.accept()?.0)),
+            Self::Unix(listener) => {
+                let (stream, _) = listener.accept()?;
+                widen(&stream);
+                Ok(Stream::Unix(stream))
+            }
         }
     }
 }

@@ -1,7 +1,8 @@
 //! What a host does when it is signalled.
 //!
 //! ```text
-//!   SIGTERM, SIGINT ─▶ no new protection ─▶ engine: Leave ─┬ answered: what came of it is said  ─▶ end, exit code 0
+//!   SIGTERM, SIGINT ─▶ no new protection ─▶ engine: Leave ─┬ answered: what came of it is said
+//!                                                          │          ─▶ a Xen guest's devices are given away ─▶ end, exit code 0
 //!                                                          └ not within the bound, or a second signal
 //!                                                                     ─▶ what is left is said  ─▶ end, exit code 1
 //!   SIGHUP ─▶ read the configuration again ─▶ engine: Set ─▶ what changed, and each key that cannot, is said

@@ -27,6 +27,7 @@ pub use qemu::{Lost, QemuArgs, QemuMonitors, QemuPair, QemuVerb};
 pub use xl::{ReceiveArgs, RemusArgs};
 
 use crate::colo::arbiter::Policy;
+use crate::daemon::status::fields;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -69,6 +70,7 @@ pub enum Command {
     /// Join standard input and output to the host that runs here: the far end of `remus` over ssh
     Receive(ReceiveArgs),
     /// Say how a host and its guest are
+    #[command(after_long_help = fields::help())]
     Status(StatusArgs),
     /// Say which hosts run on this machine, and how their guests are
     List(ListArgs),

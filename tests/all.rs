@@ -47,6 +47,7 @@ mod resync;
 mod service;
 mod several_disks;
 mod sim;
+mod status;
 mod tidy;
 mod top;
 mod twice;

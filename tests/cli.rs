@@ -1,15 +1,18 @@
 //! The commands as an operator types them: what they print, what they refuse, how they exit.
 
 use crate::common::host::{Host, host_command};
+use crate::common::peer::read_word;
 use crate::common::world::{Plan, World};
 use crate::common::{PATIENCE, XL_COLO, one_line, turn, until, xl_colo};
+use bytes::BytesMut;
 use serde_json::Value;
 use std::io::{Read, Seek};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use tokio::io::{AsyncBufReadExt, BufReader};
-use xen_colo::colo::hello::Mode;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use xen_colo::colo::hello::{self, Hello, Mode, Welcome};
+use xen_colo::daemon::address::Address;
 use xen_colo::daemon::status::{Health, Protection};
 
 /// A command for a host of this world.
@@ -344,6 +347,8 @@ async fn a_check_says_what_is_missing_and_reaches_a_peer() {
     assert_eq!((output.status.code(), &output.stderr[..]), (Some(1), &b""[..]), "{text}");
     assert!(text.contains(&format!("ok   peer               host b at {peer} speaks protocol ")), "{text}");
     assert!(text.contains(" and has no guest\n"), "{text}");
+    assert!(text.contains("\nok   versions           host b runs xl-colo "), "{text}");
+    assert!(text.contains("\nok   clocks             host b's is "), "one machine has one clock: {text}");
     for line in text.lines() {
         assert!(line.starts_with("ok   ") || line.starts_with("not  ") && line.contains("; do: "), "{line}");
     }
@@ -361,6 +366,34 @@ async fn a_check_says_what_is_missing_and_reaches_a_peer() {
     let line = lines.iter().find(|line| line["item"] == "peer").unwrap();
     assert!(line["ok"] == false && line["saw"].as_str().unwrap().contains("refused"), "{line}");
     assert!(line["remedy"].as_str().unwrap().contains("xl-colo host"), "{line}");
+}
+
+/// A peer by hand, an hour ahead and of another release.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_finds_a_clock_that_is_wrong_and_another_release() {
+    let listener = "127.0.0.1:0".parse::<Address>().unwrap().listen().await.unwrap();
+    let address = listener.local_address().unwrap().to_string();
+    let answers = async {
+        let mut link = listener.accept().await.unwrap();
+        let _: Hello = read_word(&mut link).await;
+        let now_us = std::time::UNIX_EPOCH.elapsed().unwrap().as_micros() as u64;
+        let (clock_unix_us, version) = (Some(now_us + 3_600_000_000), Some("0.0.1".into()));
+        let mut out = BytesMut::new();
+        hello::encode(&Welcome { clock_unix_us, version, ..Welcome::bare("b", None) }, &mut out);
+        link.write_all(&out).await.unwrap();
+    };
+    let words = ["check", &address];
+    let (output, ()) = tokio::join!(xl_colo(&words), answers);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let line = |item: &str| text.lines().find(|line| line.starts_with(&format!("not  {item} "))).unwrap_or(&text);
+    let ahead_ms = line("clocks").split_whitespace().find_map(|word| word.parse::<u64>().ok());
+    assert!(ahead_ms.is_some_and(|ms| ms.abs_diff(3_600_000) < 30_000), "{text}");
+    assert!(
+        line("clocks").contains(" ahead ") && line("clocks").contains("; do: keep both hosts' clocks by NTP"),
+        "{text}"
+    );
+    assert!(line("versions").contains("host b runs 0.0.1; do: install the same xl-colo on both hosts"), "{text}");
 }
 
 /// A host stopped with SIGSTOP answers nothing; who asks it must not hang for ever with it.

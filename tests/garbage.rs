@@ -280,13 +280,7 @@ async fn the_peers_refusal_is_what_the_operator_reads() {
     let refuses = async {
         let mut link = listener.accept().await.unwrap();
         let _: hello::Hello = read_word(&mut link).await;
-        let welcome = Welcome {
-            protocol: hello::PROTOCOL_VERSION,
-            from: "b".into(),
-            refused: Some("host b is being repaired".into()),
-            features: vec![],
-            checkpoints: vec![],
-        };
+        let welcome = Welcome::bare("b", Some("host b is being repaired".into()));
         let mut out = BytesMut::new();
         hello::encode(&welcome, &mut out);
         link.write_all(&out).await.unwrap();

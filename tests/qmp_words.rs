@@ -168,6 +168,30 @@ fn a_stock_qemu_says_the_same_to_the_same_words() {
         order("blockdev-add", json!({"driver": "replication", "node-name": "x", "file": "disk"})),
         order("blockdev-add", json!({"driver": "replication", "mode": "primary", "node-name": "x"})),
         order("blockdev-add", json!({"driver": "replication", "mode": "primary", "node-name": "x", "file": "nope"})),
+        // What a driver has not, and where.
+        order("blockdev-add", json!({"driver": "raw", "node-name": "x", "file": "disk", "zork": 1})),
+        order("blockdev-add", json!({"driver": "raw", "node-name": "x", "file": "disk", "zork": {"a": 1}})),
+        order("blockdev-add", json!({"driver": "raw", "node-name": "x", "file": "disk", "cache": {"zork": true}})),
+        order("blockdev-add", json!({"driver": "raw", "node-name": "x", "file": {"filename": "/x"}})),
+        order(
+            "blockdev-add",
+            json!({"driver": "raw", "node-name": "x", "file": {"driver": "file", "filename": "/x", "zork": 1}}),
+        ),
+        order("blockdev-add", json!({"driver": "file", "node-name": "x"})),
+        order("blockdev-add", json!({"driver": "nbd", "node-name": "x"})),
+        order("blockdev-add", json!({"driver": "nbd", "node-name": "x", "server": {"type": "unix"}})),
+        order("blockdev-add", json!({"driver": "nbd", "node-name": "x", "server": {"type": "inet", "host": "h"}})),
+        order(
+            "blockdev-add",
+            json!({"driver": "nbd", "node-name": "x", "server": {"type": "unix", "path": "/x", "zork": 1}}),
+        ),
+        order("blockdev-add", json!({"driver": "quorum", "node-name": "x", "vote-threshold": 1})),
+        order("blockdev-add", json!({"driver": "quorum", "node-name": "x", "children": ["disk"]})),
+        order(
+            "blockdev-add",
+            json!({"driver": "quorum", "node-name": "x", "vote-threshold": 1,
+                   "children": [{"driver": "file", "filename": "/x", "zork": 1}]}),
+        ),
         order("blockdev-del", json!({})),
         order("blockdev-del", json!({"node-name": "nope"})),
         // The guest runs and stops, and it is told.

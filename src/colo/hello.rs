@@ -167,9 +167,23 @@ pub struct Welcome {
     /// Which of its disks are checkpoints of an earlier session.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub checkpoints: Vec<DiskCheckpoint>,
+    /// The acceptor's clock as it writes this, in µs of Unix time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_unix_us: Option<u64>,
+    /// The release of its xl-colo.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
 }
 
 impl Welcome {
+    /// A refusal, or with `None` an acceptance without any features.
+    #[must_use]
+    pub fn bare(from: impl Into<String>, refused: Option<String>) -> Self {
+        let (protocol, from) = (PROTOCOL_VERSION, from.into());
+        let (features, checkpoints) = (Vec::new(), Vec::new());
+        Self { protocol, from, refused, features, checkpoints, clock_unix_us: None, version: None }
+    }
+
     /// Whether the acceptor names a feature.
     #[must_use]
     pub fn has(&self, feature: &str) -> bool {

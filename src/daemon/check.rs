@@ -14,6 +14,9 @@ use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
 
+/// How far apart two hosts' clocks may be.
+const CLOCKS_APART_MAX_MS: u64 = 1000;
+
 /// The two halves of Xen, as far as they answered.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Control {
@@ -81,6 +84,10 @@ pub struct Greeting {
     pub protocol: u32,
     /// Whether it can take a guest now.
     pub vacant: bool,
+    /// The release of its xl-colo, if it says so.
+    pub version: Option<String>,
+    /// How far its clock is ahead of this one, in µs, if it says what it is; and by how much that may be wrong.
+    pub clock_ahead_us: Option<(i64, i64)>,
 }
 
 /// Something in the way of protecting a guest.
@@ -178,7 +185,7 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
         let remedy = format!("install scripts/hotplug/{name} /etc/xen/scripts/");
         lines.push(program(&name, &path.display().to_string(), *script, &remedy));
     }
-    lines.extend(facts.peer.as_ref().map(|(address, answer)| peer(address, answer)));
+    lines.extend(facts.peer.iter().flat_map(|(address, answer)| peer(address, answer)));
     lines.extend(facts.guest.iter().flat_map(|(name, found)| guest(name, found)));
     lines
 }
@@ -242,14 +249,36 @@ fn program(item: &str, path: &str, found: Program, remedy: &str) -> Line {
     }
 }
 
-fn peer(address: &str, answer: &Result<Greeting, String>) -> Line {
-    match answer {
-        Ok(Greeting { name, protocol, vacant }) => {
-            let guest = if *vacant { "has no guest" } else { "has a guest" };
-            Line::ok("peer", format!("host {name} at {address} speaks protocol {protocol} and {guest}"))
+fn peer(address: &str, answer: &Result<Greeting, String>) -> Vec<Line> {
+    let greeting = match answer {
+        Ok(greeting) => greeting,
+        Err(why) => {
+            return vec![Line::not("peer", format!("{address}: {why}"), "start it there: xl-colo host --listen …")];
         }
-        Err(why) => Line::not("peer", format!("{address}: {why}"), "start it there: xl-colo host --listen …"),
+    };
+    let Greeting { name, protocol, vacant, version, clock_ahead_us } = greeting;
+    let guest = if *vacant { "has no guest" } else { "has a guest" };
+    let mut lines = vec![Line::ok("peer", format!("host {name} at {address} speaks protocol {protocol} and {guest}"))];
+    let ours = env!("CARGO_PKG_VERSION");
+    lines.push(match version.as_deref() {
+        Some(theirs) if theirs == ours => Line::ok("versions", format!("host {name} runs xl-colo {ours}, as this one")),
+        theirs => {
+            let saw = format!("this is xl-colo {ours}, host {name} runs {}", theirs.unwrap_or("an older one"));
+            Line::not("versions", saw, "install the same xl-colo on both hosts")
+        }
+    });
+    if let Some((ahead_us, error_us)) = clock_ahead_us {
+        let [ahead_ms, error_ms] = [ahead_us.unsigned_abs() / 1000, error_us.unsigned_abs().div_ceil(1000)];
+        let side = if *ahead_us < 0 { "behind" } else { "ahead" };
+        let saw = format!("host {name}'s is {ahead_ms} ms {side} (give or take {error_ms} ms)");
+        // Who goes on is decided without them; but two logs with two clocks tell no story.
+        lines.push(if ahead_ms > CLOCKS_APART_MAX_MS + error_ms {
+            Line::not("clocks", saw, "keep both hosts' clocks by NTP (apt-get install chrony)")
+        } else {
+            Line::ok("clocks", saw)
+        });
     }
+    lines
 }
 
 fn guest(name: &str, found: &Result<Vec<Obstacle>, String>) -> Vec<Line> {
@@ -267,6 +296,11 @@ fn guest(name: &str, found: &Result<Vec<Obstacle>, String>) -> Vec<Line> {
 mod tests {
     use super::*;
 
+    fn greeting() -> Greeting {
+        let version = Some(env!("CARGO_PKG_VERSION").into());
+        Greeting { name: "b".into(), protocol: 2, vacant: true, version, clock_ahead_us: Some((-900_000, 20_000)) }
+    }
+
     fn able() -> Facts {
         let abilities = Ok(Abilities { hvm: true, hap: true, shadow: false });
         Facts {
@@ -277,7 +311,7 @@ mod tests {
             device_model: ("/usr/libexec/xen-qemu-system-i386".into(), Program::Ready),
             pieces: vec![("nbd", Piece::Loaded), ("tun", Piece::Loadable)],
             scripts: vec![("/etc/xen/scripts/vif-colo".into(), Program::Ready)],
-            peer: Some(("192.0.2.2:9740".into(), Ok(Greeting { name: "b".into(), protocol: 2, vacant: true }))),
+            peer: Some(("192.0.2.2:9740".into(), Ok(greeting()))),
             guest: Some(("web".into(), Ok(vec![]))),
         }
     }
@@ -328,6 +362,28 @@ mod tests {
         }
         assert!(not(|facts| abilities(facts, false, false))[0].saw.contains("neither PVH nor HVM"));
         assert!(not(|facts| abilities(facts, true, false))[0].saw.contains("cannot be logged"));
+    }
+
+    #[test]
+    fn a_peer_of_another_release_or_time_is_told() {
+        let with = |change: fn(&mut Greeting)| {
+            not(|facts| {
+                let mut greeting = greeting();
+                change(&mut greeting);
+                facts.peer = Some(("h:1".into(), Ok(greeting)));
+            })
+        };
+        let told = |lines: &[Line]| lines.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        let lines = with(|peer| peer.clock_ahead_us = Some((-7_214_000, 3_000)));
+        let text = "not  clocks             host b's is 7214 ms behind (give or take 3 ms); do: keep both hosts' clocks by NTP \
+                    (apt-get install chrony)";
+        assert_eq!(told(&lines), text);
+        assert!(told(&with(|peer| peer.clock_ahead_us = Some((1_100_000, 0)))).contains(" 1100 ms ahead "));
+        assert_eq!(with(|peer| peer.clock_ahead_us = Some((1_100_000, 200_000))), [], "who knows?");
+        assert_eq!(with(|peer| peer.clock_ahead_us = None), [], "nobody asked");
+        let lines = with(|peer| peer.version = Some("0.0.1".into()));
+        assert!(told(&lines).contains("host b runs 0.0.1; do: install the same xl-colo on both hosts"), "{lines:?}");
+        assert!(told(&with(|peer| peer.version = None)).contains("runs an older one"));
     }
 
     #[test]

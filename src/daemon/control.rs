@@ -5,7 +5,8 @@
 //!   {"execute":"protect","arguments":{…}}        →  {"return":{}}  or  {"error":{"desc":"…"}}
 //! ```
 //!
-//! The socket is 0600 in a directory that is 0700 (QEMU's monitor socket comes out 0755). A line is bounded.
+//! The socket is 0600 in a directory that is 0700 (QEMU's monitor socket comes out 0755), and who connects must be the same
+//! user or root all the same: somebody may have opened both. A line is bounded.
 
 use super::address::{Address, Link, listen_unix};
 use super::events::{Events, Wanted};
@@ -19,11 +20,13 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 
 /// Longest request, in bytes.
 const REQUEST_MAX_BYTES: u64 = 64 * 1024;
+/// How long a stranger may take to ask what it is refused.
+const STRANGER_DEADLINE: Duration = Duration::from_secs(1);
 /// How long a client waits for an answer: a host that hangs must not take its operator with it.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 /// The same for `protect`, which is answered when four connections are up.
@@ -280,12 +283,32 @@ async fn lock_directory(run_dir: &Path) -> io::Result<std::fs::File> {
     }
 }
 
+/// Whether who connected is this process's user, or root; and who it is.
+pub(super) fn is_ours(stream: &UnixStream) -> Result<(), String> {
+    let me = std::fs::metadata("/proc/self").map(|meta| meta.uid()).ok();
+    match stream.peer_cred().map(|cred| cred.uid()) {
+        Ok(uid) if uid == 0 || Some(uid) == me => Ok(()),
+        Ok(uid) => Err(format!("user {uid} has no say here: the host belongs to user {}", me.unwrap_or_default())),
+        Err(error) => Err(format!("nobody knows who asks: {error}")),
+    }
+}
+
 /// Serves a control socket. What happened is told from `history`, also while the engine is busy, and when it is gone:
 /// its end is the last that is told.
 pub async fn serve(listener: UnixListener, engine: mpsc::Sender<Asked>, history: Events) {
-    while let Ok((stream, _)) = listener.accept().await {
+    while let Ok((mut stream, _)) = listener.accept().await {
         let (engine, history) = (engine.clone(), history.clone());
         tokio::spawn(async move {
+            if let Err(why) = is_ours(&stream) {
+                tracing::warn!(%why, "a control client is of another user");
+                // Who is still writing would not read.
+                let mut line = Vec::new();
+                let mut lines = BufReader::new(&mut stream).take(REQUEST_MAX_BYTES);
+                let _ = tokio::time::timeout(STRANGER_DEADLINE, lines.read_until(b'\n', &mut line)).await;
+                let answer = serde_json::to_vec(&Answer::error(why)).unwrap_or_default();
+                let _ = stream.write_all(&[&answer[..], b"\n"].concat()).await;
+                return;
+            }
             if let Err(error) = serve_one(Box::new(stream), engine, history).await {
                 tracing::debug!(%error, "control client left");
             }

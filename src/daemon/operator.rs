@@ -16,6 +16,7 @@ use super::status::{Health, PairRole, Protection, Status};
 use crate::say;
 use serde::Serialize;
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -54,7 +55,10 @@ pub struct Listed {
     pub protection: Option<Protection>,
     /// Its peer.
     pub peer: Option<String>,
-    /// Why it did not say so.
+    /// What is the matter with its socket, in a word: `stale-socket` (nobody serves it), `not-yours`, `no-answer` or
+    /// `refused`.
+    pub trouble: Option<&'static str>,
+    /// The same in a sentence.
     pub error: Option<String>,
     /// Its control socket.
     pub socket: PathBuf,
@@ -72,11 +76,12 @@ impl Listed {
             health: None,
             protection: None,
             peer: None,
+            trouble: None,
             error: None,
             socket,
         };
         match answer {
-            Err(error) => Self { error: Some(error.to_string()), ..nothing },
+            Err(error) => Self { trouble: Some(trouble(&error)), error: Some(error.to_string()), ..nothing },
             Ok(status) => Self {
                 host: status.host,
                 pid: Some(status.pid),
@@ -102,12 +107,20 @@ impl fmt::Display for Listed {
         let or = |word: Option<&str>| word.unwrap_or("-").to_owned();
         let id = self.guest_id.map_or_else(|| "-".to_owned(), |id| id.to_string());
         let (guest, role) = (or(self.guest.as_deref()), or(self.role.map(PairRole::name)));
-        let state = match &self.error {
-            Some(error) => format!("no answer: {error}"),
-            None => self.health.map_or("-", Health::name).to_owned(),
-        };
-        let row = Row { host: &self.host, guest: &guest, id: &id, role: &role, state: &state };
+        // What stands behind a word of trouble is for --json, and for the command that is given next.
+        let state = self.trouble.or(self.health.map(Health::name)).unwrap_or("-");
+        let row = Row { host: &self.host, guest: &guest, id: &id, role: &role, state };
         write!(f, "{row} {}", or(self.peer.as_deref()))
+    }
+}
+
+/// Why a socket gave no status, in a word.
+fn trouble(error: &ControlError) -> &'static str {
+    match error {
+        ControlError::Connect { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => "not-yours",
+        ControlError::Connect { .. } | ControlError::Closed { .. } | ControlError::NoHost { .. } => "stale-socket",
+        ControlError::NoAnswer(_) => "no-answer",
+        ControlError::Refused(_) => "refused",
     }
 }
 
@@ -311,8 +324,12 @@ mod tests {
     fn a_line_has_what_is_known() {
         let line = host("a", "web", Some(7), Health::TakenOver).to_string();
         assert_eq!(line, "a                web                  7 -          taken-over   -");
-        let dead = Listed::new("/run/c.sock".into(), Err(ControlError::NoAnswer("it hangs".into())));
-        assert!(dead.to_string().starts_with("c                -                    - -          no answer: "));
+        let dead = |error| Listed::new("/run/c.sock".into(), Err(error)).to_string();
+        let silent = dead(ControlError::NoAnswer("it hangs".into()));
+        assert_eq!(silent, "c                -                    - -          no-answer    -");
+        let connect = |kind: io::ErrorKind| ControlError::Connect { path: "/run/c.sock".into(), source: kind.into() };
+        assert!(dead(connect(io::ErrorKind::ConnectionRefused)).ends_with(" stale-socket -"));
+        assert!(dead(connect(io::ErrorKind::PermissionDenied)).ends_with(" not-yours    -"));
         assert_eq!(list_head().find("STATE"), line.find("taken-over"));
     }
 }

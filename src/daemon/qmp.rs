@@ -17,10 +17,10 @@ pub mod host;
 pub mod pair;
 pub mod replica;
 
+use super::control::is_ours;
 use crate::qmp::server::Session;
 use crate::qmp::{Event, Outcome, commands::Command};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -55,7 +55,6 @@ pub fn teller() -> broadcast::Sender<Event> {
 /// Serves a monitor until the socket fails.
 pub async fn serve<S: Service>(listener: UnixListener, service: Arc<S>) {
     let places = Arc::new(Semaphore::new(CLIENTS_MAX));
-    let me = std::fs::metadata("/proc/self").map(|meta| meta.uid()).ok();
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -66,9 +65,8 @@ pub async fn serve<S: Service>(listener: UnixListener, service: Arc<S>) {
             }
         };
         // The directory keeps others out already, unless somebody opened it.
-        let uid = stream.peer_cred().map(|cred| cred.uid()).ok();
-        if uid.is_none() || (uid != me && uid != Some(0)) {
-            tracing::warn!(?uid, "a monitor's client is of another user");
+        if let Err(why) = is_ours(&stream) {
+            tracing::warn!(%why, "a monitor's client is of another user");
             continue;
         }
         let Ok(place) = places.clone().try_acquire_owned() else {

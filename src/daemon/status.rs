@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 
+pub mod fields;
 mod packets;
 mod totals;
 
@@ -149,7 +150,7 @@ pub struct Percentiles {
 /// The last checkpoint that the secondary owns.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct LastCheckpoint {
-    /// How old what it holds is at least: since the secondary owned it, in ms.
+    /// Since the secondary came to own it, in ms. What it holds is older: see [`Status::recovery_point_ms`].
     pub age_ms: u64,
     /// It.
     #[serde(flatten)]
@@ -327,7 +328,8 @@ pub struct Status {
     pub failover: FailoverStatus,
     /// QEMU's COLO_EXIT reason.
     pub exit_reason: ExitReason,
-    /// Age of the state the secondary owns: what a takeover now would go back by, in ms.
+    /// Age of the state the secondary owns, since the guest was suspended for it: what a takeover now would go back by,
+    /// in ms.
     pub recovery_point_ms: Option<u64>,
     /// Checkpoints.
     pub checkpoints: Checkpoints,

@@ -10,6 +10,9 @@
 //!
 //! Source: QEMU 7.2 `block/quorum.c`, `block/replication.c`, `block/nbd.c`, `util/keyval.c`.
 
+mod schema;
+
+use self::schema::From;
 use super::commands::Listen;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -137,21 +140,6 @@ impl Options {
         Self(inner.map(|(key, value)| (key.to_owned(), value.clone())).collect())
     }
 
-    /// What QEMU's schema wants of `blockdev-add`, in its words: they are others than those for options.
-    fn check_schema(&self) -> Result<(), String> {
-        let missing = |name: &str| Err(format!("Parameter '{name}' is missing"));
-        let Some(driver) = self.get("driver") else { return missing("driver") };
-        if !["replication", "quorum", "nbd", "raw", "file"].contains(&driver) {
-            return Err(format!("Parameter 'driver' does not accept value '{driver}'"));
-        }
-        let has_file = self.0.keys().any(|key| key == "file" || key.starts_with("file."));
-        match driver {
-            "replication" | "raw" if !has_file => missing("file"),
-            "replication" if self.get("mode").is_none() => missing("mode"),
-            _ => Ok(()),
-        }
-    }
-
     /// The file of a raw image.
     fn file(&self) -> Result<String, String> {
         let file = self.get("file.filename").or(self.get("file")).or(self.get("filename"));
@@ -171,8 +159,26 @@ impl Options {
         Ok(Server { at, export, client: client.map(str::to_owned) })
     }
 
+    /// Of options, every one is known; the first node's, and those of an NBD client or an image below it.
+    fn check_text(&self) -> Result<(), String> {
+        self.check_names("", self.driver(), From::Text)?;
+        // Of a secondary's overlays nothing but what is below counts.
+        if self.get("mode") == Some("secondary") {
+            return Ok(());
+        }
+        for (at, default) in [("file.", "file"), ("children.0.", "raw"), ("children.0.file.", "file")] {
+            let below = self.get(&format!("{at}driver")).unwrap_or(default);
+            self.check_names(at, below, From::Text)?;
+        }
+        Ok(())
+    }
+
+    fn driver(&self) -> &str {
+        self.get("driver").or(self.get("format")).unwrap_or("raw")
+    }
+
     fn drive(&self, name: String) -> Result<Drive, String> {
-        match self.get("driver").or(self.get("format")).unwrap_or("raw") {
+        match self.driver() {
             "replication" => self.replication(name),
             "quorum" => self.quorum(name),
             "nbd" => {
@@ -266,6 +272,7 @@ impl Drive {
         } else {
             named(options.get("id").or(options.get("node-name")), "'id' needs to be specified")
         };
+        options.check_text()?;
         options.drive(name?)
     }
 
@@ -321,7 +328,7 @@ mod tests {
             ("file.driver=nbd", "NBD server address missing"),
             ("file.driver=nbd,file.path=/a,file.host=b", "at the same time"),
             ("top-id=x", "does not support option top-id"),
-            ("a=b", "must be specified for \"file\""),
+            ("discard=off", "must be specified for \"file\""),
         ] {
             let said = Drive::parse(&format!("node-name=r,driver=replication,mode=primary,{options}"), true);
             assert!(said.as_ref().is_err_and(|said| said.contains(why)), "{options}: {said:?}");

@@ -211,13 +211,7 @@ impl ScriptedSecondary {
             }
         };
         assert_eq!(word.channel, channel);
-        let welcome = Welcome {
-            protocol: PROTOCOL_VERSION,
-            from: "b".into(),
-            refused: None,
-            features: vec!["blank-disk".into()],
-            checkpoints: vec![],
-        };
+        let welcome = Welcome { features: vec!["blank-disk".into()], ..Welcome::bare("b", None) };
         let mut out = BytesMut::new();
         hello::encode(&welcome, &mut out);
         link.write_all(&out).await.unwrap();

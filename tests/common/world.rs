@@ -42,12 +42,14 @@ pub struct Plan {
     pub diverge: u8,
     /// Whether the hosts tell Prometheus how they are.
     pub metrics: bool,
+    /// Whether the wire begins in a Unix socket, which takes little of what its other end does not read.
+    pub narrow_wire: bool,
 }
 
 impl Default for Plan {
     fn default() -> Self {
         let policies = ["arbiter".into(), "arbiter".into()];
-        Self { fence: true, policies, guest_mib: 16, disks: 1, diverge: 0, metrics: false }
+        Self { fence: true, policies, guest_mib: 16, disks: 1, diverge: 0, metrics: false, narrow_wire: false }
     }
 }
 
@@ -125,7 +127,8 @@ impl World {
         };
         let a = start("a", &arbiter_a, &plan.policies[0]);
         let b = start("b", &arbiter_b, &plan.policies[1]);
-        let wire = Wire::new(&"127.0.0.1:0".parse().unwrap(), b.address.clone()).await;
+        let near = if plan.narrow_wire { Address::Unix(path("wire.sock")) } else { "127.0.0.1:0".parse().unwrap() };
+        let wire = Wire::new(&near, b.address.clone()).await;
         let world = Self { a, b, wire, arbiter_a, arbiter_b, switch, edge, server, dir, _turn: turn };
         world.answers().await;
         world

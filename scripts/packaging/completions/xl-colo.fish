@@ -132,7 +132,7 @@ complete -c xl-colo -n "__fish_xl_colo_using_subcommand status" -l host -d 'The 
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand status" -l run-dir -d 'The directory of the control sockets' -r -F
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand status" -l watch -d 'Print again every second until interrupted'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand status" -l json -d 'Say what there is to say in JSON, an object a line; why a command failed too, on standard error: {"error":{"class":…,"text":…,"do":…}}'
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand status" -s h -l help -d 'Print help'
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand status" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand list" -l run-dir -d 'The directory of the control sockets' -r -F
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand list" -l json -d 'Say what there is to say in JSON, an object a line; why a command failed too, on standard error: {"error":{"class":…,"text":…,"do":…}}'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand list" -s h -l help -d 'Print help'

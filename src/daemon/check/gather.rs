@@ -3,7 +3,7 @@
 use super::{Facts, Greeting, Piece, Program};
 use crate::colo::hello::{Channel, DiskGeometry, Geometry, Hello, Mode, PROTOCOL_VERSION, disk_name};
 use crate::daemon::address::Address;
-use crate::daemon::{host, xen};
+use crate::daemon::{host, unix_us, xen};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -91,9 +91,17 @@ async fn greet(address: &Address) -> Result<Greeting, String> {
             heartbeat_interval_ms: 1000,
             heartbeat_misses: 2,
         };
+        let asked_us = unix_us();
         let (_, welcome) = host::introduce(link, word).await?;
-        let vacant = welcome.has(host::VACANT);
-        Ok(Greeting { name: welcome.from, protocol: welcome.protocol, vacant })
+        let answered_us = unix_us();
+        // It was written at some moment between the two.
+        let clock_ahead_us = welcome.clock_unix_us.map(|theirs_us| {
+            let (middle_us, error_us) = (asked_us.midpoint(answered_us), answered_us.abs_diff(asked_us) / 2);
+            let signed = |us: u64| i64::try_from(us).unwrap_or(i64::MAX);
+            (signed(theirs_us).saturating_sub(signed(middle_us)), signed(error_us))
+        });
+        let (vacant, version) = (welcome.has(host::VACANT), welcome.version);
+        Ok(Greeting { name: welcome.from, protocol: welcome.protocol, vacant, version, clock_ahead_us })
     };
     let late = |_| Err(format!("no answer within {PEER_DEADLINE:?}"));
     tokio::time::timeout(PEER_DEADLINE, look).await.unwrap_or_else(late)

@@ -70,7 +70,7 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         status.risk = Some(RELEASED_AT_ONCE.into());
     }
     if machine.is_protected() {
-        status.recovery_point_ms = stats.last_owned_at.map(|at| (now - at).as_millis() as u64);
+        status.recovery_point_ms = side.recovery_point().map(|at| (now - at).as_millis() as u64);
     }
     let by_cause = stats.checkpoints.iter().map(|(cause, count)| (cause.to_string(), *count)).collect();
     status.checkpoints = Checkpoints { total: stats.checkpoints.values().sum(), by_cause };

@@ -3,7 +3,7 @@
 use super::{BLANK_DISK, CHUNK_HASHES, HELLO_DEADLINE, PACKET_DIGESTS, PAGE_DELTAS, Shared, VACANT, read_word};
 use crate::colo::arbiter::Claim;
 use crate::colo::heartbeat::Heartbeat;
-use crate::colo::hello::{self, Channel, DiskCheckpoint, Hello, PROTOCOL_VERSION, Welcome, disk_name};
+use crate::colo::hello::{self, Channel, DiskCheckpoint, Hello, Welcome, disk_name};
 use crate::colo::secondary;
 use crate::compare::digest::Key;
 use crate::daemon::address::{Link, Listener};
@@ -11,7 +11,7 @@ use crate::daemon::engine::{HostInput, Vacancy};
 use crate::daemon::guest::Guest;
 use crate::daemon::hashes;
 use crate::daemon::links::{self, LinkTask, Side, disk};
-use crate::daemon::{engine_clock, xen};
+use crate::daemon::{engine_clock, unix_us, xen};
 use crate::replica::epochs::{Replica, ReplicaConfig};
 use crate::replica::state::Standing;
 use bytes::BytesMut;
@@ -111,11 +111,11 @@ pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
                         ];
                         let features = features.into_iter().filter(|(has, _)| *has);
                         let welcome = Welcome {
-                            protocol: PROTOCOL_VERSION,
-                            from: shared.config.name.clone(),
-                            refused: None,
                             features: features.map(|(_, name)| name.to_owned()).collect(),
                             checkpoints: made.iter().flat_map(|(guest, _)| checkpoints(guest)).collect(),
+                            clock_unix_us: Some(unix_us()),
+                            version: Some(env!("CARGO_PKG_VERSION").into()),
+                            ..Welcome::bare(&shared.config.name, None)
                         };
                         let mut out = BytesMut::new();
                         hello::encode(&welcome, &mut out);
@@ -154,9 +154,7 @@ fn checkpoints(guest: &Guest) -> Vec<DiskCheckpoint> {
 }
 
 async fn answer(link: &mut Link, why: &str, from: &str) {
-    let refused = Some(why.to_owned());
-    let welcome =
-        Welcome { protocol: PROTOCOL_VERSION, from: from.to_owned(), refused, features: vec![], checkpoints: vec![] };
+    let welcome = Welcome::bare(from, Some(why.to_owned()));
     let mut out = BytesMut::new();
     hello::encode(&welcome, &mut out);
     let _ = link.write_all(&out).await;

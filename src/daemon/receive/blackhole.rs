@@ -10,7 +10,7 @@
 //! take over, and cannot: when the primary goes, so does it.
 
 use crate::colo::heartbeat::{Heartbeat, Word};
-use crate::colo::hello::{self, Channel, Hello, Mode, PROTOCOL_VERSION, Welcome, disk_name};
+use crate::colo::hello::{self, Channel, Hello, Mode, Welcome, disk_name};
 use crate::colo::message::Message;
 use crate::colo::stream::{Decoder, Item};
 use crate::daemon::address::Link;
@@ -34,8 +34,7 @@ pub async fn answer(mut link: Link) -> io::Result<()> {
         });
     let is_refused = refused.is_some();
     let features = vec![host::BLANK_DISK.to_owned(), host::VACANT.to_owned()];
-    let welcome =
-        Welcome { protocol: PROTOCOL_VERSION, from: "blackhole".into(), refused, features, checkpoints: vec![] };
+    let welcome = Welcome { features, ..Welcome::bare("blackhole", refused) };
     let mut out = BytesMut::new();
     hello::encode(&welcome, &mut out);
     link.write_all(&out).await?;

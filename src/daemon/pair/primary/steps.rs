@@ -55,6 +55,8 @@ pub(super) struct Steps {
     /// Suspend, end of the capture, pages, bytes of device state, interval; of the one under way.
     captured: Option<(Instant, Instant, u64, u64, Option<Duration>)>,
     last_capture_at: Option<Instant>,
+    /// The suspend of the last one that the secondary owns.
+    owned_from: Option<Instant>,
     taken: Option<Taken>,
     last: Option<Taken>,
     recent: VecDeque<(Instant, u64)>,
@@ -81,6 +83,7 @@ impl Steps {
 
     pub(super) fn released(&mut self, now: Instant, ended_epoch: u64, cause: Cause) {
         let Some((begun, captured, pages, devices_bytes, interval)) = self.captured.take() else { return };
+        self.owned_from = Some(begun);
         self.taken = Some(Taken {
             number: ended_epoch + 1,
             cause,
@@ -132,6 +135,13 @@ impl PrimarySide {
         self.steps.last.as_ref()
     }
 
+    /// The moment in the guest's life that the secondary could go on from. It came to own it later: the state was
+    /// copied out, sent and received in between.
+    #[must_use]
+    pub fn recovery_point(&self) -> Option<Instant> {
+        self.steps.owned_from
+    }
+
     /// Times between the beginnings of two captures.
     #[must_use]
     pub fn intervals(&self) -> &Samples {
@@ -170,7 +180,9 @@ mod tests {
 
         steps.said(at(100), Message::CheckpointRequest);
         steps.captured(at(110), at(112), 30, 64);
+        assert_eq!(steps.owned_from, Some(at(10)), "captured is not owned");
         steps.released(at(131), 1, Cause::Delay);
+        assert_eq!(steps.owned_from, Some(at(110)), "what it holds is as old as its suspend");
         assert_eq!(steps.poll(ms(5), false), None, "it is not loaded");
         // The next one may have been requested in the same breath.
         steps.heard(at(140), Message::VmstateLoaded);

@@ -19,6 +19,7 @@ use xen_colo::cli::{
     self, ArbiterArgs, CheckArgs, Cli, Command, ConfigArgs, EventsArgs, FailoverArgs, HostArgs, HostRef, ListArgs,
     ProtectArgs, ReceiveArgs, SetArgs, StatusArgs,
 };
+use xen_colo::colo::hello;
 use xen_colo::daemon::address::Address;
 use xen_colo::daemon::control::{self, ControlError, Request};
 use xen_colo::daemon::events::log::path_of_environment;
@@ -231,6 +232,9 @@ async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
             return fail(cli::EXIT_ENVIRONMENT, &why);
         }
     }
+    if let Err(why) = hello::check_exports(&args.exports, args.disks.len()) {
+        return fail(cli::EXIT_USAGE, &why);
+    }
     let mut seed = [0; 8];
     if let Err(error) = getrandom::fill(&mut seed) {
         return fail(cli::EXIT_ENVIRONMENT, &error);
@@ -252,6 +256,7 @@ async fn host(args: HostArgs, log: LogFilter) -> ExitCode {
         listen: args.listen,
         run_dir: args.run_dir,
         disks: args.disks,
+        exports: args.exports,
         spill_dir: args.spill_dir,
         epoch_memory_bytes: args.epoch_memory_mib << 20,
         net: args.net,

@@ -1,9 +1,10 @@
 //! A pair run from configurations: what they say is done, what the command line says wins, what is wrong is said.
 
-use crate::common::host::{Host, host_command};
+use crate::common::host::{Host, host_command, protect};
 use crate::common::{XL_COLO, one_line, turn, xl_colo};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use xen_colo::colo::hello::Mode;
 use xen_colo::daemon::control::Request;
 use xen_colo::daemon::status::Protection;
 
@@ -100,7 +101,7 @@ async fn xls_keys_are_taken_over() {
         "# xl's colo-host, colo-port: followed: the peer, ",
         "# xl's active-disk, hidden-disk: followed: disk epochs spill to ",
         "# xl's colo: nothing to do: every disk ",
-        "# xl's colo-export: nothing to do: the disks of a pair are matched by their order",
+        "# xl's colo-export: followed: what both hosts call the disk, ",
         "# xl's forwarddev: nothing to do: ",
         "# xl's colo_checkpoint_host: nothing to do: the comparator ",
         "# xl's colo_sock_mirror_id: nothing to do: ",
@@ -112,7 +113,69 @@ async fn xls_keys_are_taken_over() {
     let output = xl_colo(&["--json", "config", "--xl", xl.to_str().unwrap()]).await;
     let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&said["xl"][0]["keys"][0], &said["xl"][0]["followed"]), (&"colo-host".into(), &true.into()), "{said}");
-    for line in ["\npeer = \"tcp:192.0.2.2:9740\"\n", "\nspill_dir = \"/srv\"\n", &format!("\nxen = {xl:?}\n")] {
+    for line in [
+        "\npeer = \"tcp:192.0.2.2:9740\"\n",
+        "\nexports = [\"e\"]\n",
+        "\nspill_dir = \"/srv\"\n",
+        &format!("\nxen = {xl:?}\n"),
+    ] {
         assert!(text.contains(line), "{line}: {text}");
     }
+}
+
+/// xl's colo-export, in the pair: an image that is another disk's would be overwritten.
+#[tokio::test(flavor = "multi_thread")]
+async fn disks_that_the_hosts_call_otherwise_are_refused_and_the_right_ones_are_told_by_their_names() {
+    let _turn = turn().await;
+    let dir = tempfile::tempdir().unwrap();
+    let disk = |export: &str| {
+        format!(
+            "'format=raw,vdev=hda,colo,colo-host=h,colo-port=9,colo-export={export},active-disk=/a,hidden-disk=/h,target=/d'"
+        )
+    };
+    let start = |name: &str, exports: [&str; 2]| {
+        let xl = write(
+            dir.path(),
+            &format!("{name}.cfg"),
+            &format!("disk = [{}, {}]\n", disk(exports[0]), disk(exports[1])),
+        );
+        let image = |at: usize| dir.path().join(format!("{name}{at}.img"));
+        let spill = dir.path();
+        let config = format!(
+            "[host]\nname = \"{name}\"\nlisten = \"127.0.0.1:0\"\nrun_dir = {spill:?}\ndisks = [{:?}, {:?}]\nspill_dir = {spill:?}\n\
+             policy = \"hold\"\n[guest]\nxen = {xl:?}\n",
+            image(0),
+            image(1)
+        );
+        let config = write(dir.path(), &format!("{name}.toml"), &config);
+        let mut command = Command::new(XL_COLO);
+        command.args(["host", "--follow-stdin", "--config"]).arg(config);
+        if name == "a" {
+            // The names are taken from xl's configuration, and the guest is one that runs without Xen.
+            command.args(["--guest", "web", "--guest-mib", "4", "--disk-mib", "4"]);
+        }
+        Host::start(name, dir.path(), command)
+    };
+    let a = start("a", ["root", "data"]);
+    let b = start("b", ["data", "root"]);
+    let why = a.refusal(Request::Protect(protect(&b.address, Mode::Remus))).await;
+    assert!(why.contains("the primary's disk0 is called \"root\" (colo-export), and here it is \"data\""), "{why}");
+    assert!(!dir.path().join("b0.img").exists(), "nothing was made, or written");
+    drop(b);
+    let b = start("b", ["root", "data"]);
+    a.order(Request::Protect(protect(&b.address, Mode::Remus))).await;
+    a.becomes(Protection::Protected).await;
+    for (host, status) in [("a", a.status().await), ("b", b.status().await)] {
+        let names: Vec<_> = status.disks.iter().map(|disk| (disk.name.as_deref(), disk.export.as_deref())).collect();
+        assert_eq!(names, [(Some("disk0"), Some("root")), (Some("disk1"), Some("data"))], "{host}");
+        assert!(status.to_string().contains("\ndisk0       root "), "{status}");
+    }
+    // As many names as disks.
+    let line = ["host", "--name", "c", "--disk", "d", "--export", "x", "--export", "y", "--policy", "hold"];
+    let why = one_line(&xl_colo(&line).await, 2);
+    assert!(why.contains("2 names of exports (colo-export) for 1 disk(s)"), "{why}");
+    let line =
+        ["host", "--name", "c", "--disk", "d", "--disk", "e", "--export", "x", "--export", "x", "--policy", "hold"];
+    let why = one_line(&xl_colo(&line).await, 2);
+    assert!(why.contains("two disks are called \"x\""), "{why}");
 }

@@ -5,7 +5,9 @@
 
 use crate::common::conversation::Conversation;
 use crate::common::host::{Host, host_command, protect};
+use crate::common::qemu::monitor;
 use crate::common::{Listening, XL_COLO, installed, one_line, run, turn, until, xl_colo};
+use serde_json::json;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -16,6 +18,7 @@ use xen_colo::daemon::arbiter::Arbiter;
 use xen_colo::daemon::control::Request;
 use xen_colo::daemon::edge::{Edge, EdgeHandle};
 use xen_colo::daemon::events::Event;
+use xen_colo::daemon::qmp::host;
 use xen_colo::daemon::status::Protection;
 use xen_colo::daemon::switch::Switch;
 use xen_colo::demo::GUEST_IP;
@@ -62,7 +65,7 @@ struct Pair {
     b: Host,
     edge: EdgeHandle,
     _switch: Switch,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 async fn pair(image: PathBuf) -> Pair {
@@ -86,7 +89,7 @@ async fn pair_with(image: PathBuf, more: &[&str]) -> Pair {
     command.args(["host", "--follow-stdin", "--name", "b", "--listen", "127.0.0.1:0", "--arbiter", &arbiter]);
     command.arg("--run-dir").arg(dir.path()).arg("--disk").arg(image).args(more);
     let b = Host::start("b", dir.path(), command);
-    Pair { a, b, edge, _switch: switch, _dir: dir }
+    Pair { a, b, edge, _switch: switch, dir }
 }
 
 /// The first copy does not fit: the guest stays unprotected, and runs.
@@ -143,7 +146,54 @@ async fn epochs_that_outgrow_memory_and_spill_disk_cost_the_protection_and_nothi
     assert!(status.why.clone().unwrap_or_default().contains("disk write to the secondary"), "{status:#?}");
     let replica = pair.b.is("out of space, and stopped", |status| status.protection == Protection::Stopped).await;
     assert!(replica.disk.errors.iter().any(|error| error.contains("no space left")), "{replica:#?}");
+    // Its monitor names the disk.
+    let mut monitor = monitor(&host::socket_path(pair.dir.path(), "b")).await;
+    let said = monitor.execute("query-xen-replication-status", &json!({})).await.unwrap();
+    let desc = said["desc"].as_str().unwrap_or_default();
+    let names = desc.starts_with("I/O error occurred (disk0: ") && desc.contains("no space left");
+    assert!(said["error"] == true && names, "{said}");
     writer.goes_on().await;
+}
+
+/// A replica alone: what cannot be merged shows in its status, by the disk's name, for as long as it is so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_alone_that_fills_its_disk_names_it_in_its_status() {
+    let Some(small) = SmallDisk::mount(4) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (image, fine) = (small.path().join("image"), dir.path().join("fine"));
+    for image in [&image, &fine] {
+        std::fs::File::create(image).unwrap().set_len(16 << 20).unwrap();
+    }
+    let at = |name: &str| dir.path().join(name);
+    let mut command = std::process::Command::new(XL_COLO);
+    command.arg("qmp").arg("--socket").arg(at("monitor"));
+    for (name, image) in [("full", &image), ("fine", &fine)] {
+        command.arg("--drive").arg(format!("id={name},format=raw,file={}", image.display()));
+        let top = format!("id=top-{name},driver=replication,mode=secondary,top-id=t,file.backing.backing={name}");
+        command.arg("--drive").arg(top);
+    }
+    let _process = Listening::start(&mut command, &at("monitor"));
+    let mut b = monitor(&at("monitor")).await;
+    let mut does = async |command: &str, arguments: serde_json::Value| b.execute(command, &arguments).await.unwrap();
+    does("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": at("nbd")}}})).await;
+    for disk in ["full", "fine"] {
+        does("nbd-server-add", json!({"device": disk, "writable": true})).await;
+    }
+    does("xen-set-replication", json!({"enable": true, "primary": false})).await;
+    for disk in ["full", "fine"] {
+        let mut primary = Conversation::open(Address::Unix(at("nbd")), disk).await;
+        for mib in 0..8 {
+            primary.writes(mib << 20, vec![7; 1 << 20]).await.unwrap();
+        }
+    }
+    assert_eq!(does("query-xen-replication-status", json!({})).await, json!({"error": false}));
+    does("xen-colo-do-checkpoint", json!({})).await;
+    let desc = until("the error shows", async || {
+        let said = does("query-xen-replication-status", json!({})).await;
+        said["desc"].as_str().map(str::to_owned).ok_or(said)
+    })
+    .await;
+    assert!(desc.starts_with("I/O error occurred (full: ") && !desc.contains("fine"), "{desc}");
 }
 
 /// The spill file fills its disk: the epoch is broken, what was sealed before is whole.

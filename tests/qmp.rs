@@ -35,16 +35,21 @@ struct Secondary {
 }
 
 impl Secondary {
-    /// With the drives that a QEMU would get.
     fn start() -> Self {
+        Self::of_size(SIZE)
+    }
+
+    /// With the drives that a QEMU would get.
+    fn of_size(size: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("image"), vec![0x11; SIZE]).unwrap();
+        std::fs::write(dir.path().join("image"), vec![0x11; size]).unwrap();
         let socket = dir.path().join("monitor");
         let image = format!("if=none,id=disk0,format=raw,file={}", dir.path().join("image").display());
         let top = "if=none,id=top,driver=replication,mode=secondary,top-id=top,file.driver=qcow2,\
                    file.file.filename=a,file.backing.driver=qcow2,file.backing.file.filename=h,file.backing.backing=disk0";
         let mut command = Command::new(XL_COLO);
         command.arg("qmp").arg("--socket").arg(&socket).args(["--drive", &image, "--drive", top]);
+        command.args(["--epoch-memory-mib", "512"]);
         let process = Listening::start(&mut command, &socket);
         Self { process, socket, dir }
     }
@@ -242,6 +247,30 @@ async fn success_that_means_nothing_is_refused() {
     let status = order(&mut monitor, "query-xen-replication-status", json!({})).await;
     assert_eq!(status, json!({"error": true, "desc": "Block replication is not running (stopped)"}));
     assert!(std::fs::read(secondary.path("image")).unwrap().iter().all(|byte| *byte == 0x11));
+}
+
+/// What a guest went on with is in the image when it has ended, though it is told to end before that was merged.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_right_after_a_takeover_loses_nothing() {
+    let mut secondary = Secondary::of_size(192 << 20);
+    let mut monitor = secondary.monitor().await;
+    let nbd = secondary.path("nbd");
+    order(&mut monitor, "nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": nbd}}})).await;
+    order(&mut monitor, "nbd-server-add", json!({"device": "disk0", "writable": true})).await;
+    order(&mut monitor, "xen-set-replication", json!({"enable": true, "primary": false})).await;
+    let mut primary = Conversation::open(Address::Unix(nbd), "disk0").await;
+    for mib in 0..192_u64 {
+        primary.writes(mib << 20, vec![mib as u8 | 1; 1 << 20]).await.unwrap();
+    }
+    // In one breath.
+    let mut client = secondary.raw().await;
+    let failover = "{'execute':'xen-set-replication','arguments':{'enable':false,'primary':false,'failover':true}}";
+    let words = ["{'execute':'qmp_capabilities'}{'execute':'xen-colo-do-checkpoint'}", failover, "{'execute':'quit'}"];
+    client.says(words.concat().as_bytes()).await;
+    until("it ends", async || secondary.process.0.try_wait().unwrap().ok_or("it runs")).await;
+    let image = std::fs::read(secondary.path("image")).unwrap();
+    let wrong = (0..192).find(|mib| image[mib << 20..][..1 << 20].iter().any(|byte| *byte != *mib as u8 | 1));
+    assert_eq!(wrong, None, "a MiB that was sealed and is not there");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -445,6 +474,15 @@ async fn a_hosts_guest_is_ordered_about_and_what_happens_is_told() {
     assert!(all["checkpoints"]["total"].as_u64() > Some(before), "{all}");
     assert_eq!((&all["role"], &all["protection"]), (&json!("primary"), &json!("protected")));
     assert!(refusal(&mut on_b, "xen-colo-do-checkpoint", json!({})).await.contains("no guest is being protected"));
+
+    // Stopped without a failover it is an end of the protection: the guest goes on here, and only here.
+    order(&mut on_a, "xen-set-replication", json!({"enable": false, "primary": true})).await;
+    assert_eq!(a.becomes(Protection::Unprotected).await.generation, 1, "no generation was won");
+    b.becomes(Protection::Empty).await;
+    let status = order(&mut on_a, "query-xen-replication-status", json!({})).await;
+    assert!(status["desc"].as_str().unwrap().starts_with("Block replication is not running (UNPROTECTED"), "{status}");
+    a.order(Request::Protect(protect(&b.address, Mode::Remus))).await;
+    a.becomes(Protection::Protected).await;
 
     let enough = refusal(&mut on_a, "migrate-set-parameters", json!({"x-checkpoint-delay": 0})).await;
     assert_eq!(enough, "a checkpoint delay is at least 1 ms");

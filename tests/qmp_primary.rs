@@ -9,6 +9,7 @@
 
 use crate::common::conversation::Conversation;
 use crate::common::qemu::{difference, monitor};
+use crate::common::wire::Wire;
 use crate::common::{Listening, PATIENCE, XL_COLO, installed, run, until};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -324,6 +325,73 @@ async fn replication_that_cannot_start_whole_does_not_start() {
         if desc.contains("disk0, to export image0") && !desc.contains("disk1") { Ok(()) } else { Err(status) }
     })
     .await;
+}
+
+/// The way to the secondary is silent: who must know that the writes are there waits for them, and who yanks does not wait
+/// for anybody.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_on_its_way_is_waited_for_and_a_yank_waits_for_nobody() {
+    let lab = Lab::new();
+    let Some(mut b) = lab.secondary(false, 1).await else { return };
+    let mut a = lab.primary(1).await;
+    let wire = Wire::new(&Address::Unix(lab.at("wire")), Address::Unix(lab.at("nbd"))).await;
+    a.serves(lab.at("guest"), &["disk0"]).await;
+    let mut guest = lab.open("guest", "disk0").await;
+    let server = json!({"type": "unix", "path": lab.at("wire")});
+    let node = |name: &str| {
+        let file = json!({"driver": "nbd", "node-name": format!("nbd-{name}"), "server": server, "export": "image0"});
+        json!({"driver": "replication", "mode": "primary", "node-name": name, "file": file})
+    };
+    a.does("blockdev-add", node("r0")).await;
+    a.does("x-blockdev-change", json!({"parent": "disk0", "node": "r0"})).await;
+    b.replicates(true, false).await;
+    a.replicates(true, true).await;
+    a.does("cont", json!({})).await;
+    let mut healer = monitor(&lab.at("a")).await;
+    for ask in [STATUS, "xen-colo-do-checkpoint", "stop"] {
+        wire.silence();
+        guest.writes(1 << 20, vec![0x77; 256 << 10]).await.unwrap();
+        let asked = a.does(ask, json!({}));
+        tokio::pin!(asked);
+        let early = tokio::time::timeout(std::time::Duration::from_millis(300), &mut asked).await;
+        assert!(early.is_err(), "{ask} was answered {early:?} while the writes were on their way");
+        wire.heal();
+        let said = asked.await;
+        assert!(said == json!({}) || said == json!({"error": false}), "{ask}: {said}");
+    }
+    // For as long as libxl waits, and not longer; then it is said what is not there.
+    wire.silence();
+    guest.writes(2 << 20, vec![0x78; 256 << 10]).await.unwrap();
+    let late = a.does(STATUS, json!({})).await;
+    assert!(late["desc"].as_str().unwrap_or_default().contains("are not at the secondary after"), "{late}");
+    wire.heal();
+    until("it is there", async || {
+        let status = a.does(STATUS, json!({})).await;
+        if status == json!({"error": false}) { Ok(()) } else { Err(status) }
+    })
+    .await;
+    // An order that waits for a server that says nothing holds everything but a yank.
+    wire.silence();
+    let yank = async {
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        let instance = json!({"type": "block-node", "node-name": "nbd-r0"});
+        healer.execute("yank", &json!({"instances": [instance]})).await.unwrap();
+    };
+    let why = {
+        let add = a.refuses("blockdev-add", node("r1"));
+        tokio::pin!(add);
+        tokio::select! {
+            biased;
+            why = &mut add => panic!("what waits was answered before the yank: {why}"),
+            () = yank => {}
+        }
+        let still = tokio::time::timeout(std::time::Duration::from_millis(500), &mut add).await;
+        assert!(still.is_err(), "the yank has waited for it: {still:?}");
+        add.await
+    };
+    assert!(why.ends_with("it does not answer"), "{why}");
+    let status = a.does(STATUS, json!({})).await;
+    assert!(status["desc"].as_str().unwrap_or_default().contains("disk0, to export image0"), "{status}");
 }
 
 /// Wrong words, each with what is wrong.

@@ -144,6 +144,7 @@ fn a_stock_qemu_says_the_same_to_the_same_words() {
         order("nbd-server-add", json!({"device": "disk", "writable": true})),
         order("nbd-server-add", json!({"device": "disk", "writable": true})),
         order("nbd-server-add", json!({"device": "disk", "name": "9"})),
+        order("nbd-server-add", json!({"device": "disk", "name": "x".repeat(4097)})),
         order("block-export-add", json!({"type": "nbd", "id": "e", "node-name": "nope"})),
         order("block-export-add", json!({"type": "zork", "id": "e", "node-name": "disk"})),
         order("nbd-server-remove", json!({"name": "nope"})),

@@ -19,7 +19,8 @@ use xen_colo::daemon::status::Protection;
 use xen_colo::daemon::status::fields::{FIELDS, Field, Kind};
 
 /// Fields that this pair does not have.
-const ABSENT: [&str; 5] = [
+const ABSENT: [&str; 6] = [
+    "disks[].export",               // config.rs
     "guest_id",                     // a Xen domain's
     "risk",                         // remus.rs: who lets packets go at once
     "lock_step.tried_again_in_ms",  // diverging.rs: lock-step that does not pay
@@ -27,7 +28,7 @@ const ABSENT: [&str; 5] = [
     "disks[].errors[]",             // full_disk.rs
 ];
 /// Numbers that it has, and that need not move.
-const STILL: [&str; 26] = [
+const STILL: [&str; 27] = [
     "pid",
     "peer_health.lost_after_ms",
     "disk_link_losses",      // disk_link.rs
@@ -54,6 +55,7 @@ const STILL: [&str; 26] = [
     "interval_us.p50",
     "interval_us.p99",
     "interval_us.max",
+    "queues.stream_bytes", // a wire as fast as the copy; packets_bytes, which waits in the same kind of queue, moves
 ];
 
 /// What was seen of each field.

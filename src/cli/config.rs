@@ -137,6 +137,9 @@ section! {
         run_dir: Option<PathBuf> = None, "\"/run/xen-colo/hosts\"";
         /// The disk images, in the guest's order.
         disks: Vec<PathBuf> = Vec::new(), "";
+        /// What both hosts call the disks, in the same order; a primary whose disks are called otherwise is refused. By default
+        /// colo-export of the disks in the domain's xl configuration.
+        exports: Vec<String> = Vec::new(), "";
         /// Where disk epochs go that do not fit into memory; beside the first image by default.
         spill_dir: Option<PathBuf> = None, "\"/var/lib/xen-colo\"";
         /// Memory in MiB that the replicas' disk epochs may use together before they go to the spill directory.
@@ -273,6 +276,9 @@ impl Config {
     pub fn fill_from(&mut self, xl: &xl::Keys) {
         if self.protect.peer.is_none() {
             self.protect.peer = xl.peer();
+        }
+        if self.host.exports.is_empty() {
+            self.host.exports = xl.exports();
         }
         if self.host.spill_dir.is_none() {
             self.host.spill_dir = xl.spill_dir();

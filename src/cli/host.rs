@@ -1,6 +1,7 @@
 //! What runs on a machine: a host, an arbiter.
 
 use crate::colo::arbiter::Policy;
+use crate::colo::hello::check_exports;
 use crate::daemon::address::Address;
 use crate::daemon::arbiter::Arbiter;
 use crate::daemon::control;
@@ -29,6 +30,10 @@ pub struct HostArgs {
     /// A disk image: of the guest booted here, or of the replica; again for each further disk of the guest
     #[arg(long = "disk", value_name = "FILE", required_unless_present = "config")]
     pub disks: Vec<PathBuf>,
+    /// What both hosts call a disk (xl's colo-export), again for each disk in their order: a primary whose disks are called
+    /// otherwise, or are in another order, is refused. Without names disks are matched by their order alone
+    #[arg(long = "export", value_name = "NAME")]
+    pub exports: Vec<String>,
     /// Where disk epochs go that do not fit into memory; beside the first image by default
     #[arg(long, value_name = "DIR")]
     pub spill_dir: Option<PathBuf>,
@@ -99,6 +104,12 @@ impl HostArgs {
         }
         if self.disks.is_empty() {
             return Err(missing("disks", "--disk FILE"));
+        }
+        if self.exports.is_empty() {
+            self.exports = host.exports;
+        }
+        if let Err(why) = check_exports(&self.exports, self.disks.len()) {
+            return Err(ConfigError::File { path, why });
         }
         if !says("listen") {
             self.listen = host.listen;

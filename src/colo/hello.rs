@@ -30,6 +30,38 @@ pub fn disk_name(index: usize) -> String {
     format!("disk{index}")
 }
 
+/// Longest name of an export, in bytes.
+const EXPORT_MAX_BYTES: usize = 255;
+
+/// Checks the names that a configuration gives to a guest's disks: one each, or none at all.
+pub fn check_exports(exports: &[String], disks: usize) -> Result<(), String> {
+    if !exports.is_empty() && exports.len() != disks {
+        return Err(format!("{} names of exports (colo-export) for {disks} disk(s)", exports.len()));
+    }
+    if let Some(name) = exports.iter().find(|name| name.is_empty() || name.len() > EXPORT_MAX_BYTES) {
+        let shown: String = name.chars().take(20).collect();
+        return Err(format!("{shown:?} names no export (colo-export): 1 to {EXPORT_MAX_BYTES} bytes do"));
+    }
+    match exports.iter().enumerate().find(|(at, name)| exports[..*at].contains(name)) {
+        Some((_, name)) => Err(format!("two disks are called {name:?} (colo-export)")),
+        None => Ok(()),
+    }
+}
+
+/// Whether two hosts mean the same disks, in the same order, as far as both have names for them; or what differs. An image
+/// that is another disk's would be overwritten.
+pub fn match_exports(primary: &[String], secondary: &[String]) -> Result<(), String> {
+    let differ = |(_, (theirs, ours)): &(usize, (&String, &String))| theirs != ours;
+    match primary.iter().zip(secondary).enumerate().find(differ) {
+        Some((at, (theirs, ours))) => Err(format!(
+            "the primary's {} is called {theirs:?} (colo-export), and here it is {ours:?}; give both hosts the same disks in \
+             the same order",
+            disk_name(at)
+        )),
+        None => Ok(()),
+    }
+}
+
 /// What a connection is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -141,6 +173,9 @@ pub struct Hello {
     pub features: Vec<String>,
     /// The guest's shape.
     pub geometry: Geometry,
+    /// What the primary's configuration calls the disks, in their order; empty where they have no such names.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exports: Vec<String>,
     /// Time between beats.
     pub heartbeat_interval_ms: u64,
     /// Missed beats that mean a lost peer.
@@ -281,6 +316,9 @@ impl Hello {
                 return refuse(format!("disk {:?} of {} bytes", disk.name, disk.size_bytes));
             }
         }
+        if let Err(why) = check_exports(&self.exports, count) {
+            return refuse(why);
+        }
         let misses = u64::from(self.heartbeat_misses);
         if !(1..=60_000).contains(&self.heartbeat_interval_ms) || !(2..=1000).contains(&misses) {
             return refuse(format!("a heartbeat of {misses} × {} ms", self.heartbeat_interval_ms));
@@ -316,6 +354,7 @@ pub(crate) mod tests {
                 xen: None,
             },
             heartbeat_interval_ms: 100,
+            exports: vec![],
             heartbeat_misses: 3,
         }
     }

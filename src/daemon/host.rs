@@ -111,6 +111,8 @@ pub struct HostConfig {
     pub run_dir: PathBuf,
     /// The disk images in the order of the guest's disks: of the guest that boots here, or of the replicas made here.
     pub disks: Vec<PathBuf>,
+    /// What both hosts call the disks, in the same order, so that neither takes one for another; they need no such names.
+    pub exports: Vec<String>,
     /// Where disk epochs spill to; the first image's directory when absent.
     pub spill_dir: Option<PathBuf>,
     /// Memory that the replicas' disk epochs may use together before they spill, in bytes.
@@ -266,6 +268,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address, Option<&str>))
         guest,
         left,
         disks: config.disks.clone(),
+        exports: config.exports.clone(),
         arbiter: config.arbiter.clone(),
         control: control_receiver,
         protect: protect_sender,
@@ -405,6 +408,7 @@ async fn knock(
         mode: protect.mode,
         features: features.clone(),
         geometry: geometry.clone(),
+        exports: config.exports.clone(),
         heartbeat_interval_ms: interval_ms,
         heartbeat_misses: misses,
     };

@@ -220,6 +220,9 @@ pub struct Disk {
     /// Its name, where it is one of the guest's disks and not all together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// What both hosts' configurations call it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<String>,
     /// Bytes of the first copy that are at the secondary.
     pub copied_bytes: u64,
     /// Bytes the first copy has in all.
@@ -265,6 +268,7 @@ impl Disk {
         let errors = disks.iter().flat_map(|disk| disk.errors.iter().map(|error| named(disk, error)));
         Self {
             name: None,
+            export: None,
             copied_bytes: add(|disk| disk.copied_bytes),
             total_bytes: add(|disk| disk.total_bytes),
             resync: disks.iter().find_map(|disk| disk.resync.clone()),
@@ -424,6 +428,7 @@ impl Status {
         }
         self.disks.iter().try_for_each(|disk| {
             let (name, mib) = (disk.name.as_deref().unwrap_or("disk"), disk.total_bytes >> 20);
+            let export = disk.export.as_ref().map_or(String::new(), |export| format!(" {export}"));
             let size = if disk.total_bytes > 0 { format!(" {mib} MiB") } else { String::new() };
             let waiting = if disk.waiting_bytes > 0 {
                 format!(", {} KiB wait", disk.waiting_bytes.div_ceil(1024))
@@ -431,7 +436,7 @@ impl Status {
                 String::new()
             };
             let image = disk.image.as_ref().map_or(String::new(), |image| format!(", image {image}"));
-            write!(f, "\n{name:<11}{size}{waiting}{image}")
+            write!(f, "\n{name:<11}{export}{size}{waiting}{image}")
         })
     }
 }

@@ -129,6 +129,7 @@ impl Host {
             guest,
             left: None,
             disks: Default::default(),
+            exports: vec![],
             arbiter: None,
             control: control_receiver,
             protect,

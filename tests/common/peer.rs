@@ -52,6 +52,7 @@ pub fn hello_of(name: &str, channel: Channel, session: u64) -> Hello {
             xen: None,
         },
         heartbeat_interval_ms: 10_000,
+        exports: vec![],
         heartbeat_misses: 10,
     }
 }

@@ -950,7 +950,7 @@ _xl__colo() {
             return 0
             ;;
         xl__subcmd__colo__subcmd__host)
-            opts="-h --name --config --listen --run-dir --disk --spill-dir --epoch-memory-mib --net --metrics-listen --arbiter --policy --guest --xen --guest-mib --disk-mib --diverge --event-log --seed --follow-stdin --json --help"
+            opts="-h --name --config --listen --run-dir --disk --export --spill-dir --epoch-memory-mib --net --metrics-listen --arbiter --policy --guest --xen --guest-mib --disk-mib --diverge --event-log --seed --follow-stdin --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -973,6 +973,10 @@ _xl__colo() {
                     return 0
                     ;;
                 --disk)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --export)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

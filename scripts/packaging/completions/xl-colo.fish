@@ -71,6 +71,7 @@ complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l config -d 'The 
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l listen -d 'Where the peer connects: HOST:PORT or unix:PATH' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l run-dir -d 'The directory of the control sockets' -r -F
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l disk -d 'A disk image: of the guest booted here, or of the replica; again for each further disk of the guest' -r -F
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l export -d 'What both hosts call a disk (xl\'s colo-export), again for each disk in their order: a primary whose disks are called otherwise, or are in another order, is refused. Without names disks are matched by their order alone' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l spill-dir -d 'Where disk epochs go that do not fit into memory; beside the first image by default' -r -F
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l epoch-memory-mib -d 'Memory in MiB that the replicas\' disk epochs may use together before they go to the spill directory' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand host" -l net -d 'The switch port of the guest\'s NIC' -r

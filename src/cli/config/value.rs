@@ -133,3 +133,20 @@ impl Value for Vec<PathBuf> {
         Some(format!("[{}]", items.join(", ")))
     }
 }
+
+/// Names that are not this program's, such as xl's.
+impl Value for Vec<String> {
+    fn allowed() -> String {
+        "a list of names".into()
+    }
+
+    fn read(value: &DeValue<'_>) -> Option<Self> {
+        let name = |item: &toml::Spanned<DeValue<'_>>| Some(item.get_ref().as_str()?.to_owned());
+        value.as_array()?.iter().map(name).collect()
+    }
+
+    fn write(&self) -> Option<String> {
+        let items: Vec<_> = self.iter().map(|name| quoted(name)).collect();
+        Some(format!("[{}]", items.join(", ")))
+    }
+}

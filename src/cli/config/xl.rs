@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `colo-host`, `colo-port` | the peer |
 //! | `hidden-disk`, `active-disk` | their directory is where disk epochs spill to: both are memory here, as long as it lasts |
+//! | `colo-export` | what both hosts call the disk, so that neither takes one for another |
 //! | the others | none: [`Keys::notes`] says of each why it needs nothing |
 //!
 //! Other keys of xl are none of our business. A key that looks like one of these and is none is an error: xl itself takes
@@ -146,6 +147,12 @@ impl Keys {
         Some(Address::Tcp(format!("{}:{}", disk.get("colo-host")?, disk.get("colo-port")?)))
     }
 
+    /// What the disks that are replicated are called, in their order.
+    #[must_use]
+    pub fn exports(&self) -> Vec<String> {
+        self.disks.iter().filter_map(|disk| disk.get("colo-export")).cloned().collect()
+    }
+
     /// Where disk epochs may spill to.
     #[must_use]
     pub fn spill_dir(&self) -> Option<PathBuf> {
@@ -230,8 +237,8 @@ const MEANINGS: [Meaning; 7] = [
     },
     Meaning {
         fits: |key| key == "colo-export",
-        followed: false,
-        why: "the disks of a pair are matched by their order, and their exports are called disk0, disk1, …",
+        followed: true,
+        why: "what both hosts call the disk, unless [host] has exports; disks called otherwise there are refused",
     },
     Meaning {
         fits: |key| key == "forwarddev",
@@ -500,7 +507,7 @@ colo-export=disk0,active-disk=/srv/active.img,hidden-disk=/srv/hidden.img,target
             note("colo-host colo-port", true),
             note("active-disk hidden-disk", true),
             note("colo", false),
-            note("colo-export", false),
+            note("colo-export", true),
             note("forwarddev", false),
             note("colo_checkpoint_port", false),
             note("colo_sock_mirror_id", false),

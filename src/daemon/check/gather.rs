@@ -89,6 +89,7 @@ async fn greet(address: &Address) -> Result<Greeting, String> {
                 xen: None,
             },
             heartbeat_interval_ms: 1000,
+            exports: vec![],
             heartbeat_misses: 2,
         };
         let asked_us = unix_us();

@@ -280,6 +280,9 @@ impl Engine {
             Role::Primary(role) => report::primary(&mut status, role, now),
             Role::Secondary(role) => report::secondary(&mut status, role),
         }
+        for (disk, export) in status.disks.iter_mut().zip(&self.parts.exports) {
+            disk.export = Some(export.clone());
+        }
         let Wire { memory_bytes, stream_bytes, .. } = status.wire;
         status.wire.ratio = (memory_bytes > 0).then(|| stream_bytes as f64 / memory_bytes as f64);
         status.health = Health::of(status.protection, &status.degraded);

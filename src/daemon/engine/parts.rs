@@ -71,6 +71,8 @@ pub struct EngineParts {
     pub left: Option<String>,
     /// The images on which replicas are made here.
     pub disks: Vec<PathBuf>,
+    /// What both hosts call the disks.
+    pub exports: Vec<String>,
     /// The arbiter.
     pub arbiter: Option<Arbiter>,
     /// Requests of the control socket.

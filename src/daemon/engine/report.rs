@@ -116,6 +116,7 @@ pub(super) fn primary(status: &mut Status, role: &PrimaryRole, now: Instant) {
         fenced_writes: 0,
         errors: mirror.error.into_iter().collect(),
         image: None,
+        export: None,
     };
     status.disks = role.guest.mirrors.status().into_iter().enumerate().map(disk).collect();
     status.disk = Disk::sum(&status.disks);

@@ -168,6 +168,9 @@ async fn welcome(shared: &Shared, known: bool, word: &Hello) -> Result<Option<(G
     }
     word.check().map_err(|error| error.to_string())?;
     let config = &shared.config;
+    if let Err(why) = hello::match_exports(&word.exports, &config.exports) {
+        return Err(format!("host {}: {why}", config.name));
+    }
     if word.from == config.name {
         return Err(format!("both hosts are called {}; an arbiter could not tell them apart", word.from));
     }

@@ -183,6 +183,7 @@ pub const FIELDS: &[Field] = &[
     ("flows[].last_cause", Kind::Text, "why it last was"),
     ("flows[].keeps_diverging", Kind::Flag, "it was in 3 of the last 16 epochs"),
     ("disks[].name", Kind::Text, "disk0, disk1 …, in the guest's order"),
+    ("disks[].export", Kind::Text, "what both hosts call it (colo-export)"),
     ("disks[].copied_bytes", Kind::Bytes, "of the first copy that are at the peer"),
     ("disks[].total_bytes", Kind::Bytes, "the first copy has; on the secondary the disk's size"),
     ("disks[].resync", RESYNC, "what the first copy copies"),

@@ -24,6 +24,7 @@ mod fragments;
 mod ipv6;
 pub mod key;
 mod line;
+mod min_ack;
 pub mod neighbour;
 pub mod notify;
 mod options;

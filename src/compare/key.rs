@@ -18,6 +18,7 @@
 use super::neighbour::Identity;
 use super::packet::{ETHERTYPE_ARP, Ip, PROTOCOL_ICMPV6, Transport, Vlans, be16, be32};
 use core::net::{IpAddr, Ipv4Addr};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::ops::Range;
@@ -150,11 +151,53 @@ impl FlowKey {
         ((peer.rotate_left(16) ^ ports).wrapping_mul(0x9e37_79b9) >> 24) as u8
     }
 
+    /// What the flow serves: the lower of its ports is a server's, since clients draw theirs from the upper ones (RFC 6335 6).
+    #[must_use]
+    pub fn service(&self) -> Service {
+        let protocol = match self.protocol {
+            Self::IDENTITY => "identity".to_owned(),
+            1 => "icmp".to_owned(),
+            6 => "tcp".to_owned(),
+            17 => "udp".to_owned(),
+            58 => "icmpv6".to_owned(),
+            other => format!("ip-{other}"),
+        };
+        let port = match (self.protocol, self.src_port, self.dst_port) {
+            // A question is told by what it asks, and has no port of the guest's.
+            (6 | 17, 0, port) => ServicePort::Peer(port),
+            (6 | 17, port, other) if port <= other => ServicePort::Guest(port),
+            (6 | 17, _, port) => ServicePort::Peer(port),
+            _ => ServicePort::None,
+        };
+        Service { protocol, port }
+    }
+
     /// The same flow, from a packet sent by the peer.
     #[must_use]
     pub fn reversed(self) -> Self {
         Self { src: self.dst, dst: self.src, src_port: self.dst_port, dst_port: self.src_port, ..self }
     }
+}
+
+/// What flows have in common that are of one service: it names nobody who uses it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Service {
+    /// tcp, udp, icmp, icmpv6, identity (address resolution, neighbour discovery), or ip-N.
+    pub protocol: String,
+    /// Whose.
+    pub port: ServicePort,
+}
+
+/// A port of a service, and who offers it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ServicePort {
+    /// There are none in that protocol.
+    None,
+    /// The guest serves.
+    Guest(u16),
+    /// The guest is a client.
+    Peer(u16),
 }
 
 /// All of the key in few words: the derived one feeds a hasher a field at a time, lengths and variants too.
@@ -253,5 +296,28 @@ pub(super) fn dhcpv6_option(message: &[u8], wanted: u16) -> Option<Range<usize>>
             return Some(value);
         }
         at = value.end;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_is_told_by_the_lower_port() {
+        let [guest, peer] = [2, 9].map(|last| IpAddr::V4(Ipv4Addr::new(10, 0, 0, last)));
+        for (protocol, src_port, dst_port, name, port) in [
+            (6, 80, 40000, "tcp", ServicePort::Guest(80)),
+            (6, 40000, 443, "tcp", ServicePort::Peer(443)),
+            (17, 123, 123, "udp", ServicePort::Guest(123)),
+            (17, 0, 53, "udp", ServicePort::Peer(53)),
+            (1, 7, 0, "icmp", ServicePort::None),
+            (58, 0, 136, "icmpv6", ServicePort::None),
+            (FlowKey::IDENTITY, 0, 0, "identity", ServicePort::None),
+            (132, 0, 0, "ip-132", ServicePort::None),
+        ] {
+            let key = FlowKey { vlans: [0; 2], src: guest, dst: peer, protocol, src_port, dst_port, transaction: 0 };
+            assert_eq!(key.service(), Service { protocol: name.into(), port });
+        }
     }
 }

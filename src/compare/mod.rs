@@ -47,6 +47,6 @@ mod tests;
 
 pub use buffer::{EpochBuffer, Proxy};
 pub use compare::{Cause, Comparator, Config, Output, Stats, asked_by};
-pub use key::FlowKey;
+pub use key::{FlowKey, Service, ServicePort};
 pub use record::FlowReport;
 pub use rewriter::Rewriter;

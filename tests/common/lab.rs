@@ -410,11 +410,13 @@ impl PlayedGuest {
     }
 
     pub fn status(&self) -> Value {
+        let said = || std::fs::read_to_string(self.dir.path().join("vif-says")).unwrap();
+        let before = said().lines().count();
         self.signal(Signal::USR1);
         let begun = Instant::now();
         loop {
-            let said = std::fs::read_to_string(self.dir.path().join("vif-says")).unwrap();
-            if let Some(status) = said.lines().last().and_then(|line| serde_json::from_str(line).ok()) {
+            // What it said before is not what it says now.
+            if let Some(status) = said().lines().nth(before).and_then(|line| serde_json::from_str(line).ok()) {
                 return status;
             }
             assert!(begun.elapsed() < PATIENCE, "no status");

@@ -5,8 +5,8 @@
 //! notify_dev is answered behind what was said before.
 
 use crate::common::comparator::{Comparator, Peer};
-use crate::common::frames::{arp, framed, framed_vnet, ping, udp};
-use crate::common::{one_line, xl_colo};
+use crate::common::frames::{Segment, arp, framed, framed_vnet, numbers, ping, udp};
+use crate::common::{LOOK, PATIENCE, one_line, xl_colo};
 use std::io::Write;
 use std::os::unix::net::UnixListener;
 
@@ -19,6 +19,13 @@ const CLIENT: ([u8; 4], u16) = ([10, 0, 0, 9], 5000);
 /// A datagram with this payload.
 fn datagram(port: u16, payload: &[u8]) -> Vec<u8> {
     udp(port, CLIENT, 0, payload)
+}
+
+/// What the comparator says of itself.
+fn status(comparator: &Comparator) -> serde_json::Value {
+    let pid = rustix::process::Pid::from_child(&comparator.process.0);
+    rustix::process::kill_process(pid, rustix::process::Signal::USR1).unwrap();
+    serde_json::from_str(comparator.says("stdout", "}\n").lines().last().unwrap()).unwrap()
 }
 
 /// Both guests announce their address; from then on ARP passes at once.
@@ -127,6 +134,13 @@ fn a_request_waits_for_a_toolstack_that_comes_later() {
     primary.send(&datagram(1, b"one thing"));
     secondary.send(&datagram(1, b"another thing"));
     comparator.says("stderr", "nobody at notify_dev");
+    let status = status(&comparator);
+    let [flow] = &status["diverging"].as_array().unwrap()[..] else { panic!("{status}") };
+    assert_eq!(
+        (&flow["flow"], &flow["last_cause"]),
+        (&"udp 10.0.0.2 1 > 10.0.0.9 5000".into(), &"outputs differ".into())
+    );
+    assert_eq!((&flow["diverged"], &flow["held"], &flow["keeps_diverging"]), (&1.into(), &1.into(), &false.into()));
     for _ in 0..2 {
         // The first one leaves without having made the checkpoint.
         let mut notify = comparator.connect("notify-dev");
@@ -170,6 +184,38 @@ fn without_a_toolstack_what_differs_stays_and_is_said_once() {
     out.hears_the_end();
     assert_eq!(said, comparator.said("stderr"), "once");
     assert_eq!(said.matches("outputs differ").count(), 1);
+}
+
+#[test]
+fn an_acknowledgement_of_what_both_have_is_made_with_a_header_and_without() {
+    for header in [None, Some(0), Some(10), Some(12)] {
+        let comparator = Comparator::ours(header.map_or(&[][..], |_| &["--vnet-hdr-support"]));
+        let mut peers = Peers::connect(&comparator);
+        peers.init();
+        let ack = |ack: u32| Segment { client: CLIENT, seq: 9, ack, flags: 0x10, payload: Vec::new() }.frame(1);
+        let wire = |byte: u8, frame: &[u8]| match header {
+            None => framed(frame),
+            Some(bytes) => framed_vnet(&vec![byte; bytes], frame),
+        };
+        peers.primary.say(&wire(7, &ack(100)));
+        // Guest B is asked for the end of what the client sent, again and again, and has it not.
+        let begun = std::time::Instant::now();
+        while !peers.out.has_something() {
+            assert!(begun.elapsed() < PATIENCE, "the client is told nothing");
+            peers.secondary.say(&wire(5, &ack(60)));
+            std::thread::sleep(LOOK);
+        }
+        let mut hear = || match header {
+            None => (0, peers.out.hear()),
+            Some(_) => peers.out.hear_vnet(),
+        };
+        let bytes = header.unwrap_or(0);
+        let (length, made) = hear();
+        assert_eq!((length, &made[..bytes]), (bytes, &vec![0; bytes][..]), "there is nothing to finish");
+        assert_eq!(numbers(&made[bytes..]), (9, 60));
+        peers.secondary.say(&wire(5, &ack(100)));
+        assert_eq!(hear(), (bytes, [&vec![7; bytes][..], &ack(100)].concat()), "the guest's own, with its header");
+    }
 }
 
 #[test]
@@ -350,10 +396,7 @@ fn a_tcp_port_says_where_it_is() {
     comparator.connect("secondary-in").send(&ping([10, 0, 0, 9], 1, 1, 2, &[7; 56]));
     assert_eq!(comparator.connect("outdev").hear(), ping([10, 0, 0, 9], 1, 1, 1, &[7; 56]));
     // How it stands, for whoever asks.
-    let pid = rustix::process::Pid::from_child(&comparator.process.0);
-    rustix::process::kill_process(pid, rustix::process::Signal::USR1).unwrap();
-    let said = comparator.says("stdout", "}\n");
-    let status: serde_json::Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    let status = status(&comparator);
     assert_eq!(
         (&status["compared"], &status["released"], &status["currently_held"]),
         (&1.into(), &1.into(), &0.into())

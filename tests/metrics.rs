@@ -180,6 +180,10 @@ async fn a_pair_is_told_from_protection_to_protection_and_to_the_takeover() {
     })
     .await;
     assert_eq!(first.at("a", "xen_colo_protected", ""), 1.0);
+    // The load is all of the guest's one service, and its clients are not named.
+    let service = ",protocol=\"tcp\",port=\"80\",at=\"guest\",reason=\"payload-differs\"";
+    assert!(first.at("a", "xen_colo_service_divergences_total", service) >= 1.0);
+    assert_eq!(first.text.matches("xen_colo_service_divergences_total{").count(), 5, "{}", first.text);
     let total: f64 = first
         .series
         .iter()

@@ -29,6 +29,7 @@ use super::connection::{FRAME_OVERHEAD_BYTES, Said};
 use super::fragments::Reassembler;
 use super::key::FlowKey;
 use super::line::Line;
+use super::min_ack::{self, Told, acknowledgement};
 use super::packet::{Ip, Packet, Reason, Transport};
 use super::record::FlowReport;
 use super::table::Table;
@@ -128,6 +129,8 @@ pub struct Stats {
     pub compared: u64,
     /// Frames of the primary that left, for whatever reason.
     pub released: u64,
+    /// Empty segments made here, of what both guests had acknowledged.
+    pub acknowledged: u64,
     /// Frames of the primary that had to wait.
     pub held: u64,
     /// Frames of the secondary that were seen.
@@ -485,7 +488,23 @@ impl Comparator {
             return self.drop_at_bound(Some(at));
         }
         let verdict = flow.secondary(now, &said, bytes, &mut self.explained);
+        let told_too_little = flow.told_too_little(&said);
         self.settle(at, before, verdict);
+        if let (Some((place, ours, both)), Said::Segment(tcp)) = (told_too_little, &said) {
+            let told = Told::of(tcp, bytes, ours, both);
+            told.into_iter().for_each(|told| self.acknowledge(now, at, place, both, &told));
+        }
+    }
+
+    /// Tells a client how far both guests have acknowledged, when a frame that says more has waited for long.
+    fn acknowledge(&mut self, now: Instant, flow: u32, place: u32, ack: u32, told: &Told) {
+        let waited = self.held.get(place).filter(|held| held.since + min_ack::PATIENCE <= now);
+        let made = waited.and_then(|held| acknowledgement(&held.frame, self.config.vnet_header_bytes, told));
+        if let Some((made, flow)) = made.zip(self.flows.get_mut(flow)) {
+            flow.tell(ack);
+            self.stats.acknowledged += 1;
+            self.outputs.push_back(Output::Release(made.into()));
+        }
     }
 
     fn drop_at_bound(&mut self, flow: Option<u32>) {

@@ -123,6 +123,21 @@ impl Connection {
         self.settle(verdict)
     }
 
+    /// What a client is to be told when the secondary says this: `tcp.rs`. Of a flow that is stuck nothing is known of it.
+    pub(super) fn told_too_little(&self, said: &Said) -> Option<(u32, u32, u32)> {
+        match (&self.kind, said) {
+            (Kind::Tcp(flow), Said::Segment(tcp)) => flow.told_too_little(tcp),
+            _ => None,
+        }
+    }
+
+    /// The client has been told.
+    pub(super) fn tell(&mut self, ack: u32) {
+        if let Kind::Tcp(flow) = &mut self.kind {
+            flow.tell(ack);
+        }
+    }
+
     fn settle(&mut self, verdict: Result<(), Cause>) -> Result<(), Cause> {
         if verdict.is_err() && !mutant::active(Mutant::LeaveAfterDivergence) {
             self.stuck = true;

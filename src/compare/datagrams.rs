@@ -13,11 +13,11 @@ use super::compare::Cause;
 use super::connection::FRAME_OVERHEAD_BYTES;
 #[cfg(doc)]
 use super::key::FlowKey;
+use super::key::Ignored;
 use crate::clock::Instant;
 use crate::mutant::{self, Mutant};
 use bytes::Bytes;
 use std::collections::VecDeque;
-use std::ops::Range;
 
 /// Unmatched datagrams of one guest that are looked at for each of the other: a flow that is so far out of step has
 /// diverged.
@@ -39,22 +39,15 @@ type Spare = (u64, Instant, Bytes);
 #[derive(Debug, Default)]
 pub(super) struct Datagrams {
     /// Bytes that are not compared.
-    ignored: Range<usize>,
+    ignored: Ignored,
     held: VecDeque<Held>,
     spare: VecDeque<Spare>,
     spare_bytes: usize,
     sent: [u64; 2],
 }
 
-fn same(a: &[u8], b: &[u8], ignored: &Range<usize>) -> bool {
-    if a.len() == b.len() && a.len() >= ignored.end {
-        return a[..ignored.start] == b[..ignored.start] && a[ignored.end..] == b[ignored.end..];
-    }
-    a == b
-}
-
 impl Datagrams {
-    pub(super) fn new(ignored: Range<usize>) -> Self {
+    pub(super) fn new(ignored: Ignored) -> Self {
         Self { ignored, ..Self::default() }
     }
 
@@ -62,7 +55,7 @@ impl Datagrams {
     pub(super) fn push_primary(&mut self, place: u32, payload: Bytes, out: &mut Vec<u32>) -> Result<(), Cause> {
         let ordinal = self.sent[0];
         self.sent[0] += 1;
-        let found = self.spare.iter().take(MAX_LOOK).position(|spare| same(&spare.2, &payload, &self.ignored));
+        let found = self.spare.iter().take(MAX_LOOK).position(|spare| self.ignored.same(&spare.2, &payload));
         if let Some((_, _, spare)) = found.and_then(|at| self.spare.remove(at)) {
             self.spare_bytes -= spare.len() + FRAME_OVERHEAD_BYTES;
         }
@@ -75,7 +68,7 @@ impl Datagrams {
         let ordinal = self.sent[1];
         self.sent[1] += 1;
         let waiting = self.held.iter_mut().filter(|held| !held.explained).take(MAX_LOOK);
-        if let Some(held) = waiting.into_iter().find(|held| same(&held.payload, payload, &self.ignored)) {
+        if let Some(held) = waiting.into_iter().find(|held| self.ignored.same(&held.payload, payload)) {
             held.explained = true;
         } else {
             self.spare_bytes += payload.len() + FRAME_OVERHEAD_BYTES;

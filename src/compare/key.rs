@@ -18,24 +18,53 @@
 use super::neighbour::Identity;
 use super::packet::{ETHERTYPE_ARP, Ip, PROTOCOL_ICMPV6, Transport, Vlans, be16, be32};
 use core::net::{IpAddr, Ipv4Addr};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::ops::Range;
 
 const PORT_DNS: u16 = 53;
-const PORTS_DHCP: [u16; 2] = [67, 68];
-const PORTS_DHCPV6: [u16; 2] = [547, 546];
+/// A server's port and a client's.
+pub(super) const PORTS_DHCP: [u16; 2] = [67, 68];
+/// The same of DHCPv6.
+pub(super) const PORTS_DHCPV6: [u16; 2] = [547, 546];
 const DHCP_REQUEST: u8 = 1;
 const DHCP_XID_AND_SECS: Range<usize> = 4..10;
 const DHCP_SECS: Range<usize> = 8..10;
-const DHCP_HARDWARE: Range<usize> = 28..44;
+/// The client's hardware address, padded.
+pub(super) const DHCP_HARDWARE: Range<usize> = 28..44;
 const DHCPV6_XID: Range<usize> = 1..4;
+const DHCPV6_OPTIONS_AT: usize = 4;
+/// For how long the sender has been trying.
+const DHCPV6_ELAPSED: u16 = 8;
 const DNS_ID: Range<usize> = 0..2;
 const DNS_ANSWER: u8 = 0x80;
 /// Marks the transaction of a question: others have 40 bits at most.
 const QUESTION: u64 = 1 << 47;
 const DHCP_OPTIONS_AT: usize = 240;
 const DHCP_MESSAGE_TYPE: u8 = 53;
+
+/// The bytes of a flow's datagrams that are not compared.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ignored {
+    at: Range<usize>,
+    /// What DHCPv6's option for it says of the time, too.
+    elapsed: bool,
+}
+
+impl Ignored {
+    /// Whether two datagrams are the same but for these.
+    pub(super) fn same(&self, a: &[u8], b: &[u8]) -> bool {
+        if a.len() != b.len() || a.len() < self.at.end || self.at.is_empty() {
+            return a == b;
+        }
+        // Where guest B's option is follows from its being the same up to there.
+        let elapsed = if self.elapsed { dhcpv6_option(a, DHCPV6_ELAPSED) } else { None }.unwrap_or(a.len()..a.len());
+        [0..self.at.start, self.at.end..elapsed.start, elapsed.end..a.len()]
+            .into_iter()
+            .all(|part| a[part.clone()] == b[part])
+    }
+}
 
 /// Who talks to whom, in the guest's direction.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -98,16 +127,17 @@ impl FlowKey {
 
     /// The bytes of its datagrams that each guest makes up by itself: in a question, its number; in a DHCP message, for how
     /// long its sender has been trying.
-    pub(super) fn ignored(&self) -> Range<usize> {
-        match self.protocol {
+    pub(super) fn ignored(&self) -> Ignored {
+        let at = match self.protocol {
             17 if self.transaction & QUESTION != 0 => match self.dst_port {
                 PORT_DNS => DNS_ID,
-                port if port == PORTS_DHCPV6[0] => DHCPV6_XID,
+                port if port == PORTS_DHCPV6[0] => return Ignored { at: DHCPV6_XID, elapsed: true },
                 _ => DHCP_XID_AND_SECS,
             },
             17 if [self.src_port, self.dst_port].iter().all(|port| PORTS_DHCP.contains(port)) => DHCP_SECS,
             _ => 0..0,
-        }
+        };
+        Ignored { at, elapsed: false }
     }
 
     /// A number that tells most flows of one guest from each other, for little; not for a table that strangers fill.
@@ -121,11 +151,53 @@ impl FlowKey {
         ((peer.rotate_left(16) ^ ports).wrapping_mul(0x9e37_79b9) >> 24) as u8
     }
 
+    /// What the flow serves: the lower of its ports is a server's, since clients draw theirs from the upper ones (RFC 6335 6).
+    #[must_use]
+    pub fn service(&self) -> Service {
+        let protocol = match self.protocol {
+            Self::IDENTITY => "identity".to_owned(),
+            1 => "icmp".to_owned(),
+            6 => "tcp".to_owned(),
+            17 => "udp".to_owned(),
+            58 => "icmpv6".to_owned(),
+            other => format!("ip-{other}"),
+        };
+        let port = match (self.protocol, self.src_port, self.dst_port) {
+            // A question is told by what it asks, and has no port of the guest's.
+            (6 | 17, 0, port) => ServicePort::Peer(port),
+            (6 | 17, port, other) if port <= other => ServicePort::Guest(port),
+            (6 | 17, _, port) => ServicePort::Peer(port),
+            _ => ServicePort::None,
+        };
+        Service { protocol, port }
+    }
+
     /// The same flow, from a packet sent by the peer.
     #[must_use]
     pub fn reversed(self) -> Self {
         Self { src: self.dst, dst: self.src, src_port: self.dst_port, dst_port: self.src_port, ..self }
     }
+}
+
+/// What flows have in common that are of one service: it names nobody who uses it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Service {
+    /// tcp, udp, icmp, icmpv6, identity (address resolution, neighbour discovery), or ip-N.
+    pub protocol: String,
+    /// Whose.
+    pub port: ServicePort,
+}
+
+/// A port of a service, and who offers it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ServicePort {
+    /// There are none in that protocol.
+    None,
+    /// The guest serves.
+    Guest(u16),
+    /// The guest is a client.
+    Peer(u16),
 }
 
 /// All of the key in few words: the derived one feeds a hasher a field at a time, lengths and variants too.
@@ -209,6 +281,43 @@ fn dhcp_step(payload: &[u8]) -> Option<u8> {
             [DHCP_MESSAGE_TYPE, 1, kind, ..] => return Some(kind),
             [1..=254, length, ..] => options = options.get(2 + usize::from(length)..)?,
             _ => return Some(0),
+        }
+    }
+}
+
+/// Where the first option of a kind has its value, in a message of DHCPv6.
+pub(super) fn dhcpv6_option(message: &[u8], wanted: u16) -> Option<Range<usize>> {
+    let mut at = DHCPV6_OPTIONS_AT;
+    loop {
+        let (kind, length) = (be16(message, at)?, be16(message, at + 2)?);
+        let value = at + 4..at + 4 + usize::from(length);
+        message.get(value.clone())?;
+        if kind == wanted {
+            return Some(value);
+        }
+        at = value.end;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_is_told_by_the_lower_port() {
+        let [guest, peer] = [2, 9].map(|last| IpAddr::V4(Ipv4Addr::new(10, 0, 0, last)));
+        for (protocol, src_port, dst_port, name, port) in [
+            (6, 80, 40000, "tcp", ServicePort::Guest(80)),
+            (6, 40000, 443, "tcp", ServicePort::Peer(443)),
+            (17, 123, 123, "udp", ServicePort::Guest(123)),
+            (17, 0, 53, "udp", ServicePort::Peer(53)),
+            (1, 7, 0, "icmp", ServicePort::None),
+            (58, 0, 136, "icmpv6", ServicePort::None),
+            (FlowKey::IDENTITY, 0, 0, "identity", ServicePort::None),
+            (132, 0, 0, "ip-132", ServicePort::None),
+        ] {
+            let key = FlowKey { vlans: [0; 2], src: guest, dst: peer, protocol, src_port, dst_port, transaction: 0 };
+            assert_eq!(key.service(), Service { protocol: name.into(), port });
         }
     }
 }

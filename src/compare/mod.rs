@@ -24,6 +24,7 @@ mod fragments;
 mod ipv6;
 pub mod key;
 mod line;
+mod min_ack;
 pub mod neighbour;
 pub mod notify;
 mod options;
@@ -46,6 +47,6 @@ mod tests;
 
 pub use buffer::{EpochBuffer, Proxy};
 pub use compare::{Cause, Comparator, Config, Output, Stats, asked_by};
-pub use key::FlowKey;
+pub use key::{FlowKey, Service, ServicePort};
 pub use record::FlowReport;
 pub use rewriter::Rewriter;

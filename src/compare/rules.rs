@@ -363,11 +363,13 @@ fn two_guests_that_ask_for_a_lease_ask_the_same_in_numbers_of_their_own() {
         (frame[35], frame[37], frame[42]) = (67, 68, 2);
         frame
     };
-    let v6 = |kind: u8, xid: u8, wish: u8| {
-        let mut frame = udp6(546, &[kind, 0, xid, 0, 0, 1, 0, 1, wish]);
+    let v6_with = |kind: u8, xid: u8, wish: u8, more: &[u8]| {
+        let mut frame = udp6(546, &[&[kind, 0, xid, 0, 0, 1, 0, 1, wish], more].concat());
         frame[56..58].copy_from_slice(&547_u16.to_be_bytes());
         frame
     };
+    let v6 = |kind: u8, xid: u8, wish: u8| v6_with(kind, xid, wish, &[]);
+    let tried = |time: u8, behind: u8| v6_with(1, time, 0, &[0, 8, 0, 2, time, time, 0, 6, 0, 1, behind]);
     for (name, a, b, verdict) in [
         ("another number", v4(1, 0, 1, 2, 0), v4(9, 0, 1, 2, 0), LEAVES),
         ("and tried for longer", v4(1, 0, 1, 2, 0), v4(9, 4, 1, 2, 0), LEAVES),
@@ -379,6 +381,14 @@ fn two_guests_that_ask_for_a_lease_ask_the_same_in_numbers_of_their_own() {
         ("DHCPv6, another number", v6(1, 1, 0), v6(1, 9, 0), LEAVES),
         ("DHCPv6, another step", v6(1, 1, 0), v6(3, 1, 0), WAITS),
         ("DHCPv6, another wish", v6(1, 1, 0), v6(1, 9, 1), DIFFERS),
+        ("DHCPv6, tried for longer", tried(1, 0), tried(9, 0), LEAVES),
+        ("DHCPv6, another byte behind that", tried(1, 0), tried(9, 1), DIFFERS),
+        (
+            "DHCPv6, another option in its place",
+            tried(1, 0),
+            v6_with(1, 1, 0, &[0, 9, 0, 2, 1, 1, 0, 6, 0, 1, 0]),
+            DIFFERS,
+        ),
     ] {
         assert_eq!(judge(&a, &b), verdict, "{name}");
     }

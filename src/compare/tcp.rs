@@ -30,7 +30,8 @@
 //! **Not compared, by rule.** *Options*, but for what a SYN promises: `options.rs`. *Windows*: an offer that guest B makes smaller costs the client a retransmission. So an empty segment that
 //! acknowledges no more than was shown (a window update, a duplicate ACK, a keep-alive) leaves as soon as all before it
 //! in its flow have left, heard of guest B or not. *Urgent pointer*: the bytes it points at are compared.
-//! *Minimum ACK*: an ACK leaves when guest B has acknowledged as far; one it delays is waited for until it ages.
+//! *Minimum ACK*: an ACK leaves when guest B has acknowledged as far; one it delays is waited for until it ages. Meanwhile the
+//! client is told how far both have acknowledged: `min_ack.rs`.
 //! *SYN, FIN or RST of guest B alone* age like bytes of its own.
 //!
 //! Sources: `net/colo-compare.c` (colo_compare_tcp) for the behaviour, RFC 9293 3.4 for the arithmetic.
@@ -392,6 +393,24 @@ impl TcpFlow {
             self.held.pop_front();
         }
         Ok(())
+    }
+
+    /// What a client is to be told when the secondary says this and a segment of the primary's waits: the place of the oldest
+    /// that does, how far the primary has acknowledged, and how far both have. What it was told may be told again: a
+    /// duplicate says that something is missing.
+    pub(super) fn told_too_little(&self, said: &Tcp) -> Option<(u32, u32, u32)> {
+        let (head, newest) = (self.held.front()?, self.held.back()?);
+        let (ours, theirs) = (newest.ack?, self.secondary.ack?);
+        let both = if after(ours, theirs) { theirs } else { ours };
+        let alike = self.opened == self.secondary.syn && !head.syn && !head.rst && !said.has(Tcp::SYN | Tcp::RST);
+        let news = self.shown.ack.is_none_or(|shown| after(both, shown));
+        let again = self.shown.ack == Some(both) && said.ack == both && said.payload.is_empty() && !said.has(Tcp::FIN);
+        (alike && (news || again)).then_some((head.place, ours, both))
+    }
+
+    /// The client has been told.
+    pub(super) fn tell(&mut self, ack: u32) {
+        self.shown.ack = later(self.shown.ack, Some(ack));
     }
 
     /// The epoch ended in an owned checkpoint: all that was held has left, and guest B is guest A as captured.

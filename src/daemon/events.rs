@@ -16,6 +16,7 @@ pub mod log;
 use super::{engine_clock, unix_us};
 use crate::clock::Instant;
 use crate::colo::hello::Mode;
+use crate::compare::Service;
 use crate::daemon::pair::lock;
 use crate::daemon::pair::primary::Taken;
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,12 @@ pub struct Checkpoint {
     pub checkpoint: u64,
     /// Why it was taken.
     pub cause: String,
+    /// The flow in which the guests differed, if that was why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flow: Option<String>,
+    /// What that flow serves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<Service>,
     /// Pages in it.
     pub pages: u64,
     /// Bytes of device state in it.
@@ -70,6 +77,8 @@ impl From<&Taken> for Checkpoint {
         Self {
             checkpoint: taken.number,
             cause: taken.cause.to_string(),
+            flow: taken.flow.map(|flow| flow.to_string()),
+            service: taken.flow.map(|flow| flow.service()),
             pages: taken.pages,
             devices_bytes: taken.devices_bytes,
             stream_bytes: None,

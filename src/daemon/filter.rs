@@ -34,6 +34,12 @@
 //! rewriter forgets. Words are taken in order, and nothing acknowledges that one; so COLO_USERSPACE_PROXY_INIT comes behind
 //! it, and guest B goes on when that is answered.
 //!
+//! ```text
+//!   toolstack ── COLO_CHECKPOINT, INIT ──▶ filter at B: reads no guest, writes what was under way, until the comparator's
+//!   toolstack ◀── INIT's answer ────────── host has all of it
+//!   toolstack ── COLO_CHECKPOINT ────────▶ comparator: drops all that has come from the secondary: nothing old comes later
+//! ```
+//!
 //! The trap: with `vnet_hdr_support` frames are as the guest's kernel left them, of up to 64 KiB and with checksums that
 //! cover the pseudo header only. Both are for the kernel at the other end to finish. Without, or where the other end's are of
 //! no length (a stock QEMU's whose guest has no virtio NIC), they are finished here.

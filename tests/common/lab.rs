@@ -32,7 +32,7 @@ static TURN: Mutex<()> = Mutex::new(());
 static NEXT: AtomicU32 = AtomicU32::new(0);
 /// What the guests serve: a file, and what they are given. Nothing in it tells the time.
 const SERVER: &str = r#"
-import http.server, socket, sys
+import http.server, socket, sys, time
 class Handler(http.server.BaseHTTPRequestHandler):
     def date_time_string(self, timestamp=None): return "Thu, 01 Jan 1970 00:00:00 GMT"
     def log_message(self, *words): pass
@@ -42,7 +42,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
     def do_GET(self): self.answer(open(sys.argv[1], "rb").read())
-    def do_PUT(self): self.answer(self.rfile.read(int(self.headers["Content-Length"])))
+    def do_PUT(self):
+        time.sleep(float(sys.argv[2]))
+        self.answer(self.rfile.read(int(self.headers["Content-Length"])))
 class Server(http.server.ThreadingHTTPServer):
     address_family = socket.AF_INET6
 Server(("::", 80), Handler).serve_forever()
@@ -249,12 +251,18 @@ impl Lab {
 
     /// Both guests serve these files on port 80.
     pub fn serve(&mut self, files: [&[u8]; 2]) {
+        self.serve_late(files, Duration::ZERO);
+    }
+
+    /// The same, and guest B begins so late to read what it is given.
+    pub fn serve_late(&mut self, files: [&[u8]; 2], late: Duration) {
         std::fs::write(self.comparator.path("server.py"), SERVER).unwrap();
         let program = self.comparator.path("server.py");
-        for (guest, file) in ["ga", "gb"].into_iter().zip(files) {
+        let late = late.as_secs_f64().to_string();
+        for ((guest, file), late) in ["ga", "gb"].into_iter().zip(files).zip(["0", &late]) {
             let at = self.comparator.path(&format!("{guest}-file"));
             std::fs::write(&at, file).unwrap();
-            self.service(guest, 80, &["python3", program.to_str().unwrap(), at.to_str().unwrap()]);
+            self.service(guest, 80, &["python3", program.to_str().unwrap(), at.to_str().unwrap(), late]);
         }
     }
 
@@ -402,11 +410,13 @@ impl PlayedGuest {
     }
 
     pub fn status(&self) -> Value {
+        let said = || std::fs::read_to_string(self.dir.path().join("vif-says")).unwrap();
+        let before = said().lines().count();
         self.signal(Signal::USR1);
         let begun = Instant::now();
         loop {
-            let said = std::fs::read_to_string(self.dir.path().join("vif-says")).unwrap();
-            if let Some(status) = said.lines().last().and_then(|line| serde_json::from_str(line).ok()) {
+            // What it said before is not what it says now.
+            if let Some(status) = said().lines().nth(before).and_then(|line| serde_json::from_str(line).ok()) {
                 return status;
             }
             assert!(begun.elapsed() < PATIENCE, "no status");

@@ -122,9 +122,7 @@ impl Commit {
     /// is bound to it, and nothing when the primary owes nobody an explanation.
     pub(super) fn left(&mut self, frame: &Bytes, owned: Option<u64>) -> Result<(), String> {
         let at = self.inside.iter().position(|(_, inside)| inside.as_ptr() == frame.as_ptr());
-        let Some((epoch, _)) = at.and_then(|at| self.inside.remove(at)) else {
-            return Err("the primary sent a frame its guest did not emit".into());
-        };
+        let Some((epoch, _)) = at.and_then(|at| self.inside.remove(at)) else { return self.made(frame) };
         let Some(segment) = parse(frame) else { return Ok(()) };
         let flow = self.flows.entry(segment.flow).or_default();
         let end = segment.seq.wrapping_add(segment.payload.len() as u32 + u32::from(segment.syn));
@@ -142,6 +140,32 @@ impl Commit {
         }
         if flow.shown_ack.is_none_or(|shown| segment.ack.is_some_and(|ack| segment.syn || ahead(shown, ack) > 0)) {
             flow.shown_ack = segment.ack;
+        }
+        Ok(())
+    }
+}
+
+impl Commit {
+    /// A frame that the primary's guest did not emit has left. It tells a client how far both guests have acknowledged, while
+    /// a segment that says more waits, and tells nothing else.
+    fn made(&mut self, frame: &Bytes) -> Result<(), String> {
+        let segment = parse(frame).filter(|it| it.payload.is_empty() && !it.syn && !it.rst);
+        let Some((segment, ack)) = segment.and_then(|it| it.ack.map(|ack| (it, ack))) else {
+            return Err("the primary sent a frame its guest did not emit".into());
+        };
+        let waiting = self.inside.iter().filter_map(|(epoch, frame)| Some((*epoch, parse(frame)?)));
+        let waiting: Vec<_> = waiting.filter(|(_, it)| it.flow == segment.flow).collect();
+        let Some((epoch, oldest)) = waiting.first().filter(|(_, oldest)| oldest.seq == segment.seq) else {
+            return Err("an acknowledgement was made in no segment's place".into());
+        };
+        if !waiting.iter().any(|(of, it)| of == epoch && it.ack.is_some_and(|own| ahead(own, ack) <= 0)) {
+            return Err("an acknowledgement was made that the guest has not made".into());
+        }
+        let flow = self.flows.entry(oldest.flow).or_default();
+        flow.explain(*epoch, &segment, segment.seq)
+            .map_err(|what| format!("{what} was made, port {}", segment.flow.1))?;
+        if flow.shown_ack.is_none_or(|shown| ahead(shown, ack) > 0) {
+            flow.shown_ack = Some(ack);
         }
         Ok(())
     }

@@ -45,6 +45,20 @@ const PACKET_STATISTICS: c_int = 6;
 const TP_STATUS_VLAN_VALID: u32 = 1 << 4;
 const TP_STATUS_VLAN_TPID_VALID: u32 = 1 << 6;
 
+/// Bytes that were written to a stream socket and are not at its other end: with TCP in the other host's kernel, with a Unix
+/// socket in the process.
+///
+/// # Errors
+/// The system's, for what is no socket.
+pub fn under_way_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut bytes: c_int = 0;
+    // SAFETY: this request (SIOCOUTQ, by its older name) writes an int.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
 /// struct tpacket_auxdata.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]

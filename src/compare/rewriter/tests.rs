@@ -3,8 +3,7 @@
 use super::flow::TIME_WAIT;
 use super::frames::{Around, PLAIN, SYN_ACK, Said};
 use super::*;
-use crate::compare::checksum::ones_sum;
-use crate::compare::testing::{Seg, fragments, in_ipv6, tagged, udp};
+use crate::compare::testing::{Seg, fragments, in_ipv6, tagged};
 use proptest::prelude::*;
 use smoltcp::wire::TcpControl;
 
@@ -460,84 +459,4 @@ fn clocks_of_one_side_only_are_left_alone() {
     let said = Said { clocks: Some((95, 3)), ..Said::new(false, PLAIN, SVM + 1, CLIENT_ISN + 1) };
     let (_, segment) = give(&mut rewriter, &said);
     assert_eq!(segment.map(|segment| (segment.tcp.seq, segment.timestamps)), Some((PVM + 1, Some((95, 3)))));
-}
-
-/// A message of DHCP: of the guest's, or a server's answer to it.
-fn lease(op: u8, xid: u32, hardware: u8, sum: bool) -> Vec<u8> {
-    let mut payload = vec![0; 240];
-    (payload[0], payload[28]) = (op, hardware);
-    payload[4..8].copy_from_slice(&xid.to_be_bytes());
-    payload.extend([53, 1, op, 255]);
-    let mut frame = udp(if op == 1 { 68 } else { 67 }, &payload);
-    let port = if op == 1 { 67_u16 } else { 68 };
-    frame[36..38].copy_from_slice(&port.to_be_bytes());
-    frame[40..42].fill(0);
-    if sum {
-        let sum = udp_sum(&frame);
-        frame[40..42].copy_from_slice(&sum.to_be_bytes());
-    }
-    frame
-}
-
-/// Over the pseudo-header, the header and the payload; with a right checksum in it, 0.
-fn udp_sum(frame: &[u8]) -> u16 {
-    let pseudo = [&frame[26..34], &[0, 17], &frame[38..40]].concat();
-    !ones_sum(ones_sum(0, &pseudo), &frame[34..]) as u16
-}
-
-#[test]
-fn a_server_s_answer_gets_the_number_of_guest_b_s_question() {
-    const OWN: u32 = 0x0102_0304;
-    const OTHER: u32 = 0xfffe_fdfc;
-    let heard = |rewriter: &mut Rewriter, frame: &[u8]| {
-        let mut frame = frame.to_vec();
-        assert_eq!(rewriter.from_network(Instant::ZERO, &mut frame), Forward::Now);
-        frame
-    };
-    for sum in [true, false] {
-        let mut rewriter = Rewriter::new();
-        let answer = lease(2, OTHER, 7, sum);
-        assert_eq!(heard(&mut rewriter, &answer), answer, "nobody has asked");
-        let mut asked = lease(1, OWN, 7, sum);
-        rewriter.from_guest(Instant::ZERO, &mut asked);
-        assert_eq!(asked, lease(1, OWN, 7, sum), "as it is");
-        assert_eq!(heard(&mut rewriter, &answer), lease(2, OWN, 7, sum));
-        assert!(!sum || udp_sum(&lease(2, OWN, 7, sum)) == 0, "the table's own sums are right");
-        let other = lease(2, OTHER, 8, sum);
-        assert_eq!(heard(&mut rewriter, &other), other, "for another");
-        let question = lease(1, OTHER, 7, sum);
-        assert_eq!(heard(&mut rewriter, &question), question, "another guest's");
-        rewriter.from_guest(Instant::ZERO, &mut lease(1, OWN + 1, 7, sum));
-        assert_eq!(heard(&mut rewriter, &answer), lease(2, OWN + 1, 7, sum), "the latest question");
-        rewriter.checkpoint();
-        assert_eq!(heard(&mut rewriter, &answer), answer, "guest B has guest A's number");
-        rewriter.from_guest(Instant::ZERO, &mut lease(1, OWN, 7, sum));
-        rewriter.takeover();
-        assert_eq!(heard(&mut rewriter, &answer), answer, "the server answers guest B itself");
-    }
-    let mut rewriter = Rewriter::with(Config { vnet_header_bytes: 12, ..Config::default() });
-    let behind = |frame: &[u8], needs: u8| [&[needs, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], frame].concat();
-    rewriter.from_guest(Instant::ZERO, &mut behind(&lease(1, OWN, 7, true), 0));
-    let got = heard(&mut rewriter, &behind(&lease(2, OTHER, 7, true), 0));
-    assert_eq!(got, behind(&lease(2, OWN, 7, true), 0));
-    let (mut partial, mut wanted) = (lease(2, OTHER, 7, true), lease(2, OWN, 7, true));
-    (partial[40], partial[41], wanted[40], wanted[41]) = (1, 2, 1, 2);
-    assert_eq!(heard(&mut rewriter, &behind(&partial, 1)), behind(&wanted, 1), "the device adds it up");
-}
-
-#[test]
-fn questions_without_end_are_bounded() {
-    let mut rewriter = Rewriter::new();
-    for hardware in 0..=255 {
-        rewriter.from_guest(Instant::ZERO, &mut lease(1, 1, hardware, true));
-    }
-    let known = |rewriter: &mut Rewriter, hardware: u8| {
-        let mut frame = lease(2, 2, hardware, true);
-        rewriter.from_network(Instant::ZERO, &mut frame);
-        frame == lease(2, 1, hardware, true)
-    };
-    assert_eq!(
-        (0..=255).filter(|hardware| known(&mut rewriter, *hardware)).collect::<Vec<_>>(),
-        (240..=255).collect::<Vec<_>>()
-    );
 }

@@ -142,6 +142,12 @@ impl Outbox {
         self.advance(0);
     }
 
+    /// Another peer, or none: all that waits is dropped.
+    pub(in crate::daemon) fn forget(&mut self) {
+        self.begin_again();
+        self.clear();
+    }
+
     /// Where in the first piece the message begins and ends that is written in part; where the next begins, if none is.
     fn under_way(&self) -> Range<usize> {
         let mut at = 0;
@@ -214,6 +220,19 @@ mod tests {
         assert_eq!(at, sent.len());
         assert!(peers > 5, "{peers} peers for {total_bytes} bytes: none was lost in the middle");
         assert_eq!(outbox.waiting_bytes(), 0);
+    }
+
+    #[test]
+    fn what_is_forgotten_is_gone_also_where_a_part_of_it_was_written() {
+        for count in [1, 3, 200] {
+            let mut outbox = Outbox::new(false);
+            (0..count).for_each(|_| outbox.push(Bytes::from(vec![7; 300_000])));
+            let (near, _far) = UnixStream::pair().unwrap();
+            near.set_nonblocking(true).unwrap();
+            assert!(outbox.write(&mut Socket::Unix(near)).unwrap() && outbox.written_bytes > 0);
+            outbox.forget();
+            assert!(outbox.is_empty() && outbox.waiting_bytes() == 0 && outbox.written_bytes == 0);
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! woken costs more than comparing.
 //!
 //! The trap: a frame that leaves must take its virtio-net header with it, and the comparator knows frames only. It gives
-//! back the very bytes it was given, so where they lie in memory names their message.
+//! back the very bytes it was given, so where they lie in memory names their message. What it has made itself has none.
 
 use super::Config;
 use super::intake::{Frame, Intake, Taken};
@@ -18,9 +18,10 @@ use super::port::Socket;
 use super::wake::Wake;
 use super::words::Words;
 use crate::compare::notify::{self, Instruction};
-use crate::compare::{Comparator, Output, asked_by};
+use crate::compare::{Comparator, Output, asked_by, wire};
 use crate::daemon::engine_clock;
-use bytes::Bytes;
+use crate::daemon::status::{FLOWS_MAX, Flow};
+use bytes::{Bytes, BytesMut};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashMap;
 use std::io;
@@ -36,6 +37,11 @@ const AWAKE: Duration = Duration::from_micros(50);
 const END: Duration = Duration::from_secs(2);
 /// Reads of each input at a checkpoint, each up to the socket's own buffer.
 const DRAIN_READS: usize = 256;
+
+/// The lengths before a frame with a virtio-net header.
+const WORDS_BYTES: usize = 8;
+/// struct virtio_net_hdr_mrg_rxbuf, the longest.
+const HEADER_MAX_BYTES: usize = 12;
 
 const PRIMARY_IN: usize = 0;
 const SECONDARY_IN: usize = 1;
@@ -82,6 +88,8 @@ pub(super) struct Work<R> {
     outbox: Outbox,
     /// The messages of the primary's frames, with `vnet`, by where the frames lie.
     messages: Option<HashMap<usize, Bytes>>,
+    /// How long their virtio-net headers are.
+    header_bytes: usize,
     notify: Words,
     /// A checkpoint is wanted, and the peer of notify_dev has not been told.
     owed: bool,
@@ -110,6 +118,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             secondary: Intake::new(vnet),
             outbox: Outbox::new(vnet),
             messages: vnet.then(HashMap::new),
+            header_bytes: 0,
             notify: Words::default(),
             owed: false,
             cause: None,
@@ -166,10 +175,12 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
     }
 
     fn read_primary(&mut self) -> bool {
-        let Self { comparator, messages, epoch, .. } = self;
+        let Self { comparator, messages, header_bytes, epoch, .. } = self;
         let now = engine_clock();
         read(&mut self.ports[PRIMARY_IN], &mut self.primary, |frame| {
             if let Some(messages) = messages {
+                let words_and_header_bytes = frame.message.len() - frame.bytes.len();
+                *header_bytes = words_and_header_bytes.saturating_sub(WORDS_BYTES).min(HEADER_MAX_BYTES);
                 messages.insert(frame.bytes.as_ptr() as usize, frame.message);
             }
             comparator.handle_primary(now, *epoch, frame.bytes);
@@ -230,11 +241,19 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
                     None => self.outbox.push(frame),
                     Some(messages) => match messages.remove(&(frame.as_ptr() as usize)) {
                         Some(message) => self.outbox.push(message),
-                        None => unreachable!("the comparator gives back the bytes it was given"),
+                        None => self.made(&frame),
                     },
                 },
                 Output::Diverged { cause, flow, .. } => self.diverged(&asked_by(cause, flow)),
             }
+        }
+    }
+
+    /// A frame that the comparator has made. It is finished, which a header of zeroes says.
+    fn made(&mut self, frame: &[u8]) {
+        let (header, mut message) = ([0; HEADER_MAX_BYTES], BytesMut::new());
+        if wire::encode_vnet(&header[..self.header_bytes], frame, &mut message).is_ok() {
+            self.outbox.push(message.freeze());
         }
     }
 
@@ -357,6 +376,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             "connected": connected,
             "compared": stats.compared,
             "released": stats.released,
+            "acknowledged": stats.acknowledged,
             "held": stats.held,
             "secondary": stats.secondary,
             "dropped_bound": stats.dropped_bound,
@@ -367,6 +387,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             "currently_secondary_bytes": stats.currently_secondary_bytes,
             "outdev_waiting_bytes": self.outbox.waiting_bytes(),
             "flows": stats.flows,
+            "diverging": self.comparator.flows(FLOWS_MAX).into_iter().map(Flow::from).collect::<Vec<_>>(),
         })
     }
 }

@@ -24,6 +24,7 @@ use crate::daemon::compare::words::Words;
 use crate::daemon::compare::work::{Port, look, read};
 use crate::daemon::engine_clock;
 use ::xen::packet::offload::{HEADER_BYTES, VnetHeader};
+use ::xen::packet::under_way_bytes;
 use bytes::{Bytes, BytesMut};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::json;
@@ -48,6 +49,8 @@ const HELD_MAX: usize = 8192;
 const DRAIN_TAKES: usize = 1024;
 /// How often it is asked what the kernel has lost, at least.
 const LOOK: Duration = Duration::from_millis(500);
+/// The same of what is under way at a checkpoint.
+const FENCE_LOOK: Duration = Duration::from_millis(1);
 
 /// A port whose frames come in, or go out.
 struct Side<T> {
@@ -116,6 +119,10 @@ pub(super) struct Work<R> {
     to_guest: Side<Intake>,
     to_network: Side<Intake>,
     toolstack: Side<Words>,
+    /// What the guest said before a checkpoint is on its way to `redirect` yet.
+    fenced: bool,
+    /// Questions of the toolstack that are answered when it is not.
+    asked: u32,
     rewriter: Option<Rewriter>,
     /// What belongs to the frames that the rewriter holds, by where they lie.
     held: HashMap<usize, (VnetHeader, Sum)>,
@@ -150,6 +157,8 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             to_network: Side::new(&ports, TO_NETWORK, Intake::new(vnet)),
             toolstack: Side::new(&ports, NOTIFY_DEV, Words::default()),
             ports,
+            fenced: false,
+            asked: 0,
             rewriter: config.rewriter.then(Rewriter::new),
             held: HashMap::new(),
             alone: false,
@@ -178,14 +187,14 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             }
             // Before the guest's frames: what it said before a checkpoint is not to be taken for what it says after it.
             let mut moved = self.read_toolstack()?;
-            if self.is_open(&self.redirect) {
+            if self.is_open(&self.redirect) && !self.fenced {
                 moved |= self.read_guest()?;
             }
             if self.is_open(&self.mirror) {
                 moved |= self.read_network()?;
             }
             moved |= self.read_ports();
-            moved |= self.write();
+            moved |= self.write() | self.pass_fence();
             let now = engine_clock();
             if let Some(rewriter) = &mut self.rewriter
                 && rewriter.poll_timeout().is_some_and(|at| at <= now)
@@ -215,9 +224,10 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
         }
         match port.name {
             MIRROR => self.mirror.at.begin_again(),
+            REDIRECT if self.fenced => self.redirect.at.forget(),
             REDIRECT => self.redirect.at.begin_again(),
             TO_GUEST => self.to_guest.at.reset(),
-            NOTIFY_DEV => self.toolstack.at = Words::default(),
+            NOTIFY_DEV => (self.toolstack.at, self.asked) = (Words::default(), 0),
             _ => self.to_network.at.reset(),
         }
         tracing::debug!(port = port.name, "a peer came");
@@ -242,6 +252,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
         let moved = self.toolstack.at.read(&mut self.ports[number]);
         while moved && let Some(instruction) = self.toolstack.at.next(&mut self.ports[number]) {
             match instruction {
+                Instruction::Init if self.fenced => self.asked = self.asked.saturating_add(1),
                 Instruction::Init => {
                     self.toolstack.at.say(&mut self.ports[number], notify::COLO_COMPARE_GET_XEN_INIT);
                 }
@@ -262,6 +273,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             }
         }
         self.redirect.at.clear();
+        self.fenced = true;
         self.held.clear();
         if let Some(rewriter) = &mut self.rewriter {
             rewriter.checkpoint();
@@ -269,6 +281,30 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
         self.counts.checkpoints += 1;
         tracing::debug!(checkpoints = self.counts.checkpoints, "a checkpoint was made");
         Ok(())
+    }
+
+    /// Whether the other end of `redirect` has come to have all that the guest said before a checkpoint. Who asked is told.
+    fn pass_fence(&mut self) -> bool {
+        if !self.fenced {
+            return false;
+        }
+        let port = self.redirect.number.and_then(|number| self.ports.get(number));
+        match port.and_then(|port| port.peer.as_ref()) {
+            Some(_) if !self.redirect.at.is_empty() => return false,
+            Some(peer) if under_way_bytes(peer.as_fd()).is_ok_and(|bytes| bytes > 0) => return false,
+            Some(_) => {}
+            None => {
+                // The next peer gets nothing of the message that was under way.
+                self.redirect.at.forget();
+            }
+        }
+        self.fenced = false;
+        for _ in 0..std::mem::take(&mut self.asked) {
+            if let Some(number) = self.toolstack.number {
+                self.toolstack.at.say(&mut self.ports[number], notify::COLO_COMPARE_GET_XEN_INIT);
+            }
+        }
+        true
     }
 
     fn read_guest(&mut self) -> Result<bool, FilterError> {
@@ -404,7 +440,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
         let (in_, none) = (PollFlags::IN, PollFlags::empty());
         let out = |waiting: bool| if waiting { in_ | PollFlags::OUT } else { in_ };
         let (dev_flags, network_flags) = (
-            if self.is_open(&self.redirect) { in_ } else { none },
+            if self.is_open(&self.redirect) && !self.fenced { in_ } else { none },
             if self.is_open(&self.mirror) { in_ } else { none },
         );
         let mut fds =
@@ -423,7 +459,8 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             fds.push(PollFd::from_borrowed_fd(peer.as_fd(), flags));
             outs.push((number, port.name == MIRROR || port.name == REDIRECT));
         }
-        look(&mut fds, Some(&Timespec::try_from(LOOK).unwrap_or_default()))?;
+        let until = if self.fenced { FENCE_LOOK } else { LOOK };
+        look(&mut fds, Some(&Timespec::try_from(until).unwrap_or_default()))?;
         let is_wrong = |fd: &PollFd<'_>| fd.revents().intersects(!(in_ | PollFlags::OUT));
         let wrong: Vec<bool> = fds[1..devices].iter().map(is_wrong).collect();
         // Nobody has anything to say where frames go out: what comes is the end.
@@ -473,6 +510,9 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
         let sides = [(REDIRECT, &self.redirect), (MIRROR, &self.mirror)];
         for (name, _) in sides.into_iter().filter(|(_, side)| !self.is_open(side)) {
             found.push(format!("{name}: full, and frames wait in the kernel"));
+        }
+        if self.fenced {
+            found.push(format!("{REDIRECT}: what was said before a checkpoint is under way"));
         }
         let devices = [Some(&self.dev), self.network.as_ref()];
         for (device, lost) in devices.into_iter().zip(self.lost).filter(|(_, lost)| *lost > 0) {

@@ -10,12 +10,15 @@
 //! reads the ring late misses events: how many is counted too.
 
 use crate::colo::Cause;
+use crate::compare::{Service, ServicePort};
 use crate::daemon::events::{Checkpoint, Event, What};
 use prometheus_client::metrics::histogram::Histogram;
 use std::collections::BTreeMap;
 
 /// Guests that are counted; the one that nothing was heard of for longest makes room.
 pub(super) const GUESTS_MAX: usize = 8;
+/// Services of a guest's that are counted by themselves; the ones that come later are one, whose protocol is "other".
+pub(super) const SERVICES_MAX: usize = 16;
 /// From 10 µs, of a capture of few pages, to 50 s, of an interval that an operator set long.
 const BUCKETS_S: [f64; 21] = [
     0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
@@ -52,6 +55,8 @@ pub(super) struct Guest {
     pub(super) load: Option<Histogram>,
     /// Checkpoints that the peer came to own, on a primary; every cause once there is one.
     pub(super) checkpoints: BTreeMap<Cause, u64>,
+    /// Those of them that a difference in a flow was the cause of, by what the flow serves and by cause.
+    pub(super) services: BTreeMap<(Service, Cause), u64>,
     /// Pages in them.
     pub(super) pages: Option<u64>,
     /// By [`LINKS`], once there was a pair.
@@ -89,6 +94,18 @@ impl Guest {
         self.takeovers.get_or_insert_default();
     }
 
+    /// A service that has its counters keeps them: one that gave way would lose its past.
+    fn take_divergence(&mut self, service: Service, cause: Cause) {
+        let mut services: Vec<_> = self.services.keys().map(|(service, _)| service).collect();
+        services.dedup();
+        let fits = services.contains(&&service) || services.len() < SERVICES_MAX;
+        let service = if fits { service } else { Service { protocol: "other".into(), port: ServicePort::None } };
+        for reason in Cause::ALL.into_iter().filter(|cause| cause.is_difference()) {
+            self.services.entry((service.clone(), reason)).or_default();
+        }
+        self.services.entry((service, cause)).and_modify(|count| *count += 1);
+    }
+
     fn take_checkpoint(&mut self, checkpoint: &Checkpoint) {
         for ((_, _, step), histogram) in STEPS.iter().zip(&mut self.steps) {
             step(checkpoint).into_iter().for_each(|us| observe(histogram, us));
@@ -96,6 +113,10 @@ impl Guest {
         for cause in Cause::ALL {
             let count = self.checkpoints.entry(cause).or_default();
             *count += u64::from(cause.to_string() == checkpoint.cause);
+        }
+        let cause = Cause::ALL.into_iter().find(|cause| cause.to_string() == checkpoint.cause);
+        if let Some((service, cause)) = checkpoint.service.clone().zip(cause) {
+            self.take_divergence(service, cause);
         }
         *self.pages.get_or_insert_default() += checkpoint.pages;
     }
@@ -175,6 +196,31 @@ mod tests {
         assert_eq!(web.checkpoints[&Cause::OneSided], 0, "a cause that has not come yet is there");
         assert!(web.steps[0].is_none() && web.steps[1].is_some(), "no interval was measured, pauses were");
         assert_eq!((web.link_losses, web.takeovers), (None, None));
+    }
+
+    #[test]
+    fn differences_are_counted_by_service_and_the_many_as_one() {
+        let differs = |port: u16, cause: Cause| {
+            let service = Service { protocol: "tcp".into(), port: ServicePort::Guest(port) };
+            What::Checkpoint(Checkpoint { cause: cause.to_string(), service: Some(service), ..Checkpoint::default() })
+        };
+        let mut counted = Counted::default();
+        let told = (1..=100).map(|port| differs(port, Cause::Aged));
+        let told = told.chain([differs(1, Cause::PayloadDiffers), differs(1, Cause::Aged), differs(99, Cause::Reused)]);
+        for (number, what) in (1..).zip(told) {
+            counted.take(&[event(number, "web", what)]);
+        }
+        let services = &counted.guests[0].1.services;
+        let count =
+            |protocol: &str, port, cause| services.get(&(Service { protocol: protocol.into(), port }, cause)).copied();
+        assert_eq!(count("tcp", ServicePort::Guest(1), Cause::Aged), Some(2));
+        assert_eq!(count("tcp", ServicePort::Guest(1), Cause::PayloadDiffers), Some(1));
+        assert_eq!(count("tcp", ServicePort::Guest(16), Cause::OneSided), Some(0), "what has not come yet is there");
+        assert_eq!(count("tcp", ServicePort::Guest(17), Cause::Aged), None);
+        assert_eq!(count("other", ServicePort::None, Cause::Aged), Some(84));
+        assert_eq!(count("other", ServicePort::None, Cause::Reused), Some(1));
+        assert_eq!(services.len(), (SERVICES_MAX + 1) * 5, "differences, and no other causes");
+        assert_eq!(services.values().sum::<u64>(), 103);
     }
 
     #[test]

@@ -6,12 +6,14 @@
 //! | `*_total` of bytes, pages and packets | the status's totals, which only grow |
 //! | everything else | the status, as it is now |
 //!
-//! Pure. Labels are `host`, `guest` and one of a fixed set of words; never an address, a flow or a reason. What was not
-//! measured has no line. The library writes OpenMetrics; [`classic`] turns that into the older format, which has the name of a
+//! Pure. Labels are `host`, `guest` and one of a fixed set of words; never an address or a sentence. A flow is counted with all
+//! others of its service: protocol, port, and whose port that is, of sixteen services of a guest's, and of the rest as one. What
+//! was not measured has no line. The library writes OpenMetrics; [`classic`] turns that into the older format, which has the name of a
 //! counter with its `_total` where OpenMetrics has it without, and no end mark.
 
 use super::counted::{Counted, Guest, LINKS, STEPS};
 use crate::colo::Cause;
+use crate::compare::ServicePort;
 use crate::daemon::events::Progress;
 use crate::daemon::status::{Disk, Health, LockStep, PairRole, PeerHealth, Status, Totals};
 use prometheus_client::collector::Collector;
@@ -224,6 +226,23 @@ impl Page {
         to.counters("xen_colo_checkpoints", "Checkpoints that the peer came to own", all)?;
         let differences = causes("reason", Cause::is_difference);
         to.counters("xen_colo_divergences", "Checkpoints that the two guests' output asked for", differences)?;
+        let services = self.counted.guests.iter().flat_map(|(name, guest)| {
+            guest.services.iter().map(move |((service, reason), count)| {
+                let (port, at) = match service.port {
+                    ServicePort::Guest(port) => (port.to_string(), "guest"),
+                    ServicePort::Peer(port) => (port.to_string(), "peer"),
+                    ServicePort::None => (String::new(), ""),
+                };
+                let mut labels = self.labels_of(Some(name), Some(("protocol", &service.protocol)));
+                labels.extend([("port", port), ("at", at.to_owned()), ("reason", reason.to_string())]);
+                (labels, *count)
+            })
+        });
+        to.counters(
+            "xen_colo_service_divergences",
+            "Checkpoints that a difference in a flow of a service was the cause of",
+            services.collect(),
+        )?;
         let pages = self.of_guests(|guest| guest.pages.into_iter().map(|pages| (None, pages)).collect());
         to.counters("xen_colo_checkpoint_pages", "Dirty pages in checkpoints", pages)?;
         let losses = self.of_guests(|guest| {

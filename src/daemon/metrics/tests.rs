@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::colo::Cause;
+use crate::compare::{Service, ServicePort};
 use crate::daemon::events::{Checkpoint, What};
 use crate::daemon::status::{Health, Protection};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -94,6 +95,26 @@ async fn a_scrape_is_answered_in_both_formats() {
     assert!(answer(address, b"GET / HTTP/1.1\r\n\r\n").await.contains("href=\"/metrics\""));
     assert!(answer(address, b"HEAD /metrics HTTP/1.1\r\n\r\n").await.ends_with("\r\n\r\n"));
     assert!(answer(address, b"DELETE / HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 405 "));
+}
+
+#[tokio::test]
+async fn a_difference_is_told_by_service_and_names_no_client() {
+    let (address, history, _) = server(true).await;
+    for (flow, cause) in [("10.9.8.7", Cause::Aged), ("10.9.8.6", Cause::Aged), ("fd00::1", Cause::PayloadDiffers)] {
+        let service = Service { protocol: "tcp".into(), port: ServicePort::Guest(443) };
+        let cause = cause.to_string();
+        let (flow, service) = (Some(format!("tcp 10.0.0.2 443 > {flow} 40000")), Some(service));
+        history.tell(Some("web"), What::Checkpoint(Checkpoint { cause, flow, service, ..Checkpoint::default() }));
+    }
+    let text = answer(address, SCRAPE).await;
+    let line = |reason: &str, count: u64| {
+        let labels = format!("protocol=\"tcp\",port=\"443\",at=\"guest\",reason=\"{reason}\"");
+        format!("\nxen_colo_service_divergences_total{{host=\"a\",guest=\"web\",{labels}}} {count}\n")
+    };
+    for (reason, count) in [("aged", 2), ("payload-differs", 1), ("one-sided", 0)] {
+        assert!(text.contains(&line(reason, count)), "{reason}: {text}");
+    }
+    assert!(!text.contains("10.9.8") && !text.contains("40000") && !text.contains("fd00"), "{text}");
 }
 
 #[tokio::test]

@@ -467,6 +467,7 @@ impl PrimarySide {
                         let asked = compare::asked_by(cause, flow);
                         tracing::debug!(epoch, asked, "a checkpoint was asked for");
                         self.stats.asked = Some(asked);
+                        self.steps.diverged(flow);
                         self.machine.request_checkpoint(now, cause_of(cause));
                     }
                     Output::Diverged { .. } => {}

@@ -25,6 +25,32 @@ fn loopback(receive: Receive) -> Option<PacketSocket> {
 }
 
 #[test]
+fn what_a_peer_has_not_is_under_way() {
+    let (mut one, mut other) = std::os::unix::net::UnixStream::pair().expect("a pair");
+    assert_eq!(under_way_bytes(one.as_fd()).expect("a socket"), 0);
+    one.write_all(&[1; 100]).expect("write");
+    assert!(under_way_bytes(one.as_fd()).expect("a socket") >= 100, "it has not read them");
+    other.read_exact(&mut [0; 100]).expect("read");
+    assert_eq!(under_way_bytes(one.as_fd()).expect("a socket"), 0);
+    let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let mut here = TcpStream::connect(listener.local_addr().expect("address")).expect("connect");
+    let (there, _) = listener.accept().expect("accept");
+    here.set_nonblocking(true).expect("a socket");
+    while here.write(&[0; 1 << 16]).is_ok() {}
+    assert!(under_way_bytes(here.as_fd()).expect("a socket") > 0, "its kernel has no room");
+    let reader = thread::spawn(move || std::io::copy(&mut &there, &mut std::io::sink()));
+    let begun = Instant::now();
+    while under_way_bytes(here.as_fd()).expect("a socket") > 0 {
+        assert!(begun.elapsed() < Duration::from_secs(30), "it reads");
+        thread::sleep(Duration::from_millis(5));
+    }
+    drop(here);
+    reader.join().expect("no panic").expect("all was read");
+    let file = std::fs::File::open("/dev/null").expect("there is one");
+    assert!(under_way_bytes(file.as_fd()).is_err());
+}
+
+#[test]
 fn what_the_kernel_left_unfinished_is_finished() {
     WAYS.into_iter().for_each(finished);
 }

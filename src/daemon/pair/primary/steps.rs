@@ -12,6 +12,7 @@ use super::{PrimarySide, State};
 use crate::clock::Instant;
 use crate::colo::Cause;
 use crate::colo::message::Message;
+use crate::compare::FlowKey;
 use crate::daemon::pair::Samples;
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -26,6 +27,8 @@ pub struct Taken {
     pub number: u64,
     /// Why.
     pub cause: Cause,
+    /// The flow whose difference that was.
+    pub flow: Option<FlowKey>,
     /// Pages in it.
     pub pages: u64,
     /// Bytes of device state in it.
@@ -52,8 +55,12 @@ pub struct Taken {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Steps {
     requested_at: Option<Instant>,
+    /// The flow that has diverged since the last capture.
+    diverged: Option<FlowKey>,
     /// Suspend, end of the capture, pages, bytes of device state, interval; of the one under way.
     captured: Option<(Instant, Instant, u64, u64, Option<Duration>)>,
+    /// The flow that had diverged when it was captured.
+    captured_diverged: Option<FlowKey>,
     last_capture_at: Option<Instant>,
     /// The suspend of the last one that the secondary owns.
     owned_from: Option<Instant>,
@@ -70,10 +77,16 @@ impl Steps {
         }
     }
 
+    /// The comparator asks for a checkpoint, because of this flow if it can be told: once in an epoch.
+    pub(super) fn diverged(&mut self, flow: Option<FlowKey>) {
+        self.diverged = flow;
+    }
+
     /// `pages` were found dirty between the capture before and this one.
     pub(super) fn captured(&mut self, begun: Instant, ended: Instant, pages: usize, devices_bytes: usize) {
         let interval = self.last_capture_at.replace(begun).map(|before| begun - before);
         self.captured = Some((begun, ended, pages as u64, devices_bytes as u64, interval));
+        self.captured_diverged = self.diverged.take();
         interval.iter().for_each(|interval| self.interval.add(*interval));
         self.recent.push_back((begun, pages as u64));
         if self.recent.len() > RECENT_MAX {
@@ -87,6 +100,8 @@ impl Steps {
         self.taken = Some(Taken {
             number: ended_epoch + 1,
             cause,
+            // Somebody else may have been the first to ask.
+            flow: self.captured_diverged.take().filter(|_| cause.is_difference()),
             pages,
             devices_bytes,
             owned_at: now,
@@ -198,6 +213,27 @@ mod tests {
         steps.released(at(220), 2, Cause::Command);
         let cut_off = steps.poll(ms(5), true).unwrap();
         assert_eq!((cut_off.load, cut_off.reply), (None, ms(70)), "owned, and the pair ended before it was loaded");
+    }
+
+    #[test]
+    fn a_difference_names_its_flow_and_no_later_checkpoint_does() {
+        let any = core::net::IpAddr::from([10, 0, 0, 2]);
+        let (protocol, src_port, dst_port) = (6, 80, 40000);
+        let flow = FlowKey { vlans: [0; 2], src: any, dst: any, protocol, src_port, dst_port, transaction: 0 };
+        let mut steps = Steps::default();
+        let mut taken = |diverged: Option<FlowKey>, cause: Cause, again: Option<FlowKey>| {
+            diverged.into_iter().for_each(|flow| steps.diverged(Some(flow)));
+            steps.captured(at(10), at(13), 400, 64);
+            // What diverges from here on asks for the next one.
+            again.into_iter().for_each(|flow| steps.diverged(Some(flow)));
+            steps.released(at(20), 1, cause);
+            steps.poll(ms(4), true).unwrap().flow
+        };
+        assert_eq!(taken(Some(flow), Cause::Aged, None), Some(flow));
+        assert_eq!(taken(None, Cause::Unparsable, None), None, "what cannot be parsed is of no flow");
+        assert_eq!(taken(Some(flow), Cause::Delay, None), None, "it was due anyway");
+        assert_eq!(taken(None, Cause::FramesLost, Some(flow)), None);
+        assert_eq!(taken(None, Cause::PayloadDiffers, None), Some(flow));
     }
 
     #[test]

@@ -19,12 +19,13 @@ use xen_colo::daemon::status::Protection;
 use xen_colo::daemon::status::fields::{FIELDS, Field, Kind};
 
 /// Fields that this pair does not have.
-const ABSENT: [&str; 6] = [
+const ABSENT: [&str; 7] = [
     "disks[].export",               // config.rs
     "guest_id",                     // a Xen domain's
     "risk",                         // remus.rs: who lets packets go at once
     "lock_step.tried_again_in_ms",  // diverging.rs: lock-step that does not pay
     "last_checkpoint.stream_bytes", // events.rs: events have it
+    "last_checkpoint.flow",         // pair/primary/steps.rs: the latest one may have another cause
     "disks[].errors[]",             // full_disk.rs
 ];
 /// Numbers that it has, and that need not move.

@@ -127,6 +127,7 @@ pub const FIELDS: &[Field] = &[
     ("last_checkpoint.age_ms", Kind::Ms, "since the peer owned it"),
     ("last_checkpoint.checkpoint", Kind::Count, "its number, from 1"),
     ("last_checkpoint.cause", Kind::Text, "why it was taken"),
+    ("last_checkpoint.flow", Kind::Text, "of the packets it was taken for; of a divergence only"),
     ("last_checkpoint.pages", Kind::Pages, "in it"),
     ("last_checkpoint.devices_bytes", Kind::Bytes, "of device state in it"),
     ("last_checkpoint.stream_bytes", Kind::Bytes, "on the stream since the one before; in events only"),

@@ -19,17 +19,21 @@ use xen_colo::daemon::status::Protection;
 use xen_colo::daemon::status::fields::{FIELDS, Field, Kind};
 
 /// Fields that this pair does not have.
-const ABSENT: [&str; 7] = [
+const ABSENT: [&str; 11] = [
     "disks[].export",               // config.rs
     "guest_id",                     // a Xen domain's
     "risk",                         // remus.rs: who lets packets go at once
     "lock_step.tried_again_in_ms",  // diverging.rs: lock-step that does not pay
     "last_checkpoint.stream_bytes", // events.rs: events have it
     "last_checkpoint.flow",         // pair/primary/steps.rs: the latest one may have another cause
-    "disks[].errors[]",             // full_disk.rs
+    "last_checkpoint.service.protocol",
+    "last_checkpoint.service.port",
+    "last_checkpoint.service.port.guest",
+    "last_checkpoint.service.port.peer",
+    "disks[].errors[]", // full_disk.rs
 ];
 /// Numbers that it has, and that need not move.
-const STILL: [&str; 27] = [
+const STILL: [&str; 31] = [
     "pid",
     "peer_health.lost_after_ms",
     "disk_link_losses",      // disk_link.rs
@@ -46,7 +50,11 @@ const STILL: [&str; 27] = [
     "disks[].skipped_bytes",         // resync.rs
     "last_checkpoint.devices_bytes", // an embedded guest's registers
     "digests.looked_into",           // digests.rs
-    "lost_at_unix_us",               // compared with this process's clock
+    "last_checkpoint.reply_us",      // a few us, and may be as many the next time
+    "last_checkpoint.pause_us",
+    "last_checkpoint.capture_us",
+    "last_checkpoint.pages",
+    "lost_at_unix_us", // compared with this process's clock
     "decided_at_unix_us",
     "work.done_bytes", // progress.rs: a first copy takes 30 ms here
     "work.total_bytes",

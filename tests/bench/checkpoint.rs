@@ -146,7 +146,7 @@ impl Host {
         });
         std::thread::Builder::new().name(format!("engine {name}")).spawn(move || {
             match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-                Ok(runtime) => runtime.block_on(engine.run()),
+                Ok(runtime) => drop(runtime.block_on(engine.run())),
                 Err(error) => eprintln!("no runtime for the engine: {error}"),
             }
         })?;

@@ -5,6 +5,7 @@
 //! | during the first copy | not whole | no, until the record is removed by hand |
 //! | standing by, the checkpoint in the image | that checkpoint | yes |
 //! | after a takeover, all of it in the image | the guest's own disk | yes |
+//! | asked to end after a takeover | the guest's own disk: it is all put there first | yes |
 
 use crate::common::host::{Host, host_command};
 use crate::common::peer::ScriptedPrimary;
@@ -13,6 +14,7 @@ use crate::common::{one_line, turn, xl_colo};
 use std::path::Path;
 use xen_colo::colo::hello::Mode;
 use xen_colo::daemon::status::Protection;
+use xen_colo::replica::state::{Standing, found};
 
 /// Host b, with a guest of its own if told so.
 fn start(dir: &Path, with_guest: bool) -> Host {
@@ -80,5 +82,18 @@ async fn a_survivor_that_is_killed_too_boots_from_its_own_disk() {
     image_becomes(&world.b, "whole: a guest's own disk").await;
     load.ends_unharmed().await;
     world.b.kill();
+    start(&world.path(""), true).becomes(Protection::Unprotected).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_survivor_that_is_asked_to_end_puts_everything_into_its_image_first() {
+    let mut world = World::start(Plan::default()).await;
+    world.protect(Mode::Colo).await;
+    world.a.kill();
+    // It takes over, and nothing is merged yet when it could end; no guest flushes, which would merge it too.
+    world.b.signal("TERM").await;
+    assert!(world.b.exit().await.success(), "{}", world.b.log());
+    // A checkpoint would be whole as well, and without what the guest has promised since.
+    assert_eq!(found(&world.path("disk-b.img")).unwrap(), Standing::Guest);
     start(&world.path(""), true).becomes(Protection::Unprotected).await;
 }

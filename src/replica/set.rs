@@ -279,6 +279,12 @@ impl Replicas {
         self.0.iter().any(|replica| lock(replica).status().broken)
     }
 
+    /// Whether the records do not say yet what the images are: there is something to be merged or to be applied.
+    #[must_use]
+    pub fn is_unsettled(&self) -> bool {
+        self.0.iter().any(|replica| lock(replica).is_unsettled())
+    }
+
     /// Whether one of them has lost what was written to it, and with it the guest that would take over.
     #[must_use]
     pub fn is_lost(&self) -> bool {

@@ -20,6 +20,7 @@ use crate::colo::{Exit, primary, secondary};
 use crate::daemon::control::Answer as Reply;
 use crate::daemon::guest::Guest;
 use crate::daemon::protected::{self, Protected};
+use crate::replica::set::Replicas;
 use tokio::sync::oneshot;
 
 /// Whether a host can take a guest.
@@ -117,6 +118,12 @@ impl Engine {
                 _ => return,
             },
             Role::Secondary(role) => match role.side.machine().state() {
+                // What it wrote is in this process's memory until it is in its images.
+                secondary::State::Exited(Exit::Alone)
+                    if role.guest.replicas.as_ref().is_some_and(Replicas::is_unsettled) =>
+                {
+                    return;
+                }
                 secondary::State::Exited(Exit::Alone) => Some((&role.guest, "had been taken over here")),
                 secondary::State::Exited(Exit::Dismissed) if self.links.is_some() => return,
                 secondary::State::Exited(_) => None,

@@ -70,6 +70,17 @@ start_host() {
 		cat /run/$1.log; exit 1"
 }
 
+# terminate HOST: SIGTERM, and the end of its process.
+terminate() {
+	host "$1" "kill -TERM \$(</run/$1.pid); for i in \$(seq 300); do [[ -d /proc/\$(</run/$1.pid) ]] || exit 0; sleep 0.1; done; exit 1"
+}
+
+# start_receiving: whoever connects to port 7000 of host b speaks to its xl-colo, as over ssh.
+start_receiving() {
+	host b 'setsid socat TCP-LISTEN:7000,reuseaddr,fork EXEC:"xl-colo receive",nofork </dev/null >/run/receive.log 2>&1 &
+		echo $! >/run/receive.pid'
+}
+
 # clear_hosts GUEST...: ends every xl-colo and these guests, under both their names, and forgets what they said.
 clear_hosts() {
 	local each

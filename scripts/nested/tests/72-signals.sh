@@ -14,11 +14,6 @@ protect() {
 	holds "the dirty log is on" is_logged
 }
 
-# terminate HOST: SIGTERM, and the end of its process.
-terminate() {
-	host "$1" "kill -TERM \$(</run/$1.pid); for i in \$(seq 300); do [[ -d /proc/\$(</run/$1.pid) ]] || exit 0; sleep 0.1; done; exit 1"
-}
-
 is_clean() {
 	host b '! xl list pvh 2>/dev/null && ! xl list pvh--incoming 2>/dev/null'
 }
@@ -52,6 +47,7 @@ holds "nobody has taken over" wait_until 20 is_clean
 holds "nothing says that it is protected" host a '[[ ! -e /run/disks/a.img.colo-protected ]]'
 expect "its NIC is where xl's own script would have put it" xenbr0 \
 	"$(host a 'basename $(readlink /sys/class/net/vif$(xl domid pvh).0/master)')"
+holds "somebody serves its disk" host a 'ps aux | grep -q "[x]l-colo nbd"'
 expect "it answers" 201 "$(put b alone 'written without a host' | sed s/200/201/)"
 expect "its disk, too" 'written without a host' "$(get b alone)"
 

@@ -13,17 +13,13 @@ backing() {
 	host a 'xl qemu-monitor-command hvm "info block"' | tr -d '\r' | grep -aE '^ide0-hd0|^hda|#block|colo-' | head -n 1
 }
 
-end() {
-	host a 'kill -TERM $(</run/a.pid); for i in $(seq 300); do [[ -d /proc/$(</run/a.pid) ]] || exit 0; sleep 0.1; done; exit 1'
-}
-
 nested up a b
 clear_hosts hvm
 start
 wait_until 600 said a hvm GUEST-READY || die "the guest did not get ready"
 expect "the guest answers" 201 "$(put b first 'with a host' | sed s/200/201/)"
 for round in 1 2; do
-	holds "round $round: the host ends when it is asked to" end
+	holds "round $round: the host ends when it is asked to" terminate a
 	said=$(host a 'tail -n 1 /run/a.out')
 	[[ $said == *'hvm needs no xl-colo now: disk0 is /run/disks/a.img; its NIC is in xenbr0'* ]] || die "it says: $said"
 	echo "ok: $said"

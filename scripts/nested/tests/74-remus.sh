@@ -19,8 +19,7 @@ remus() {
 nested up a b
 clear_hosts pvh
 start_host b '--listen 10.78.0.2:9740'
-host b 'setsid socat TCP-LISTEN:7000,reuseaddr,fork EXEC:"xl-colo receive",nofork </dev/null >/run/receive.log 2>&1 &
-	echo $! >/run/receive.pid'
+start_receiving
 start_host a '--listen 10.78.0.1:9740 --guest pvh --xen /etc/xen/guests/pvh.cfg --disk-mib 16'
 wait_until 200 said a pvh GUEST-READY || die "the guest did not get ready"
 # remus has no letters for them.

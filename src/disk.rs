@@ -54,6 +54,12 @@ pub enum DiskError {
     /// The medium has no such operation, and doing it by hand was not wanted.
     #[error("not supported here")]
     NotSupported,
+    /// Somebody else writes it, or will. Nothing was read or written.
+    #[error("{what} is in use: another process has it open; end that one first, or name another image")]
+    InUse {
+        /// Which file.
+        what: String,
+    },
     /// The operating system refused.
     #[error("{what}: {source}")]
     Io {
@@ -282,6 +288,19 @@ impl FileDisk {
             Err(TryLockError::WouldBlock) => Ok(false),
             Err(TryLockError::Error(error)) => Err(self.failed("lock")(error)),
         }
+    }
+
+    /// Locks the image for this process to write: two that did would each undo what the other wrote.
+    pub fn lock_alone(&self) -> Result<(), DiskError> {
+        match self.try_lock(false)? {
+            true => Ok(()),
+            false => Err(DiskError::InUse { what: self.path.display().to_string() }),
+        }
+    }
+
+    /// Gives the lock up, whatever handles are left.
+    pub fn unlock(&self) -> Result<(), DiskError> {
+        self.file.unlock().map_err(self.failed("unlock"))
     }
 
     /// A second handle on the same open image.

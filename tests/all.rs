@@ -31,6 +31,7 @@ mod nbd_command;
 mod nbd_interop;
 mod nbd_session;
 mod nbd_tls;
+mod one_writer;
 mod packaging;
 mod packet_link;
 mod partition;

@@ -79,12 +79,16 @@ async fn the_images_of_a_checkpoint_are_taken_up_together() {
     world.a.kill();
     let (first, second) = (world.path("disk-b.img"), world.path("disk1-b.img"));
     let dir = world.path("");
-    for images in [&[&second, &first][..], &[&first], &[&second], &[&first, &first]] {
+    let apart = "is not whole with the guest's other disks";
+    let twice = "is named for two disks";
+    for (images, why) in
+        [(&[&second, &first][..], apart), (&[&first], apart), (&[&second], apart), (&[&first, &first], twice)]
+    {
         let mut arguments = vec!["host", "--name", "b", "--listen", "127.0.0.1:0", "--policy", "alone"];
         arguments.extend(["--guest", "web", "--run-dir", dir.to_str().unwrap()]);
         images.iter().for_each(|image| arguments.extend(["--disk", image.to_str().unwrap()]));
         let refused = one_line(&xl_colo(&arguments).await, 4);
-        assert!(refused.contains("is not whole with the guest's other disks"), "{images:?}: {refused}");
+        assert!(refused.contains(why), "{images:?}: {refused}");
     }
     let mut command = host_command("b", &dir);
     command.arg("--disk").arg(&second);

@@ -416,11 +416,13 @@ impl Engine {
 
     fn tell_vacancy(&mut self) {
         let vacancy = self.vacancy();
-        if vacancy == Vacancy::Vacant
-            && let Role::Secondary(role) = &mut self.role
-        {
-            // The next guest's devices are served in the same places.
-            role.guest.attachments.clear();
+        if vacancy == Vacancy::Vacant {
+            // The next guest's devices are served in the same places, from the same images.
+            match &mut self.role {
+                Role::Primary(role) => role.guest.attachments.clear(),
+                Role::Secondary(role) => role.guest.attachments.clear(),
+                Role::Empty | Role::Running(_) => {}
+            }
         }
         self.parts.vacancy.send_if_modified(|said| std::mem::replace(said, vacancy) != vacancy);
     }

@@ -1,5 +1,8 @@
 //! A guest with its host-side devices: the queue its frames leave by, the disks under it.
 
+mod images;
+
+pub(super) use self::images::Alone;
 use super::engine_clock;
 use crate::colo::hello::{DISKS_MAX, DiskGeometry, Geometry, disk_name};
 use crate::disk::{Disk, DiskError, FileDisk};
@@ -13,7 +16,6 @@ use crate::replica::set::{Image, Mirrors, OfDisk, Replicas};
 use crate::replica::state::FileState;
 use crate::replica::take_up::{StateError, take_up};
 use bytes::Bytes;
-use rustix::fs::FileType;
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -99,7 +101,7 @@ pub struct Guest {
     pub mirrors: Mirrors,
     /// The disks on the secondary.
     pub replicas: Option<Replicas>,
-    /// What serves its devices, and ends with it.
+    /// What serves its devices and keeps others from its images, and ends with it.
     pub attachments: Vec<Box<dyn std::any::Any + Send>>,
 }
 
@@ -178,7 +180,7 @@ impl Guest {
         generation: u64,
     ) -> Result<Self, GuestError> {
         check_memory("the guest", config.ram_pages)?;
-        let (mirrors, disks) = mirrors_on(images, disk_bytes, false)?;
+        let (mirrors, disks, alone) = mirrors_on(images, disk_bytes, false)?;
         let (queue, epoch) = (Arc::<GuestQueue>::default(), Arc::new(AtomicU64::new(0)));
         let transmit = transmit(&queue, &epoch);
         let copies = Copies::of(mirrors.disks().iter().map(|disk| Box::new(disk.clone()) as Box<dyn Disk>).collect());
@@ -192,7 +194,7 @@ impl Guest {
             epoch,
             mirrors,
             replicas: None,
-            attachments: Vec::new(),
+            attachments: vec![Box::new(alone)],
         })
     }
 
@@ -207,7 +209,7 @@ impl Guest {
     ) -> Result<(Self, bool), GuestError> {
         // The guest and the cache of its last checkpoint.
         check_memory("standing by for the guest", geometry.nr_pages.saturating_mul(2))?;
-        let (replicas, is_blank) = replicas_on(geometry, images, epochs)?;
+        let (replicas, is_blank, alone) = replicas_on(geometry, images, epochs)?;
         let machine = MachineConfig {
             ram_pages: geometry.nr_pages,
             mac: geometry.mac,
@@ -227,7 +229,7 @@ impl Guest {
             epoch,
             mirrors: mirrors_over(&replicas),
             replicas: Some(replicas),
-            attachments: Vec::new(),
+            attachments: vec![Box::new(alone)],
         };
         Ok((guest, is_blank))
     }
@@ -244,18 +246,18 @@ pub(super) fn mirrors_on(
     images: &[PathBuf],
     disk_bytes: u64,
     runs: bool,
-) -> Result<(Mirrors, Vec<DiskGeometry>), GuestError> {
+) -> Result<(Mirrors, Vec<DiskGeometry>, Alone), GuestError> {
     if !(1..=DISKS_MAX).contains(&images.len()) {
         return Err(GuestError::Images { disks: DISKS_MAX, images: images.len() });
     }
+    let there = images::open(images)?;
     take_up(images, runs)?;
-    let disks = images.iter().map(|image| FileDisk::open_or_create(image, disk_bytes));
-    let disks = disks.collect::<Result<Vec<_>, _>>()?;
-    check_distinct(images)?;
+    let (disks, alone) = images::make_others(images, there, |_| disk_bytes)?;
     let geometry = disks.iter().enumerate();
     let geometry = geometry.map(|(at, disk)| DiskGeometry { name: disk_name(at), size_bytes: disk.size_bytes() });
     let geometry = geometry.collect();
-    Ok((Mirrors::new(disks.into_iter().map(|disk| Box::new(disk) as _).collect(), MIRROR_QUEUE_BYTES), geometry))
+    let mirrors = Mirrors::new(disks.into_iter().map(|disk| Box::new(disk) as _).collect(), MIRROR_QUEUE_BYTES);
+    Ok((mirrors, geometry, alone))
 }
 
 /// The replicas of a guest's disks on images, and whether these are new, and so all zero.
@@ -263,39 +265,24 @@ pub(super) fn replicas_on(
     geometry: &Geometry,
     images: &[PathBuf],
     epochs: ReplicaConfig,
-) -> Result<(Replicas, bool), GuestError> {
+) -> Result<(Replicas, bool, Alone), GuestError> {
     if geometry.disks.len() != images.len() {
         return Err(GuestError::Images { disks: geometry.disks.len(), images: images.len() });
     }
-    let are_blank = images.iter().all(|image| !image.exists());
-    let mut bases: Vec<Image> = Vec::with_capacity(images.len());
-    for (image, disk) in images.iter().zip(&geometry.disks) {
-        let (base, need_bytes) = (FileDisk::open_or_create(image, disk.size_bytes)?, disk.size_bytes);
-        if base.size_bytes() != need_bytes {
-            let (path, have_bytes) = (image.clone(), base.size_bytes());
-            return Err(GuestError::DiskSize { path, have_bytes, need_bytes });
+    let there = images::open(images)?;
+    let are_blank = there.iter().all(Option::is_none);
+    let (bases, alone) = images::make_others(images, there, |index| geometry.disks[index].size_bytes)?;
+    for (index, base) in bases.iter().enumerate() {
+        let (have_bytes, need_bytes) = (base.size_bytes(), geometry.disks[index].size_bytes);
+        if have_bytes != need_bytes {
+            return Err(GuestError::DiskSize { path: images[index].clone(), have_bytes, need_bytes });
         }
-        bases.push((Box::new(base), Box::new(FileState::of(image))));
     }
-    check_distinct(images)?;
+    let image = |(base, path): (FileDisk, &PathBuf)| -> Image { (Box::new(base), Box::new(FileState::of(path))) };
+    let bases = bases.into_iter().zip(images).map(image).collect();
     let mut set = [0; 4];
     getrandom::fill(&mut set).map_err(|e| GuestError::Toolstack(format!("no randomness for a set of images: {e}")))?;
-    Ok((Replicas::open(bases, u32::from_le_bytes(set), epochs)?, are_blank))
-}
-
-/// Two names of one image would be two disks that overwrite each other.
-fn check_distinct(images: &[PathBuf]) -> Result<(), GuestError> {
-    let mut seen = std::collections::BTreeSet::new();
-    for path in images {
-        let stat =
-            rustix::fs::stat(path).map_err(|e| DiskError::io(format!("look at {}", path.display()), e.into()))?;
-        let is_device = FileType::from_raw_mode(stat.st_mode).is_block_device();
-        let identity = if is_device { (stat.st_rdev, 0) } else { (stat.st_dev, stat.st_ino) };
-        if !seen.insert(identity) {
-            return Err(GuestError::SameImage { path: path.clone() });
-        }
-    }
-    Ok(())
+    Ok((Replicas::open(bases, u32::from_le_bytes(set), epochs)?, are_blank, alone))
 }
 
 fn geometry(config: &MachineConfig, disks: Vec<DiskGeometry>) -> Geometry {

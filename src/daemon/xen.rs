@@ -146,7 +146,7 @@ pub async fn boot(boot: &XenBoot, images: &[PathBuf], wire: &Wire) -> Result<Gue
     let xen = Interface::open().map_err(|e| toolstack(&e))?;
     let stands =
         running.map(|domid| blocking(|| alone::take_back(&xen, domid, &boot.name, images.len()))).transpose()?;
-    let (mirrors, disks) = mirrors_on(images, boot.disk_bytes, running.is_some())?;
+    let (mirrors, disks, alone) = mirrors_on(images, boot.disk_bytes, running.is_some())?;
     // Before the domain: its devices are opened when it is made.
     let mut served = Vec::with_capacity(images.len());
     for (index, mirror) in mirrors.disks().iter().enumerate() {
@@ -169,6 +169,7 @@ pub async fn boot(boot: &XenBoot, images: &[PathBuf], wire: &Wire) -> Result<Gue
     let config = blocking(|| toolstack::config(domid))?;
     let mut attached = attach(domid, &config, wire).await?;
     attached.attachments.extend(served);
+    attached.attachments.push(Box::new(alone));
     if let Some(model) = &mut attached.model {
         blocking(|| alone::take_disks_back(model, &boot.name, images))?;
     }
@@ -245,7 +246,9 @@ pub async fn stand_by(
     let shape = geometry.xen.as_ref().ok_or(GuestError::Toolstack("this is no Xen guest".into()))?;
     // The cache of its last checkpoint; the guest's own memory is Xen's to find.
     check_memory("standing by for the guest", shape.ram_pages)?;
-    let (replicas, is_blank) = replicas_on(geometry, images, epochs)?;
+    // Before its disks are opened: they may be those of the domain that is in the way.
+    blocking(|| toolstack::check_free(name))?;
+    let (replicas, is_blank, alone) = replicas_on(geometry, images, epochs)?;
     let mut served = Vec::with_capacity(images.len());
     for (index, view) in replicas.guest_views().enumerate() {
         served.push(export(name, index, view, true).await?);
@@ -259,6 +262,7 @@ pub async fn stand_by(
         }
     };
     attached.attachments.extend(served);
+    attached.attachments.push(Box::new(alone));
     let Attached { xen, domid, queue, epoch, nic, model, attachments } = attached;
     let parts = Parts { xen, domid, model, nic, obstacle: None };
     let nr_pages = geometry.nr_pages;

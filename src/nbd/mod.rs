@@ -314,7 +314,7 @@ impl Errno {
         match error {
             DiskError::OutOfRange { .. } => Self::Invalid,
             DiskError::NoSpace { .. } => Self::NoSpace,
-            DiskError::Fenced { .. } => Self::NotPermitted,
+            DiskError::Fenced { .. } | DiskError::InUse { .. } => Self::NotPermitted,
             DiskError::NotSupported => Self::NotSupported,
             DiskError::Io { .. } | DiskError::FlushFailed { .. } | DiskError::Busy => Self::Io,
         }

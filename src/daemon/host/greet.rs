@@ -92,6 +92,9 @@ pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
             }
             Ok(Some((mut link, word))) => {
                 let again = begun.as_ref().and_then(|begun| begun.place(&word));
+                // One that a later one replaces holds its images no longer.
+                session =
+                    session.filter(|session| word.channel != Channel::Colo || session.hello.session == word.session);
                 let coming_up = session.as_ref().map(|session| session.hello.session);
                 match welcome(&shared, again.is_some() || coming_up == Some(word.session), &word).await {
                     Err(why) => {

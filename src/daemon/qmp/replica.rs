@@ -32,7 +32,6 @@ use super::{Service, teller};
 use crate::colo::hello::DISKS_MAX;
 use crate::daemon::address::listen_unix;
 use crate::daemon::links::lock;
-use crate::disk::FileDisk;
 use crate::qmp::commands::{Command, ExportAdd, YankInstance, no_instance};
 use crate::qmp::drive;
 use crate::qmp::lines::Line;
@@ -265,8 +264,10 @@ impl ReplicaMonitor {
         }
         let mut backs: Vec<_> = images.iter().map(|image| lock(&image.back)).collect();
         let mut bases = Vec::new();
-        for image in &images {
-            let base: Box<dyn crate::disk::Disk> = Box::new(FileDisk::open(&image.path).map_err(failed)?);
+        for (image, back) in images.iter().zip(&backs) {
+            // The same open file, whose lock goes with its last handle.
+            let Back::Plain(disk) = &**back else { return error(format!("{} is replicated", image.path.display())) };
+            let base: Box<dyn crate::disk::Disk> = Box::new(disk.try_clone().map_err(failed)?);
             bases.push((base, Box::new(FileState::of(&image.path)) as _));
         }
         let mut set = [0; 4];

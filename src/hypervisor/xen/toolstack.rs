@@ -87,17 +87,22 @@ pub fn config(domid: DomId) -> Result<serde_json::Value, String> {
     serde_json::from_str(&json).map_err(|e| format!("libxl's configuration of domain {domid}: {e}"))
 }
 
+/// Refused when there is a domain of that name.
+pub fn check_free(name: &str) -> Result<(), String> {
+    let store = Store::open().map_err(|e| e.to_string())?;
+    match store.by_name(name).map_err(|e| e.to_string())? {
+        None => Ok(()),
+        Some(domid) => Err(format!("domain {domid} is called {name} already; rename or destroy it: xl destroy {name}")),
+    }
+}
+
 /// Makes a paused domain that will become `name`, with devices and hotplug scripts and all. What a former attempt
 /// left under the name it has until then is removed.
 pub fn create_incoming(name: &str, config: &serde_json::Value) -> Result<DomId, String> {
-    let store = Store::open().map_err(|e| e.to_string())?;
-    let by_name = |name: &str| store.by_name(name).map_err(|e| e.to_string());
-    if let Some(domid) = by_name(name)? {
-        let why = format!("domain {domid} is called {name} already; rename or destroy it: xl destroy {name}");
-        return Err(why);
-    }
+    check_free(name)?;
     let incoming = incoming(name);
-    if let Some(domid) = by_name(&incoming)? {
+    let store = Store::open().map_err(|e| e.to_string())?;
+    if let Some(domid) = store.by_name(&incoming).map_err(|e| e.to_string())? {
         destroy(domid)?;
     }
     let mut config = config.clone();

@@ -81,10 +81,7 @@ impl Image {
     /// Opens an image for itself alone.
     pub(super) fn open(path: PathBuf) -> Result<Self, DiskError> {
         let disk = FileDisk::open(&path)?;
-        if !disk.try_lock(false)? {
-            let in_use = io::Error::new(io::ErrorKind::ResourceBusy, "another process has it open");
-            return Err(DiskError::io(format!("lock {}", path.display()), in_use));
-        }
+        disk.lock_alone()?;
         let size_bytes = disk.size_bytes();
         Ok(Self { path, size_bytes, back: Arc::new(Mutex::new(Back::Plain(disk))) })
     }

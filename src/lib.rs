@@ -7,7 +7,7 @@
 //!      → save_helper → { image } ────────────────────────────────────────→
 //! ```
 //!
-//! - [`clock`], [`page`], [`bitmap`], [`disk`], [`record`]: the words everything else is written in;
+//! - [`clock`], [`page`], [`bitmap`], [`disk`], [`record`], [`carried`]: the words everything else is written in;
 //! - [`colo`]: the checkpoint protocol, its heartbeat and its arbitration (pure);
 //! - [`compare`]: which of the guest's packets may leave, and when (pure);
 //! - [`nbd`]: the network block device protocol, server and client (pure);
@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bitmap;
+pub mod carried;
 pub mod cli;
 pub mod clock;
 pub mod colo;

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "clippy's own allowance reaches only functions that are tests themselves")]
 #![allow(unreachable_pub, reason = "a binary exports nothing; pub marks what the modules share")]
 
+mod back;
 mod cli;
 mod common;
 mod compare_command;

@@ -18,6 +18,7 @@
 
 use super::delta::{DELTA_MAX_BYTES, DeltaBatch, SentPages};
 use super::message::{InvalidMessage, Message};
+use crate::carried::{CARRIED_BYTES, CARRIED_MAX, Carried};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn, is_zero};
 use crate::record::{self, COUNT_BYTES, Header, PFN_MASK};
 use bytes::{Buf, BufMut, BytesMut};
@@ -34,6 +35,10 @@ pub const RECORD_PAGE_DELTAS: u32 = 0x4000_0004;
 
 /// Ours: until the next checkpoint the secondary's guest is not needed. Optional: one that runs all the same does no harm.
 pub const RECORD_GUEST_RESTS: u32 = record::OPTIONAL | 0x4000_0005;
+
+/// Ours: connections that an earlier takeover left in two sequence spaces ([`crate::carried`]). Optional: a secondary that
+/// skips it loses them with its own takeover, and nothing else.
+pub const RECORD_CARRIED: u32 = record::OPTIONAL | 0x4000_0006;
 
 /// Most zero pages one record names.
 pub const ZERO_PAGES_PER_RECORD: usize = 16 * BATCH_PAGES;
@@ -85,6 +90,8 @@ pub enum Item {
     Deltas(DeltaBatch),
     /// The guest is not to run in the epoch that this state begins.
     GuestRests,
+    /// What clients know of the guest's connections by other numbers than the guest, all of it as of this state.
+    Carried(Vec<Carried>),
     /// The page records of this state are complete.
     PagesEnd,
     /// The device state: the last part of a checkpoint. After it the checkpoint is whole.
@@ -150,6 +157,7 @@ impl Decoder {
                 RECORD_ZERO_PAGES => COUNT_BYTES + ZERO_PAGES_PER_RECORD * 8,
                 RECORD_PAGE_DELTAS => COUNT_BYTES + BATCH_PAGES * (8 + DELTA_MAX_BYTES),
                 RECORD_CHECKPOINT | RECORD_GUEST_RESTS => 0,
+                RECORD_CARRIED => COUNT_BYTES + CARRIED_MAX * CARRIED_BYTES,
                 // Bit 31 marks a record that a reader may skip; bounded, since it is buffered whole.
                 _ if header.is_optional() => 1 << 20,
                 unknown => return Err(StreamError::UnknownRecord(unknown)),
@@ -166,6 +174,7 @@ impl Decoder {
                 RECORD_ZERO_PAGES => Some(self.zero_pages(body)?),
                 RECORD_PAGE_DELTAS => Some(self.page_deltas(body)?),
                 RECORD_GUEST_RESTS => Some(Item::GuestRests),
+                RECORD_CARRIED => Some(carried(body)?),
                 RECORD_CHECKPOINT => {
                     self.mode = Mode::Messages;
                     Some(Item::PagesEnd)
@@ -295,6 +304,24 @@ pub fn encode_guest_rests(out: &mut BytesMut) {
     record::put(RECORD_GUEST_RESTS, &[], out);
 }
 
+fn carried(body: &[u8]) -> Result<Item, StreamError> {
+    let bad = |why| StreamError::BadRecord { record: RECORD_CARRIED, len_bytes: body.len(), why };
+    let (list, rest) = record::take_entries::<CARRIED_BYTES>(body).map_err(bad)?;
+    if !rest.is_empty() {
+        return Err(bad("longer than its count"));
+    }
+    let list = list.iter().map(Carried::decode).collect::<Option<Vec<_>>>();
+    list.map(Item::Carried).ok_or_else(|| bad("a connection that cannot be"))
+}
+
+/// Appends the record of connections in two sequence spaces.
+pub fn encode_carried(carried: &[Carried], out: &mut BytesMut) {
+    let mut body = BytesMut::with_capacity(COUNT_BYTES + carried.len() * CARRIED_BYTES);
+    record::put_count(carried.len(), &mut body);
+    carried.iter().for_each(|carried| body.put_slice(&carried.encode()));
+    record::put(RECORD_CARRIED, &body, out);
+}
+
 /// Appends the record that closes a run of page records.
 pub fn encode_pages_end(out: &mut BytesMut) {
     record::put(RECORD_CHECKPOINT, &[], out);
@@ -319,6 +346,16 @@ mod tests {
         batch
     }
 
+    fn carried_to(clients: [&str; 2]) -> [Carried; 2] {
+        let guests = ["10.0.0.2:80", "[fe80::2]:80"].map(|guest| guest.parse().unwrap());
+        let [client, client6] = clients.map(|client| client.parse().unwrap());
+        let (vlans, offset, clock_offset) = ([7, 0], 1, 2);
+        [
+            Carried { vlans, guest: guests[0], client, offset, clock_offset, echoed: Some(3) },
+            Carried { vlans, guest: guests[1], client: client6, offset, clock_offset, echoed: None },
+        ]
+    }
+
     fn put(batch: &PageBatch, out: &mut BytesMut) -> usize {
         encode_pages(&batch.pfns, &batch.bytes, None, out)
     }
@@ -333,6 +370,7 @@ mod tests {
 
     #[test]
     fn a_whole_checkpoint_survives_any_fragmentation() {
+        let carried = carried_to(["10.0.0.9:4000", "[fe80::9]:4001"]);
         let mut out = BytesMut::new();
         put(&batch(&[(1, 1), (2, 0), (3, 3)]), &mut out);
         encode_pages_end(&mut out);
@@ -341,6 +379,7 @@ mod tests {
         Message::VmstateSend.encode(&mut out);
         put(&batch(&[(9, 9)]), &mut out);
         encode_guest_rests(&mut out);
+        encode_carried(&carried, &mut out);
         encode_pages_end(&mut out);
         encode_device_state(b"", &mut out);
         let expected = [
@@ -352,6 +391,7 @@ mod tests {
             Item::Message(Message::VmstateSend),
             Item::Pages(batch(&[(9, 9)])),
             Item::GuestRests,
+            Item::Carried(carried.to_vec()),
             Item::PagesEnd,
             Item::DeviceState(vec![]),
         ];
@@ -400,6 +440,16 @@ mod tests {
         let mut zero_count = header(RECORD_ZERO_PAGES, 8);
         zero_count.extend([0; 8]);
         assert!(refuse(&zero_count).to_string().contains("count of zero"));
+
+        let mut carried = BytesMut::new();
+        encode_carried(&carried_to(["10.0.0.9:4000", "[fe80::9]:4001"]), &mut carried);
+        let (bits_at, count_at) = (Header::BYTES + COUNT_BYTES + CARRIED_BYTES - 4, Header::BYTES);
+        carried[bits_at] |= 4;
+        assert!(refuse(&carried).to_string().contains("a connection that cannot be"), "{}", refuse(&carried));
+        carried[count_at] = 1;
+        assert!(refuse(&carried).to_string().contains("longer than its count"), "{}", refuse(&carried));
+        let most = (COUNT_BYTES + CARRIED_MAX * CARRIED_BYTES) as u32;
+        assert!(matches!(refuse(&header(RECORD_CARRIED, most + 1)), StreamError::BadRecord { .. }));
 
         let mut decoder = Decoder::new(16);
         let mut input = BytesMut::new();

@@ -27,7 +27,7 @@ use self::digests::Digests;
 pub use self::leaving::Vacancy;
 use self::moments::Moment;
 pub use self::orders::UNDER_WAY;
-pub use self::parts::{EngineParts, HostInput, NetworkFrame};
+pub use self::parts::{EngineParts, HostInput, NetworkFrame, ToProtect};
 use self::telling::Telling;
 use super::control::{Answer as Reply, Asked};
 use super::guest::Guest;
@@ -42,6 +42,7 @@ use crate::colo::arbiter::{Answer, Register, Verdict};
 use crate::colo::heartbeat::Word;
 use crate::colo::hello::Mode;
 use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine};
+use crate::compare::Rewriter;
 use crate::replica::mirror::Target;
 use crate::replica::mirror::resync::ChunkHash;
 use bytes::Bytes;
@@ -342,7 +343,7 @@ impl Engine {
             Input::GuestFrames => self.take_guest_frames(now),
             Input::Network(frame) => match &mut self.role {
                 Role::Empty => {}
-                Role::Running(guest) => _ = guest.domain_mut().map(|domain| domain.receive_frame(&frame)),
+                Role::Running(guest) => guest.receive(now, frame),
                 Role::Primary(role) => role.side.handle_network_frame(now, frame),
                 Role::Secondary(role) => role.side.handle_network_frame(now, frame),
             },
@@ -463,23 +464,7 @@ impl Engine {
         peer: String,
         targets: &[Target],
     ) -> Reply {
-        let takes_its_place = matches!(&self.role, Role::Primary(role) if role.side.can_be_protected());
-        if takes_its_place {
-            self.keep_totals();
-        }
-        let role = std::mem::replace(&mut self.role, Role::Empty);
-        let mut guest = match role {
-            Role::Running(guest) => guest,
-            Role::Primary(role) if takes_its_place => {
-                let PrimaryRole { side, mut guest } = *role;
-                guest.domain = Some(side.into_domain());
-                guest
-            }
-            other => {
-                self.role = other;
-                return Reply::error("the guest was taken away meanwhile");
-            }
-        };
+        let Some(mut guest) = self.take_guest() else { return Reply::error("the guest was taken away meanwhile") };
         if let Err(error) = self.remember_protection(&guest.name, config.claim.expected, &peer) {
             self.role = Role::Running(guest);
             return Reply::error(format!("the guest cannot be protected: {error}"));
@@ -489,6 +474,7 @@ impl Engine {
         let clock = Arc::new(engine_clock);
         match PrimarySide::new(now, config, domain, guest.mirrors.clone(), guest.epoch.clone(), clock, targets) {
             Ok(side) => {
+                let side = side.behind(std::mem::replace(&mut guest.outer, Rewriter::of_survivor()));
                 self.role = Role::Primary(Box::new(PrimaryRole { side, guest }));
                 self.digests = Digests::of_primary(links.digests);
                 self.adopt(links, peer, mode);
@@ -501,6 +487,26 @@ impl Engine {
                 Reply::error(format!("the guest cannot be protected: {error}"))
             }
         }
+    }
+
+    /// The guest, if it runs here and no pair has it.
+    fn take_guest(&mut self) -> Option<Box<Guest>> {
+        match &self.role {
+            Role::Running(_) => {}
+            Role::Primary(role) if role.side.can_be_protected() => self.keep_totals(),
+            Role::Secondary(role) if role.side.can_be_protected() => self.keep_totals(),
+            Role::Empty | Role::Primary(_) | Role::Secondary(_) => return None,
+        }
+        let (mut guest, (domain, outer)) = match std::mem::replace(&mut self.role, Role::Empty) {
+            Role::Empty => return None,
+            Role::Running(guest) => return Some(guest),
+            Role::Primary(role) => (role.guest, role.side.into_survivor()),
+            Role::Secondary(role) => (role.guest, role.side.into_survivor()),
+        };
+        (guest.domain, guest.outer) = (Some(domain), outer);
+        // It has a disk of its own by now, over which its mirrors lie.
+        guest.replicas = None;
+        Some(guest)
     }
 
     fn begin_secondary(

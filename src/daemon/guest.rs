@@ -4,7 +4,9 @@ mod images;
 
 pub(super) use self::images::Alone;
 use super::engine_clock;
+use crate::clock::Instant;
 use crate::colo::hello::{DISKS_MAX, DiskGeometry, Geometry, disk_name};
+use crate::compare::Rewriter;
 use crate::disk::{Disk, DiskError, FileDisk};
 use crate::hypervisor::embedded::copies::Copies;
 use crate::hypervisor::embedded::domain::Transmit;
@@ -101,6 +103,8 @@ pub struct Guest {
     pub mirrors: Mirrors,
     /// The disks on the secondary.
     pub replicas: Option<Replicas>,
+    /// What earlier takeovers have left to be translated, while no pair has it.
+    pub outer: Rewriter,
     /// What serves its devices and keeps others from its images, and ends with it.
     pub attachments: Vec<Box<dyn std::any::Any + Send>>,
 }
@@ -171,6 +175,22 @@ impl Guest {
         self.domain.as_deref_mut().ok_or(DomainError::Gone)
     }
 
+    /// A frame from the network, while no pair has the guest.
+    pub fn receive(&mut self, now: Instant, frame: Bytes) {
+        if let (Some(domain), Some(frame)) = (&mut self.domain, self.outer.inward(now, frame)) {
+            domain.receive_frame(&frame);
+        }
+    }
+
+    /// A frame of its queue, as the network is to see it, while no pair has the guest.
+    pub fn to_network(&mut self, now: Instant, frame: Bytes) -> Bytes {
+        let frame = self.outer.outward(now, frame);
+        while let (Some(domain), Some(held)) = (&mut self.domain, self.outer.poll_output()) {
+            domain.receive_frame(&held);
+        }
+        frame
+    }
+
     /// Boots a guest on disk images, which are made where there are none. With several it writes all it writes on each.
     pub fn boot(
         name: &str,
@@ -183,7 +203,7 @@ impl Guest {
         let (mirrors, disks, alone) = mirrors_on(images, disk_bytes, false)?;
         let (queue, epoch) = (Arc::<GuestQueue>::default(), Arc::new(AtomicU64::new(0)));
         let transmit = transmit(&queue, &epoch);
-        let copies = Copies::of(mirrors.disks().iter().map(|disk| Box::new(disk.clone()) as Box<dyn Disk>).collect());
+        let copies = copies_on(&mirrors);
         let mut domain = Embedded::boot(config, Box::new(copies), Arc::new(engine_clock), transmit)?;
         domain.set_generation(generation)?;
         Ok(Self {
@@ -194,6 +214,7 @@ impl Guest {
             epoch,
             mirrors,
             replicas: None,
+            outer: Rewriter::of_survivor(),
             attachments: vec![Box::new(alone)],
         })
     }
@@ -219,7 +240,8 @@ impl Guest {
         };
         let (queue, epoch) = (Arc::<GuestQueue>::default(), Arc::new(AtomicU64::new(0)));
         let transmit = transmit(&queue, &epoch);
-        let copies = Copies::of(replicas.guest_views().map(|view| Box::new(view) as Box<dyn Disk>).collect());
+        let mirrors = mirrors_over(&replicas);
+        let copies = copies_on(&mirrors);
         let domain = Embedded::blank(&machine, Box::new(copies), Arc::new(engine_clock), transmit)?;
         let guest = Self {
             name: name.to_owned(),
@@ -227,15 +249,22 @@ impl Guest {
             domain: Some(Box::new(domain)),
             queue,
             epoch,
-            mirrors: mirrors_over(&replicas),
+            mirrors,
             replicas: Some(replicas),
+            outer: Rewriter::of_survivor(),
             attachments: vec![Box::new(alone)],
         };
         Ok((guest, is_blank))
     }
 }
 
-/// Mirrors of what a guest that stands by has: for a protection after a takeover.
+/// What an embedded guest writes to.
+fn copies_on(mirrors: &Mirrors) -> Copies {
+    Copies::of(mirrors.disks().iter().map(|disk| Box::new(disk.clone()) as Box<dyn Disk>).collect())
+}
+
+/// Mirrors of what a guest that stands by has, through which it writes from the beginning: it may be protected again after a
+/// takeover.
 pub(super) fn mirrors_over(replicas: &Replicas) -> Mirrors {
     let view = |view| Box::new(view) as Box<dyn Disk>;
     Mirrors::new(replicas.guest_views().map(view).collect(), MIRROR_QUEUE_BYTES)

@@ -22,8 +22,8 @@ use self::greet::greet_all;
 use self::signals::{Attendant, Signals};
 use super::address::{Address, Link};
 use super::arbiter::Arbiter;
-use super::control::{self, Answer as Reply, Protect};
-use super::engine::{Engine, EngineParts, HostInput, UNDER_WAY, Vacancy};
+use super::control::{self, Answer as Reply};
+use super::engine::{Engine, EngineParts, HostInput, ToProtect, UNDER_WAY, Vacancy};
 use super::engine_clock;
 use super::events::{self, Events, What, log::EventLog};
 use super::guest::{Guest, GuestError};
@@ -37,13 +37,12 @@ use crate::colo::arbiter::{Claim, Policy, Verdict};
 use crate::colo::delta::SentPages;
 use crate::colo::heartbeat::{Heartbeat, INTERVAL_DEFAULT_MS, MISSES_DEFAULT};
 use crate::colo::hello::{
-    self, Channel, DiskCheckpoint, Geometry, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome, disk_name,
+    self, Channel, DiskCheckpoint, Hello, HelloError, Mode, PROTOCOL_VERSION, Welcome, disk_name,
 };
 use crate::colo::primary;
 use crate::compare::digest::Key;
 use crate::page::PAGE_SIZE;
 use crate::replica::mirror::{Holds, MirrorHandle, Target, resync};
-use crate::replica::set::Mirrors;
 use crate::say;
 use bytes::BytesMut;
 use std::io;
@@ -253,12 +252,11 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address, Option<&str>))
     let (guest, left) = boot(&config, &wire).await?;
 
     let (control_sender, control_receiver) = mpsc::channel(16);
-    let (protect_sender, mut protects) = mpsc::channel::<(Protect, oneshot::Sender<Reply>)>(1);
+    let (protect_sender, mut protects) = mpsc::channel::<ToProtect>(1);
     let (host_sender, host_receiver) = mpsc::channel(1);
     let (network_out, network_outgoing) = outbox();
     let teller = super::qmp::teller();
     let (vacancy_sender, vacancy) = watch::channel(if guest.is_none() { Vacancy::Vacant } else { Vacancy::Taken });
-    let shape = guest.as_ref().map(|guest| (guest.name.clone(), guest.geometry.clone(), guest.mirrors.clone()));
     let (line_sender, line) = watch::channel(String::new());
     let manager = config.manager.clone();
     let engine = Engine::new(EngineParts {
@@ -318,19 +316,16 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address, Option<&str>))
     tokio::spawn(tell_status(line.clone(), manager.clone()));
     let greeting = tokio::spawn(greet_all(listener, shared.clone()));
     let protecting = tokio::spawn(async move {
-        while let Some((protect, reply)) = protects.recv().await {
-            let answer = match &shape {
-                None => Reply::error("this host has no guest"),
-                Some((name, geometry, mirrors)) => match knock(&shared, &protect, name, geometry, mirrors).await {
-                    Ok(()) => Reply::done(),
-                    Err(why) => Reply::error(why),
-                },
+        while let Some(order) = protects.recv().await {
+            let answer = match knock(&shared, &order).await {
+                Ok(()) => Reply::done(),
+                Err(why) => Reply::error(why),
             };
-            let _ = reply.send(answer);
+            let _ = order.reply.send(answer);
             // The engine let them pass while the guest was not protected yet. Each would claim a generation that the pair
             // then does not have, and neither host could go on alone.
-            while let Ok((_, reply)) = protects.try_recv() {
-                let _ = reply.send(Reply::error(UNDER_WAY));
+            while let Ok(order) = protects.try_recv() {
+                let _ = order.reply.send(Reply::error(UNDER_WAY));
             }
         }
     });
@@ -376,13 +371,8 @@ async fn tell_status(mut line: watch::Receiver<String>, manager: Manager) {
 }
 
 /// The primary's way in: claims the next generation, opens the links, hands them to the engine.
-async fn knock(
-    shared: &Shared,
-    protect: &Protect,
-    guest: &str,
-    geometry: &Geometry,
-    mirrors: &Mirrors,
-) -> Result<(), String> {
+async fn knock(shared: &Shared, order: &ToProtect) -> Result<(), String> {
+    let ToProtect { protect, guest, geometry, mirrors, .. } = order;
     let config = &shared.config;
     let peer: Address = protect.peer.parse().map_err(|error| format!("{error}"))?;
     if protect.release_at_once && protect.mode == Mode::Colo {

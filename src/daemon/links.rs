@@ -20,6 +20,7 @@ use super::engine_clock;
 use super::hashes;
 use super::nbd::remote::Connect;
 pub use super::pair::lock;
+use crate::carried::Carried;
 use crate::colo::Loss;
 use crate::colo::delta::SentPages;
 use crate::colo::heartbeat::{BEAT_BYTES, Beat, Heartbeat, Word};
@@ -115,6 +116,8 @@ pub enum StreamOut {
     Pages(PageBatch),
     /// The word that the guest may rest.
     GuestRests,
+    /// Connections in two sequence spaces.
+    Carried(Vec<Carried>),
     /// The end of the pages and the device state.
     Devices(Vec<u8>),
 }
@@ -380,6 +383,7 @@ async fn write_stream(
         match out {
             StreamOut::Message(message) => message.encode(&mut buffer),
             StreamOut::GuestRests => stream::encode_guest_rests(&mut buffer),
+            StreamOut::Carried(carried) => stream::encode_carried(&carried, &mut buffer),
             StreamOut::Devices(blob) => {
                 stream::encode_pages_end(&mut buffer);
                 stream::encode_device_state(&blob, &mut buffer);

@@ -22,6 +22,7 @@ use super::guest::{Guest, GuestError, GuestQueue, check_memory, mirrors_on, mirr
 use super::nbd::kernel;
 use super::nbd::threads::{Listener, Running, Service, serve_all};
 use crate::colo::hello::{DISKS_MAX, Geometry, Mode, XenShape, disk_name};
+use crate::compare::Rewriter;
 use crate::disk::Disk;
 use crate::hypervisor::xen::{Nic, Parts, XenDomain, toolstack};
 use crate::hypervisor::{self, Domain};
@@ -191,7 +192,17 @@ pub async fn boot(boot: &XenBoot, images: &[PathBuf], wire: &Wire) -> Result<Gue
         xen: Some(XenShape { config, ram_pages }),
     };
     let (name, domain) = (boot.name.clone(), Some(Box::new(domain) as Box<dyn Domain>));
-    Ok(Guest { name, geometry, domain, queue, epoch, mirrors, replicas: None, attachments })
+    Ok(Guest {
+        name,
+        geometry,
+        domain,
+        queue,
+        epoch,
+        mirrors,
+        replicas: None,
+        outer: Rewriter::of_survivor(),
+        attachments,
+    })
 }
 
 /// The kernel's devices of a guest that runs go on with the disks that are served here: its writes have waited since the
@@ -249,9 +260,10 @@ pub async fn stand_by(
     // Before its disks are opened: they may be those of the domain that is in the way.
     blocking(|| toolstack::check_free(name))?;
     let (replicas, is_blank, alone) = replicas_on(geometry, images, epochs)?;
+    let mirrors = mirrors_over(&replicas);
     let mut served = Vec::with_capacity(images.len());
-    for (index, view) in replicas.guest_views().enumerate() {
-        served.push(export(name, index, view, true).await?);
+    for (index, mirror) in mirrors.disks().iter().enumerate() {
+        served.push(export(name, index, mirror.clone(), true).await?);
     }
     let domid = blocking(|| toolstack::create_incoming(name, &shape.config))?;
     let mut attached = match attach(domid, &shape.config, wire).await {
@@ -273,8 +285,9 @@ pub async fn stand_by(
         domain: Some(Box::new(domain)),
         queue,
         epoch,
-        mirrors: mirrors_over(&replicas),
+        mirrors,
         replicas: Some(replicas),
+        outer: Rewriter::of_survivor(),
         attachments,
     };
     Ok((guest, is_blank))

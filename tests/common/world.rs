@@ -12,7 +12,7 @@ use super::load::Load;
 use super::wire::Wire;
 use super::{turn, until};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -58,6 +58,27 @@ impl Plan {
     pub fn with_policies(a: impl Into<String>, b: impl Into<String>) -> Self {
         Self { policies: [a.into(), b.into()], ..Self::default() }
     }
+
+    fn start(&self, name: &str, dir: &Path, arbiter: &Wire, with_guest: bool) -> Host {
+        let mut command = host_command(name, dir);
+        command.arg("--net").arg(format!("unix:{}", dir.join(format!("net-{name}.sock")).display()));
+        let policy = &self.policies[usize::from(name == "b")];
+        command.args(["--policy", policy]);
+        if policy != "alone" {
+            command.args(["--arbiter", &arbiter.address.to_string()]);
+        }
+        if self.metrics {
+            command.args(["--metrics-listen", "0"]);
+        }
+        for disk in 1..self.disks {
+            command.arg("--disk").arg(dir.join(format!("disk{disk}-{name}.img")));
+        }
+        if with_guest {
+            command.args(["--guest", "web", "--guest-mib", &self.guest_mib.to_string(), "--disk-mib", "64"]);
+            command.args(["--diverge", &self.diverge.to_string()]);
+        }
+        Host::start(name, dir, command)
+    }
 }
 
 /// Two hosts, the guest `web` on host a, and everything between them. Fields drop in order: the hosts first.
@@ -74,6 +95,7 @@ pub struct World {
     pub arbiter_b: Wire,
     /// The network.
     pub switch: Arc<Switch>,
+    plan: Plan,
     edge: EdgeHandle,
     server: JoinHandle<std::io::Result<()>>,
     dir: TempDir,
@@ -106,32 +128,20 @@ impl World {
         let arbiter_a = Wire::new(&Address::Unix(path("arbiter-a.sock")), arbiter_address.clone()).await;
         let arbiter_b = Wire::new(&Address::Unix(path("arbiter-b.sock")), arbiter_address.clone()).await;
 
-        let start = |name: &str, arbiter: &Wire, policy: &str| {
-            let mut command = host_command(name, dir.path());
-            command.arg("--net").arg(format!("unix:{}", path(&format!("net-{name}.sock")).display()));
-            command.args(["--policy", policy]);
-            if policy != "alone" {
-                command.args(["--arbiter", &arbiter.address.to_string()]);
-            }
-            if plan.metrics {
-                command.args(["--metrics-listen", "0"]);
-            }
-            for disk in 1..plan.disks {
-                command.arg("--disk").arg(path(&format!("disk{disk}-{name}.img")));
-            }
-            if name == "a" {
-                command.args(["--guest", "web", "--guest-mib", &plan.guest_mib.to_string(), "--disk-mib", "64"]);
-                command.args(["--diverge", &plan.diverge.to_string()]);
-            }
-            Host::start(name, dir.path(), command)
-        };
-        let a = start("a", &arbiter_a, &plan.policies[0]);
-        let b = start("b", &arbiter_b, &plan.policies[1]);
+        let a = plan.start("a", dir.path(), &arbiter_a, true);
+        let b = plan.start("b", dir.path(), &arbiter_b, false);
         let near = if plan.narrow_wire { Address::Unix(path("wire.sock")) } else { "127.0.0.1:0".parse().unwrap() };
         let wire = Wire::new(&near, b.address.clone()).await;
-        let world = Self { a, b, wire, arbiter_a, arbiter_b, switch, edge, server, dir, _turn: turn };
+        let world = Self { a, b, wire, arbiter_a, arbiter_b, switch, plan, edge, server, dir, _turn: turn };
         world.answers().await;
         world
+    }
+
+    /// Starts host a again, or host b, which was killed: without a guest, on the images it had.
+    pub fn repair(&mut self, name: &str) {
+        let arbiter = if name == "a" { &self.arbiter_a } else { &self.arbiter_b };
+        let host = self.plan.start(name, self.dir.path(), arbiter, false);
+        *(if name == "a" { &mut self.a } else { &mut self.b }) = host;
     }
 
     /// A file of this world.

@@ -166,6 +166,11 @@ impl World {
                 stream::encode_guest_rests(&mut bytes);
                 self.stream(bytes);
             }
+            Effect::Carried(carried) => {
+                let mut bytes = BytesMut::new();
+                stream::encode_carried(&carried, &mut bytes);
+                self.stream(bytes);
+            }
             Effect::Devices(blob) => {
                 let mut bytes = BytesMut::new();
                 stream::encode_pages_end(&mut bytes);

@@ -125,6 +125,21 @@ impl Flow {
         }
     }
 
+    /// A connection of which another host has told what differs.
+    pub(super) fn carried(now: Instant, offset: u32, clock_offset: u32, echoed: Option<u32>) -> Self {
+        Self { offset, clock_offset, echoed, ..Self::new(now, 0, None) }
+    }
+
+    /// What [`Self::carried`] is told.
+    pub(super) fn numbers(&self) -> (u32, u32, Option<u32>) {
+        (self.offset, self.clock_offset, self.echoed)
+    }
+
+    /// Whether its life began here, and not in a state that guest B has loaded.
+    pub(super) fn has_begun(&self) -> bool {
+        self.handshake.is_some() || !self.inherited
+    }
+
     /// Whether anything of it differs between the guests.
     pub(super) fn translates(&self) -> bool {
         self.offset != 0 || self.clock_offset != 0

@@ -20,7 +20,9 @@
 //! Guest B draws numbers for its questions to a DHCP server too: `lease.rs`.
 //!
 //! **After a takeover** clients talk to guest B alone: what still differs is translated for as long as it lives, what begins
-//! later is not tracked, and [`Rewriter::is_done`] says when nothing is left.
+//! later is not tracked, and [`Rewriter::is_done`] says when nothing is left. When the survivor is protected in its turn, that
+//! lies between the network and all that its pair compares and replays; and its secondary is told of it with every
+//! checkpoint ([`Rewriter::carried`]), for a takeover of its own ([`Rewriter::take_up`]).
 //!
 //! **Forgetting.** Ended connections and those in which nothing differs are forgotten after a minute without a frame, and
 //! earlier, the longest silent first, when room is needed. One that is being translated is kept until it ends, or is
@@ -46,8 +48,11 @@ mod tests;
 use super::connection::FRAME_OVERHEAD_BYTES;
 use super::key::FlowKey;
 use super::packet::Tcp;
+use crate::carried::{CARRIED_MAX, Carried};
 use crate::clock::Instant;
 use crate::mutant::{self, Mutant};
+use bytes::Bytes;
+use core::net::SocketAddr;
 use flow::{Beginning, Flow, Handshake};
 use lease::Leases;
 use segment::Segment;
@@ -56,6 +61,7 @@ use std::time::Duration;
 
 /// Client frames held for handshakes guest B has not answered, all flows together.
 const MAX_HELD_BYTES: usize = 4 << 20;
+const PROTOCOL_TCP: u16 = 6;
 /// How often the table is searched for flows to forget.
 const SWEEP_CYCLE: Duration = Duration::from_secs(1);
 /// A handshake-completing frame starts within this distance of the client's ISN.
@@ -125,6 +131,12 @@ impl Rewriter {
     #[must_use]
     pub fn with(config: Config) -> Self {
         Self { config, ..Self::default() }
+    }
+
+    /// The rewriter of a guest that runs alone and has nothing to translate.
+    #[must_use]
+    pub fn of_survivor() -> Self {
+        Self { alone: true, ..Self::default() }
     }
 
     /// A client's frame on its way to guest B. When it is held, `frame` is left empty.
@@ -202,6 +214,26 @@ impl Rewriter {
         }
     }
 
+    /// [`Self::from_network`] of a frame that others have a hold of; `None` when it is held.
+    pub fn inward(&mut self, now: Instant, frame: Bytes) -> Option<Bytes> {
+        if self.is_done() {
+            return Some(frame);
+        }
+        let mut frame = frame.to_vec();
+        (self.from_network(now, &mut frame) == Forward::Now).then(|| frame.into())
+    }
+
+    /// [`Self::from_guest`] of a frame that others have a hold of.
+    #[must_use]
+    pub fn outward(&mut self, now: Instant, frame: Bytes) -> Bytes {
+        if self.is_done() {
+            return frame;
+        }
+        let mut frame = frame.to_vec();
+        self.from_guest(now, &mut frame);
+        frame.into()
+    }
+
     /// The next held client frame guest B is ready for, rewritten. Drain it after every [`Rewriter::from_guest`], before
     /// the next client frame: that one is younger.
     pub fn poll_output(&mut self) -> Option<Vec<u8>> {
@@ -220,6 +252,31 @@ impl Rewriter {
     pub fn takeover(&mut self) {
         self.alone = true;
         self.retain(|flow| flow.serves_alone());
+    }
+
+    /// What whoever has the guest next has to know of its connections: see [`Self::take_up`]. At most [`CARRIED_MAX`].
+    #[must_use]
+    pub fn carried(&self) -> Vec<Carried> {
+        let mut lives: Vec<_> = self.flows.iter().filter(|(_, flow)| flow.translates() && !flow.ended()).collect();
+        lives.sort_by_key(|(_, flow)| std::cmp::Reverse(flow.last));
+        lives.truncate(CARRIED_MAX);
+        lives.into_iter().map(|(key, flow)| carried(key, flow)).collect()
+    }
+
+    /// Those connections that this rewriter did not see begin: what it did is another one with the same addresses.
+    #[must_use]
+    pub fn unknown(&self, carried: &[Carried]) -> Vec<Carried> {
+        let unknown = |carried: &&Carried| self.flows.get(&key(carried)).is_none_or(|flow| !flow.has_begun());
+        carried.iter().filter(unknown).copied().collect()
+    }
+
+    /// After a [`Self::takeover`]: what the primary had to translate for its clients from now on is guest B's.
+    pub fn take_up(&mut self, now: Instant, carried: &[Carried]) {
+        for carried in carried {
+            let key = key(carried);
+            self.forget(&key);
+            self.flows.insert(key, Flow::carried(now, carried.offset, carried.clock_offset, carried.echoed));
+        }
     }
 
     /// Whether no frame will ever need it again: guest B runs alone, and nothing that it says to anyone differs from what
@@ -330,5 +387,24 @@ impl Rewriter {
         if let Some(flow) = self.flows.remove(key) {
             self.held_bytes -= costs_bytes(&flow.held);
         }
+    }
+}
+
+fn carried(key: &FlowKey, flow: &Flow) -> Carried {
+    let (guest, client) = (SocketAddr::new(key.src, key.src_port), SocketAddr::new(key.dst, key.dst_port));
+    let (offset, clock_offset, echoed) = flow.numbers();
+    Carried { vlans: key.vlans, guest, client, offset, clock_offset, echoed }
+}
+
+fn key(carried: &Carried) -> FlowKey {
+    let Carried { vlans, guest, client, .. } = *carried;
+    FlowKey {
+        vlans,
+        src: guest.ip(),
+        dst: client.ip(),
+        protocol: PROTOCOL_TCP,
+        src_port: guest.port(),
+        dst_port: client.port(),
+        transaction: 0,
     }
 }

@@ -460,3 +460,52 @@ fn clocks_of_one_side_only_are_left_alone() {
     let (_, segment) = give(&mut rewriter, &said);
     assert_eq!(segment.map(|segment| (segment.tcp.seq, segment.timestamps)), Some((PVM + 1, Some((95, 3)))));
 }
+
+/// Two guests later: the client has the first one's numbers still.
+#[test]
+fn a_survivors_connections_are_told_to_its_next_host() {
+    let mut first = established();
+    first.takeover();
+    let carried = first.carried();
+    assert_eq!(carried.len(), 1);
+    let encoded: Vec<_> = carried.iter().map(crate::carried::Carried::encode).collect();
+    let decoded: Vec<_> = encoded.iter().map(|bytes| crate::carried::Carried::decode(bytes).unwrap()).collect();
+    assert_eq!(decoded, carried);
+
+    // The secondary's guest has loaded it in the primary's numbers, and says something before the takeover.
+    let mut second = Rewriter::new();
+    let said = outbound(&mut second, Seg::data(SVM + 1, b"hello").ack(CLIENT_ISN + 1));
+    assert_eq!(said.seq, SVM + 1, "as the comparator knows it");
+    assert_eq!(second.unknown(&carried), carried);
+    second.takeover();
+    second.take_up(Instant::ZERO, &carried);
+    for rewriter in [&mut first, &mut second] {
+        let reply = outbound(rewriter, Seg::data(SVM + 1, b"hello").ack(CLIENT_ISN + 1));
+        assert_eq!(reply.seq, PVM + 1);
+        assert_eq!(inbound(rewriter, Seg::data(CLIENT_ISN + 1, b"x").ack(PVM + 6)).unwrap().ack, Some(SVM + 6));
+    }
+    assert_eq!(second.carried(), first.carried(), "and so on");
+}
+
+#[test]
+fn another_connection_with_the_same_addresses_is_not_taken_for_it() {
+    let mut first = established();
+    first.takeover();
+    let carried = first.carried();
+    let mut second = established();
+    assert_eq!(second.unknown(&carried), []);
+    second.takeover();
+    assert_eq!(outbound(&mut second, Seg::data(SVM + 1, b"hello").ack(CLIENT_ISN + 1)).seq, PVM + 1, "once");
+    // On the first host it ends, and begins anew: nobody is told any more.
+    let fin = outbound(&mut first, Seg::data(SVM + 1, b"").fin().ack(CLIENT_ISN + 1));
+    assert_eq!(fin.seq, PVM + 1);
+    inbound(&mut first, Seg::data(CLIENT_ISN + 1, b"").fin().ack(PVM + 2)).unwrap();
+    assert_eq!(first.carried().len(), 1, "the guest has not acknowledged the client's");
+    outbound(&mut first, Seg::data(SVM + 2, b"").ack(CLIENT_ISN + 2));
+    assert_eq!(first.carried(), []);
+    inbound(&mut first, Seg::syn(CLIENT_ISN + 500_000)).unwrap();
+    outbound(&mut first, Seg::syn(SVM + 99).ack(CLIENT_ISN + 500_001));
+    inbound(&mut first, Seg::data(CLIENT_ISN + 500_001, b"").ack(SVM + 100)).unwrap();
+    assert_eq!(outbound(&mut first, Seg::data(SVM + 100, b"a").ack(CLIENT_ISN + 500_001)).seq, SVM + 100);
+    assert_eq!(first.carried(), []);
+}

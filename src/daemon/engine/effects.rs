@@ -1,6 +1,7 @@
 //! Carries a side's effects to the links, the network and the arbiter.
 
 use super::{Engine, NetworkFrame, Role};
+use crate::carried::CARRIED_BYTES;
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask};
 use crate::colo::heartbeat::Word;
@@ -60,6 +61,9 @@ impl Engine {
                     Effect::Message(message) => links.stream_out.send(12, StreamOut::Message(message)),
                     Effect::Pages(batch) => links.stream_out.send(batch.len() * PAGE_SIZE, StreamOut::Pages(batch)),
                     Effect::GuestRests => links.stream_out.send(record::Header::BYTES, StreamOut::GuestRests),
+                    Effect::Carried(carried) => {
+                        links.stream_out.send(carried.len() * CARRIED_BYTES, StreamOut::Carried(carried));
+                    }
                     Effect::Devices(blob) => links.stream_out.send(blob.len(), StreamOut::Devices(blob)),
                     Effect::DiskWrite { disk, seq, offset, payload } => {
                         if let Some(link) = links.disk_out.get(disk) {

@@ -60,6 +60,7 @@ impl Engine {
                 Role::Empty => return,
                 Role::Running(guest) => {
                     let Some((_, frame)) = guest.queue.pop() else { return };
+                    let frame = guest.to_network(now, frame);
                     self.emit(frame);
                 }
                 Role::Primary(role) => {

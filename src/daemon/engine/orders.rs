@@ -1,11 +1,11 @@
 //! What an operator may ask of an engine, and the answers.
 
-use super::{Engine, Role, Vacancy, report};
+use super::{Engine, Role, ToProtect, Vacancy, report};
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Claim, Register, Verdict};
 use crate::colo::hello::Mode;
 use crate::colo::{Cause, Loss};
-use crate::daemon::control::{Answer as Reply, Request};
+use crate::daemon::control::{Answer as Reply, Protect, Request};
 use crate::daemon::engine_clock;
 use crate::daemon::live::Live;
 use crate::daemon::status::{Health, PairRole, Protection, Queues, Status, Wire};
@@ -37,9 +37,14 @@ impl Engine {
                     Role::Primary(role) if role.side.can_be_protected() => None,
                     Role::Primary(_) if self.links.is_some() => Some("the guest is protected already"),
                     Role::Primary(_) => Some("the guest does not run here"),
-                    Role::Secondary(role) if role.side.took_over() => {
-                        Some("protecting a guest again after a takeover is not built yet; it runs on, unprotected")
+                    Role::Secondary(role) if role.side.took_over() && self.paused => {
+                        Some("the guest is stopped; let it run first")
                     }
+                    Role::Secondary(role) if role.side.can_be_protected() => None,
+                    Role::Secondary(role) if role.side.took_over() => Some(
+                        "what the guest wrote before the takeover is still being merged into its image; try again when \
+                         xl-colo status shows nothing left of it",
+                    ),
                     Role::Secondary(_) => Some("this host stands by for another; protect the guest where it runs"),
                 };
                 if let Some(refusal) = refusal {
@@ -47,12 +52,7 @@ impl Engine {
                 } else if let Err(error) = self.preflight(protect.mode) {
                     Reply::error(format!("the guest cannot be protected: {error}"))
                 } else {
-                    // The host makes the links and answers, which takes a while.
-                    if let Err(error) = self.parts.protect.try_send((protect, reply)) {
-                        let (_, reply) = error.into_inner();
-                        let _ = reply.send(Reply::error(UNDER_WAY));
-                    }
-                    return;
+                    return self.to_protect(protect, reply);
                 }
             }
             Request::Checkpoint => match &mut self.role {
@@ -156,7 +156,23 @@ impl Engine {
         match &mut self.role {
             Role::Running(guest) => ask(guest.domain_mut()?),
             Role::Primary(role) => ask(role.side.domain()),
-            Role::Empty | Role::Secondary(_) => Ok(()),
+            Role::Secondary(role) => ask(role.side.domain()),
+            Role::Empty => Ok(()),
+        }
+    }
+
+    /// Has the host make the links, and answer, which takes a while.
+    fn to_protect(&self, protect: Protect, reply: oneshot::Sender<Reply>) {
+        let guest = match &self.role {
+            Role::Empty => return,
+            Role::Running(guest) => guest,
+            Role::Primary(role) => &role.guest,
+            Role::Secondary(role) => &role.guest,
+        };
+        let (name, geometry, mirrors) = (guest.name.clone(), guest.geometry.clone(), guest.mirrors.clone());
+        let order = ToProtect { protect, reply, guest: name, geometry, mirrors };
+        if let Err(error) = self.parts.protect.try_send(order) {
+            let _ = error.into_inner().reply.send(Reply::error(UNDER_WAY));
         }
     }
 

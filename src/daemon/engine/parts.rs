@@ -2,6 +2,7 @@
 
 use super::Vacancy;
 use crate::clock::Instant;
+use crate::colo::hello::Geometry;
 use crate::colo::{primary as primary_machine, secondary as secondary_machine};
 use crate::daemon::address::Address;
 use crate::daemon::arbiter::Arbiter;
@@ -13,6 +14,7 @@ use crate::daemon::live::LogFilter;
 use crate::daemon::manager::Manager;
 use crate::qmp::Event;
 use crate::replica::mirror::Target;
+use crate::replica::set::Mirrors;
 use bytes::Bytes;
 use std::path::PathBuf;
 use tokio::runtime::Handle;
@@ -57,6 +59,20 @@ pub enum HostInput {
     },
 }
 
+/// A guest that is to be protected, as the host makes its links.
+pub struct ToProtect {
+    /// How.
+    pub protect: Protect,
+    /// Who waits for the answer.
+    pub reply: tokio::sync::oneshot::Sender<Reply>,
+    /// The guest's name.
+    pub guest: String,
+    /// Its shape.
+    pub geometry: Geometry,
+    /// Its disks.
+    pub mirrors: Mirrors,
+}
+
 /// Everything an engine is made of.
 pub struct EngineParts {
     /// The host's name.
@@ -78,7 +94,7 @@ pub struct EngineParts {
     /// Requests of the control socket.
     pub control: mpsc::Receiver<Asked>,
     /// Where requests to protect go: the host makes the links.
-    pub protect: mpsc::Sender<(Protect, tokio::sync::oneshot::Sender<Reply>)>,
+    pub protect: mpsc::Sender<ToProtect>,
     /// Links that are up.
     pub host: mpsc::Receiver<HostInput>,
     /// Frames from the network.

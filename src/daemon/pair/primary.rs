@@ -21,6 +21,7 @@ pub use self::steps::Taken;
 
 use super::{Clock, cause_of};
 use crate::bitmap::Bitmap;
+use crate::carried::Carried;
 use crate::clock::Instant;
 use crate::colo::arbiter::Answer;
 use crate::colo::fallback::{Fallback, Release};
@@ -28,7 +29,7 @@ use crate::colo::hello::Mode;
 use crate::colo::message::Message;
 use crate::colo::primary::{Action, Config, Primary, State};
 use crate::colo::{Cause, Exit, Loss};
-use crate::compare::{self, Output, Proxy};
+use crate::compare::{self, Output, Proxy, Rewriter};
 use crate::disk::DiskError;
 use crate::hypervisor::{Domain, DomainError};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn};
@@ -71,6 +72,10 @@ pub struct PrimarySide {
     /// The mirrors count on from protection to protection; this is where they stood when this one began.
     disk_epoch_base: u64,
     proxy: Proxy,
+    /// What earlier takeovers have left, between the network and the guest as this pair sees it.
+    outer: Rewriter,
+    /// The same as it was when the last state was captured.
+    carried: Vec<Carried>,
     epoch: Arc<AtomicU64>,
     clock: Clock,
     copy: Option<FirstCopy>,
@@ -128,6 +133,8 @@ impl PrimarySide {
             disk_epoch_base: mirrors.epoch(),
             mirrors,
             proxy: Proxy::open(),
+            outer: Rewriter::of_survivor(),
+            carried: Vec::new(),
             epoch,
             clock,
             copy: Some(FirstCopy { todo, next: 0, rounds: 0, disk_done: false, stalled: false }),
@@ -192,10 +199,16 @@ impl PrimarySide {
         &mut *self.domain
     }
 
-    /// Gives the guest up, for whoever runs it next.
+    /// The same, of a guest that has changed hosts before.
     #[must_use]
-    pub fn into_domain(self) -> Box<dyn Domain> {
-        self.domain
+    pub fn behind(self, outer: Rewriter) -> Self {
+        Self { outer, ..self }
+    }
+
+    /// Gives the guest up, for whoever runs it next, and what has to be translated for it.
+    #[must_use]
+    pub fn into_survivor(self) -> (Box<dyn Domain>, Rewriter) {
+        (self.domain, self.outer)
     }
 
     /// Whether the guest runs here, alone, and a new pair may be made for it.
@@ -237,12 +250,14 @@ impl PrimarySide {
     /// When to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        [self.machine.poll_timeout(), self.proxy.poll_timeout(), self.output_due].into_iter().flatten().min()
+        let own = [self.output_due, self.outer.poll_timeout()];
+        [self.machine.poll_timeout(), self.proxy.poll_timeout()].into_iter().chain(own).flatten().min()
     }
 
     /// Time has passed.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.proxy.handle_timeout(now);
+        self.outer.handle_timeout(now);
         if self.output_due.is_some_and(|due| due <= now) {
             self.output_due = None;
             let cause = if self.link_down { Cause::PacketLink } else { Cause::OutputWaits };
@@ -268,12 +283,27 @@ impl PrimarySide {
 
     /// A frame for the guest came from the network.
     pub fn handle_network_frame(&mut self, now: Instant, frame: Bytes) {
+        if let Some(frame) = self.outer.inward(now, frame) {
+            self.receive(frame);
+        }
+        self.pump(now);
+    }
+
+    fn receive(&mut self, frame: Bytes) {
         let taken = self.domain.receive_frame(&frame);
         // In Remus mode too: what the last state does not know is replayed to the guest that takes over.
         if taken && self.machine.is_replicating() {
             self.effects.push_back(Effect::ToSecondary { epoch: self.machine.epoch(), frame });
         }
-        self.pump(now);
+    }
+
+    /// A frame of the guest may leave.
+    fn release(&mut self, now: Instant, frame: Bytes) {
+        let frame = self.outer.outward(now, frame);
+        self.effects.push_back(Effect::ToNetwork(frame));
+        while let Some(frame) = self.outer.poll_output() {
+            self.receive(frame.into());
+        }
     }
 
     /// The secondary's guest emitted a frame in `epoch`.
@@ -461,7 +491,7 @@ impl PrimarySide {
             while let Some(output) = self.proxy.poll_output() {
                 idle = false;
                 match output {
-                    Output::Release(frame) => self.effects.push_back(Effect::ToNetwork(frame)),
+                    Output::Release(frame) => self.release(now, frame),
                     // A checkpoint that was captured meanwhile has already ended the epoch in question.
                     Output::Diverged { epoch, cause, flow } if epoch == self.machine.epoch() => {
                         let asked = compare::asked_by(cause, flow);
@@ -500,6 +530,7 @@ impl PrimarySide {
                 self.effects.push_back(Effect::Message(message));
             }
             Action::Capture { resume } => {
+                self.carried = self.outer.carried();
                 self.capture(resume).map_err(|e| format!("capture: {e}"))?;
                 self.machine.handle_captured(now);
             }
@@ -510,7 +541,12 @@ impl PrimarySide {
                     self.effects.push_back(Effect::GuestRests);
                 }
             }
-            Action::SendDevices => self.effects.push_back(Effect::Devices(std::mem::take(&mut self.devices))),
+            Action::SendDevices => {
+                if !self.carried.is_empty() {
+                    self.effects.push_back(Effect::Carried(std::mem::take(&mut self.carried)));
+                }
+                self.effects.push_back(Effect::Devices(std::mem::take(&mut self.devices)));
+            }
             Action::Release { epoch, cause } => {
                 *self.stats.checkpoints.entry(cause).or_default() += 1;
                 self.stats.last_owned_at = Some(now);

@@ -7,13 +7,16 @@
 //! ```
 //!
 //! Nothing of a checkpoint touches guest, cache or disk before it is whole; then it is applied in slices, so that
-//! a lost peer is heard while a large one loads. Client frames carry the epoch in which the *primary's* guest got
+//! a lost peer is heard while a large one loads ([`load`]). Client frames carry the epoch in which the *primary's* guest got
 //! them: those of an epoch that ended are in the loaded state already, those of the next wait until it is loaded.
+
+mod load;
 
 use super::Clock;
 use super::staged::{Load, Staged};
 use super::survivor::{ANNOUNCE_FIRST, ANNOUNCE_ROUNDS, ANNOUNCE_STEP, Replay, Said, announcement};
 use crate::bitmap::Bitmap;
+use crate::carried::Carried;
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask};
 use crate::colo::message::Message;
@@ -25,12 +28,12 @@ use crate::compare::rewriter::Forward;
 use crate::hypervisor::cache::RamCache;
 use crate::hypervisor::{Domain, DomainError};
 use crate::mutant::{self, Mutant};
-use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn, is_zero};
+use crate::page::{PAGE_SIZE, PageBatch, is_zero};
 use crate::replica::set::Replicas;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 /// Bytes of client frames kept for an epoch that is not loaded yet. Beyond it they are dropped: the guests then
@@ -90,6 +93,8 @@ pub struct SecondarySide {
     domain: Box<dyn Domain>,
     replicas: Replicas,
     rewriter: Rewriter,
+    /// What the primary had to translate for its clients when it was in the last state.
+    carried: Vec<Carried>,
     epoch: Arc<AtomicU64>,
     clock: Clock,
     mac: [u8; 6],
@@ -137,6 +142,7 @@ impl SecondarySide {
             domain,
             replicas,
             rewriter: Rewriter::new(),
+            carried: Vec::new(),
             epoch,
             clock,
             mac,
@@ -155,6 +161,18 @@ impl SecondarySide {
             effects: VecDeque::new(),
             stats: Stats::default(),
         })
+    }
+
+    /// Gives up the guest that took over, for a pair in which it is the primary's, and what has to be translated for it.
+    #[must_use]
+    pub fn into_survivor(self) -> (Box<dyn Domain>, Rewriter) {
+        (self.domain, self.rewriter)
+    }
+
+    /// Whether the guest runs here, alone, on a disk of its own, so that a new pair may be made for it.
+    #[must_use]
+    pub fn can_be_protected(&self) -> bool {
+        self.took_over() && self.disk_due.is_none() && !self.replicas.is_unsettled()
     }
 
     /// The machine, for looking.
@@ -266,6 +284,7 @@ impl SecondarySide {
                 self.staged.zero.extend(pfns);
             }
             (State::Joining | State::Receiving, Item::GuestRests) => self.machine.handle_rest(),
+            (State::Joining | State::Receiving, Item::Carried(carried)) => self.staged.carried = carried,
             (State::Joining | State::Receiving, Item::PagesEnd) => {}
             (State::Joining | State::Receiving, Item::DeviceState(blob)) => {
                 self.staged.devices = blob;
@@ -409,41 +428,6 @@ impl SecondarySide {
         false
     }
 
-    /// Takes pages of the first copy straight into cache and guest: there is no state yet that they could spoil,
-    /// and the load at its end, for which the primary's output waits, is left with little to do.
-    fn join_pages(&mut self, now: Instant, batch: &PageBatch) {
-        self.stats.pages += batch.len() as u64;
-        for (pfn, page) in batch.iter() {
-            self.cache.store(pfn, page);
-        }
-        if let Err(error) = self.domain.write_pages(&batch.pfns, &batch.bytes) {
-            self.machine.handle_loss(now, Loss::Local(error.to_string()));
-        }
-    }
-
-    fn stage(&mut self, now: Instant, pages: usize) {
-        self.staged.pages += pages as u64;
-        // Each page belongs into a checkpoint once, which bounds what a peer can make us keep.
-        if self.staged.pages > self.domain.nr_pages() {
-            let violation = "more pages in a checkpoint than the guest has".to_owned();
-            self.machine.handle_loss(now, Loss::Violation(violation));
-        }
-    }
-
-    fn cache_pages(&mut self, batch: &PageBatch) {
-        for (pfn, page) in batch.iter() {
-            self.cache.store(pfn, page);
-            self.changed.set(pfn);
-        }
-    }
-
-    fn cache_zeroes(&mut self, pfns: &[Pfn]) {
-        for pfn in pfns {
-            self.cache.store_zero(*pfn);
-            self.changed.set(*pfn);
-        }
-    }
-
     fn pump(&mut self, now: Instant) {
         while let Some(action) = self.machine.poll_action() {
             match action {
@@ -491,52 +475,6 @@ impl SecondarySide {
         self.replicas.seal().map_err(|e| e.to_string())
     }
 
-    fn begin_load(&mut self, now: Instant) {
-        let staged = std::mem::take(&mut self.staged);
-        for batch in &staged.batches {
-            self.cache_pages(batch);
-        }
-        self.cache_zeroes(&staged.zero);
-        self.stats.checkpoints += 1;
-        // The guest may have written pages that the primary did not: they go back to the checkpoint as well. Before
-        // the first state it has never run, and what is dirty is what was just written into it.
-        let mut dirty = Bitmap::new(self.domain.nr_pages());
-        let taken = self.domain.take_dirty(&mut dirty);
-        if self.machine.epoch() > 1 {
-            self.changed.union(&dirty);
-        }
-        if let Err(error) = taken {
-            self.machine.handle_applied(now, Err(error.to_string()));
-            return;
-        }
-        let pages = self.changed.iter().collect();
-        self.changed.clear_all();
-        self.load = Some(Load { begun: (self.clock)(), pages, done: 0, devices: staged.devices });
-    }
-
-    /// Puts one batch into the guest; `Some` when the load is finished.
-    fn load_slice(&mut self) -> Result<Option<()>, DomainError> {
-        let Some(load) = self.load.as_mut() else { return Ok(None) };
-        let end = load.pages.len().min(load.done + BATCH_PAGES);
-        let pfns = &load.pages[load.done..end];
-        if !pfns.is_empty() {
-            self.cache.put(&mut *self.domain, pfns)?;
-            load.done = end;
-            return Ok(None);
-        }
-        // What these writes dirtied is the checkpoint itself.
-        self.domain.take_dirty(&mut self.changed)?;
-        self.changed.clear_all();
-        self.domain.load_devices(&load.devices)?;
-        self.rewriter.checkpoint();
-        self.epoch.store(self.machine.epoch(), Ordering::SeqCst);
-        self.stats.last_load = (self.clock)() - load.begun;
-        self.inbound.retain(|(epoch, _)| *epoch >= self.machine.epoch());
-        self.inbound_bytes = self.inbound.iter().map(|(_, frame)| frame.len()).sum();
-        self.said = Said::default();
-        Ok(Some(()))
-    }
-
     fn run(&mut self, now: Instant) {
         self.running = true;
         let current = self.machine.epoch();
@@ -558,7 +496,7 @@ impl SecondarySide {
         self.rewritten();
     }
 
-    /// Frames that waited in the rewriter for their connection's offset.
+    /// Frames that waited in a rewriter for their connection's offset.
     fn rewritten(&mut self) {
         while let Some(frame) = self.rewriter.poll_output() {
             self.domain.receive_frame(&frame);
@@ -571,6 +509,7 @@ impl SecondarySide {
         if let Err(error) = self.replicas.takeover(generation) {
             self.error.get_or_insert(error.to_string());
         }
+        let carried = self.rewriter.unknown(&std::mem::take(&mut self.carried));
         self.rewriter.takeover();
         self.disk_due = Some(now);
         let announced = self.domain.logdirty(false).and_then(|()| self.domain.set_generation(generation));
@@ -580,7 +519,12 @@ impl SecondarySide {
         self.effects.push_back(Effect::ToNetwork(announcement(self.mac).into()));
         self.announce = Some((ANNOUNCE_ROUNDS, now + ANNOUNCE_FIRST));
         // Said twice harms nobody: TCP knows it, and any network may do it.
-        self.effects.extend(std::mem::take(&mut self.said).into_frames().map(Effect::ToNetwork));
+        let mut outer = Rewriter::of_survivor();
+        outer.take_up(now, &carried);
+        for frame in std::mem::take(&mut self.said).into_frames() {
+            let frame = outer.outward(now, frame);
+            self.effects.push_back(Effect::ToNetwork(frame));
+        }
         self.replay.begin(now);
         self.took_over_at = Some(now);
         self.run(now);
@@ -590,6 +534,8 @@ impl SecondarySide {
             self.deliver(now, frame);
         }
         self.inbound_bytes = 0;
+        // Those frames the primary had translated.
+        self.rewriter.take_up(now, &carried);
         self.end();
     }
 

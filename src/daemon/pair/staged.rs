@@ -1,5 +1,6 @@
 //! What a secondary has of a checkpoint that its guest has not.
 
+use crate::carried::Carried;
 use crate::clock::Instant;
 use crate::page::{PageBatch, Pfn};
 
@@ -9,6 +10,7 @@ pub(super) struct Staged {
     pub(super) batches: Vec<PageBatch>,
     pub(super) zero: Vec<Pfn>,
     pub(super) pages: u64,
+    pub(super) carried: Vec<Carried>,
     pub(super) devices: Vec<u8>,
 }
 

@@ -472,7 +472,8 @@ impl Domain for XenDomain {
     /// Nothing to tell it: a guest that resumes in a new domain announces itself, and one that does not notice is
     /// announced by its host. For this host, the domain is now the guest.
     fn set_generation(&mut self, _generation: u64) -> Result<(), DomainError> {
-        self.taken_over = true;
+        // What dirties nothing as long as it stands by can be protected from now on.
+        (self.taken_over, self.runs_once) = (true, false);
         Ok(())
     }
 

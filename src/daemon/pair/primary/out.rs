@@ -1,5 +1,6 @@
 //! What a primary's side wants done, and what it counts.
 
+use crate::carried::Carried;
 use crate::clock::Instant;
 use crate::colo::arbiter::Ask;
 use crate::colo::message::Message;
@@ -19,6 +20,8 @@ pub enum Effect {
     Pages(PageBatch),
     /// The word on the stream that the secondary's guest may rest until the next checkpoint.
     GuestRests,
+    /// Connections in two sequence spaces, on the stream.
+    Carried(Vec<Carried>),
     /// The end of the pages, and the device state, on the stream.
     Devices(Vec<u8>),
     /// A frame to the network.

@@ -36,6 +36,14 @@ impl World {
         self.host(to).becomes(Protection::StandingBy).await;
     }
 
+    /// A primary that was killed starts again as it was, and finds that the guest is elsewhere.
+    async fn comes_back(&mut self, name: &str, holder: &str) {
+        self.repair(name);
+        let status = self.host(name).becomes(Protection::Empty).await;
+        let why = status.why.unwrap_or_default();
+        assert!(why.contains(&format!("host {holder} holds generation")), "{why}");
+    }
+
     async fn fails_over(&mut self, from: &str, to: &str, load: &Load) -> Status {
         load.goes_on(20).await;
         self.host(from).kill();
@@ -88,7 +96,7 @@ async fn there_and_back(mode: Mode) {
     inherited.goes_on().await;
     translated.goes_on().await;
 
-    world.repair("a");
+    world.comes_back("a", "b").await;
     world.protect_from("b", "a", mode).await;
     let mut second = Talk::begin(&world).await;
     for talk in [&mut inherited, &mut translated, &mut second] {
@@ -102,7 +110,7 @@ async fn there_and_back(mode: Mode) {
         talk.goes_on().await;
     }
 
-    world.repair("b");
+    world.comes_back("b", "a").await;
     world.protect_from("a", "b", mode).await;
     assert_eq!(world.fails_over("a", "b", &load).await.generation, 6);
     for talk in [&mut inherited, &mut translated, &mut second] {

@@ -137,10 +137,10 @@ impl World {
         world
     }
 
-    /// Starts host a again, or host b, which was killed: without a guest, on the images it had.
+    /// Starts host a again, or host b, which was killed as the primary: as one that has the guest, on the images it had.
     pub fn repair(&mut self, name: &str) {
         let arbiter = if name == "a" { &self.arbiter_a } else { &self.arbiter_b };
-        let host = self.plan.start(name, self.dir.path(), arbiter, false);
+        let host = self.plan.start(name, self.dir.path(), arbiter, true);
         *(if name == "a" { &mut self.a } else { &mut self.b }) = host;
     }
 

@@ -81,13 +81,14 @@ start_receiving() {
 		echo $! >/run/receive.pid'
 }
 
-# clear_hosts GUEST...: ends every xl-colo and these guests, under both their names, and forgets what they said.
+# clear_hosts GUEST...: ends every xl-colo and these guests, under both their names, and forgets what they said. At once: one
+# that is asked to end gives a guest's devices away.
 clear_hosts() {
 	local each
 	for each in a b; do
-		host $each "kill \$(pidof xl-colo) 2>/dev/null
+		host $each "kill -KILL \$(pidof xl-colo) 2>/dev/null
 			for d in $*; do xl destroy \$d 2>/dev/null; xl destroy \$d--incoming 2>/dev/null
-				rm -f /var/log/xen/guest-\$d.log; done
+				rm -f /var/log/xen/guest-\$d.log /var/log/xen/guest-\$d--incoming.log; done
 			rm -f /run/disks/*; true"
 	done
 }

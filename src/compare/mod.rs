@@ -41,7 +41,7 @@ mod properties;
 #[cfg(test)]
 mod rules;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 

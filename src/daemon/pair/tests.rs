@@ -3,11 +3,13 @@
 use super::Clock;
 use super::primary::{Effect as PrimaryEffect, PrimarySide};
 use super::secondary::{Effect as SecondaryEffect, SecondarySide};
+use crate::carried::Carried;
 use crate::clock::Instant;
 use crate::colo::arbiter::{Claim, Policy};
 use crate::colo::hello::Mode;
 use crate::colo::stream::Item;
 use crate::colo::{Cause, Exit, Loss, primary, secondary};
+use crate::compare::testing::{CLIENT, GUEST, Seg};
 use crate::disk::{Disk, DiskError, MemoryDisk};
 use crate::hypervisor::embedded::copies::Copies;
 use crate::hypervisor::embedded::{Embedded, MachineConfig};
@@ -18,9 +20,10 @@ use crate::replica::set::{Mirrors, Replicas};
 use bytes::Bytes;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::time::Duration;
 
-const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const DISK_BYTES: usize = 1 << 20;
 /// Where nothing of the guest's own log is.
 const AT: u64 = DISK_BYTES as u64 - 512;
@@ -34,7 +37,7 @@ fn claim(holder: &str) -> Claim {
 }
 
 fn machine() -> MachineConfig {
-    MachineConfig { ram_pages: 256, mac: MAC, ip: [10, 0, 0, 9], diverge_percent: 0, host_entropy_seed: 7 }
+    MachineConfig { ram_pages: 256, mac: MAC, ip: GUEST, diverge_percent: 0, host_entropy_seed: 7 }
 }
 
 /// Two sides and what is between them.
@@ -46,6 +49,10 @@ struct Pair {
     late: Option<Vec<PrimaryEffect>>,
     /// What has left guest A for the network.
     left: Vec<Bytes>,
+    /// What a primary that is a survivor has to translate.
+    carried: Vec<Carried>,
+    /// What guest B says.
+    said: mpsc::Receiver<Bytes>,
 }
 
 impl Pair {
@@ -70,11 +77,13 @@ impl Pair {
         let replicas = Replicas::new(bases, ReplicaConfig::default());
         replicas.start_sync(1).unwrap();
         let disk = Box::new(Copies::of(replicas.guest_views().map(|view| Box::new(view) as Box<dyn Disk>).collect()));
-        let domain = Embedded::blank(&machine(), disk, clock.clone(), Box::new(|_| {})).unwrap();
+        let (says, said) = mpsc::channel();
+        let says = Box::new(move |frame: &[u8]| says.send(Bytes::copy_from_slice(frame)).unwrap_or_default());
+        let domain = Embedded::blank(&machine(), disk, clock.clone(), says).unwrap();
         let mut config = secondary::Config::new(mode, claim("b"));
         config.policy = Policy::Alone;
         let b = SecondarySide::new(at(0), config, Box::new(domain), replicas, Arc::default(), MAC, clock).unwrap();
-        let mut pair = Self { a, b, mirrors, late: None, left: vec![] };
+        let mut pair = Self { a, b, mirrors, late: None, left: vec![], carried: vec![], said };
         pair.settle(1);
         let (a, b) = (pair.a.machine(), pair.b.machine());
         assert!(a.is_protected(), "the first state does not arrive: {:?}, {:?}", a.state(), b.state());
@@ -104,12 +113,13 @@ impl Pair {
     }
 
     fn carry(&mut self, ms: u64, effect: PrimaryEffect) {
-        let Self { a, b, late, left, .. } = self;
+        let Self { a, b, late, left, carried, .. } = self;
         match effect {
             PrimaryEffect::Message(message) => b.handle_item(at(ms), Item::Message(message)),
             PrimaryEffect::ToNetwork(frame) => left.push(frame),
             PrimaryEffect::Pages(batch) => b.handle_item(at(ms), Item::Pages(batch)),
             PrimaryEffect::Devices(blob) => {
+                b.handle_item(at(ms), Item::Carried(carried.clone()));
                 b.handle_item(at(ms), Item::PagesEnd);
                 b.handle_item(at(ms), Item::DeviceState(blob));
             }
@@ -320,4 +330,44 @@ fn nothing_leaves_because_the_packet_link_is_lost() {
     let caught = without_a_packet_link();
     plant(None);
     assert!(caught.is_err());
+}
+
+/// What guest B answers to a segment of a connection that it does not have, as a client hears it: a reset with the number that
+/// was acknowledged.
+fn reset_heard(pair: &mut Pair, ms: u64) -> u32 {
+    loop {
+        let frame = pair.said.recv_timeout(Duration::from_secs(20)).expect("the guest answers");
+        let epoch = pair.b.machine().epoch();
+        pair.b.handle_guest_frame(at(ms), epoch, frame);
+        while let Some(effect) = pair.b.poll_effect() {
+            // It announces itself, too.
+            if let SecondaryEffect::ToNetwork(frame) = effect
+                && frame[12..14] == [8, 0]
+            {
+                return Seg::read(&frame).seq;
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_survivor_translated_its_secondary_translates_after_a_takeover_and_not_before() {
+    let mut pair = Pair::new(vec![Box::new(MemoryDisk::new(DISK_BYTES))]);
+    let (guest, client) = ((GUEST, 80).into(), (CLIENT, 40_000).into());
+    pair.carried = vec![Carried { vlans: [0; 2], guest, client, offset: 1000, clock_offset: 0, echoed: None }];
+    pair.write_and_checkpoint(100, 1);
+    // The primary has translated it, and its guest's state does not know it yet.
+    let epoch = pair.b.machine().epoch();
+    pair.b.handle_mirrored_frame(at(150), epoch, Seg::data(7, b"").ack(5000).inbound().bytes());
+    pair.b.handle_loss(at(200), Loss::Requested);
+    assert!(pair.b.took_over());
+    assert_eq!(reset_heard(&mut pair, 201), 4000);
+    pair.b.handle_network_frame(at(300), Seg::data(7, b"").ack(4500).inbound().bytes());
+    assert_eq!(reset_heard(&mut pair, 301), 4500);
+    // Another connection has nothing to do with it.
+    pair.b.handle_network_frame(at(400), Seg::data(7, b"").ack(4600).port(40_001).inbound().bytes());
+    assert_eq!(reset_heard(&mut pair, 401), 4600);
+    // What the guest has reset goes along to no further host.
+    let (_domain, rewriter) = pair.b.into_survivor();
+    assert_eq!(rewriter.carried(), []);
 }

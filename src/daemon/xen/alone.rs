@@ -94,7 +94,12 @@ pub fn give_away(guest: Guest, images: &[PathBuf]) -> Result<Option<String>, Str
         let served = pv_disk(&name, index);
         if kernel::is_used(&served) {
             serve(&served, image)?;
-            kernel::reconnect(&served).map_err(|e| format!("{}: {e}", served.backend))?;
+            let connected = kernel::reconnect(&served);
+            if !connected.as_ref().is_ok_and(|devices| !devices.is_empty()) {
+                // It ends with its client, and has none: not even the guest's, if that was destroyed meanwhile.
+                end_server(&served)?;
+            }
+            connected.map_err(|e| format!("{}: {e}", served.backend))?;
             places.push(format!("{} is {}, by xl-colo nbd", served.export, image.display()));
         }
     }

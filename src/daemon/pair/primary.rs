@@ -1,9 +1,9 @@
 //! The primary's side: the guest the world sees, its mirror, and the proxy before its output.
 //!
 //! ```text
-//!  network ──▶ handle_network_frame ──▶ guest ──▶ handle_guest_frame(epoch) ──▶ Proxy ──▶ ToNetwork
-//!                     └─ (COLO) ToSecondary(epoch)                                ▲
-//!                                        handle_secondary_frame(epoch) ───────────┘
+//!  network ──▶ outer ──▶ guest ──▶ handle_guest_frame(epoch) ──▶ Proxy ──▶ outer ──▶ ToNetwork
+//!                └─ (COLO) ToSecondary(epoch)                      ▲
+//!                          handle_secondary_frame(epoch) ──────────┘
 //!  guest's disk writes ──▶ Mirrors ──▶ DiskWrite ──▶ handle_disk_acked
 //! ```
 //!

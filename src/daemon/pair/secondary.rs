@@ -3,7 +3,7 @@
 //! ```text
 //!  stream ──▶ handle_item ──▶ staged ── whole: seal ── owned ──▶ work(): cache ──▶ guest
 //!  packet link ──▶ handle_mirrored_frame(epoch) ──▶ Rewriter ──▶ guest ──▶ Rewriter ──▶ ToPrimary(epoch)
-//!  after a takeover: network ◀──▶ Rewriter ◀──▶ guest
+//!  after a takeover: network ◀──▶ Rewriter, with what the primary translated ◀──▶ guest
 //! ```
 //!
 //! Nothing of a checkpoint touches guest, cache or disk before it is whole; then it is applied in slices, so that

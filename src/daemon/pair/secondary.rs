@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Nothing of a checkpoint touches guest, cache or disk before it is whole; then it is applied in slices, so that
-//! a lost peer is heard while a large one loads ([`load`]). Client frames carry the epoch in which the *primary's* guest got
+//! a lost peer is heard while a large one loads (`load.rs`). Client frames carry the epoch in which the *primary's* guest got
 //! them: those of an epoch that ended are in the loaded state already, those of the next wait until it is loaded.
 
 mod load;

@@ -74,6 +74,16 @@ impl SuspendChannel {
         Ok(this)
     }
 
+    /// Ends the subscription of whoever made one and is gone, so that others hear of suspends again.
+    ///
+    /// # Errors
+    /// The hypervisor's.
+    pub fn unsubscribe(x: &Interface, d: DomId) -> Result<(), Error> {
+        // SAFETY: numbers are all it takes.
+        let rc = unsafe { xc::xc_domain_subscribe_for_suspend(x.xch(), d.raw(), NO_PORT) };
+        check(rc, "unsubscribe from suspends", d).map(drop)
+    }
+
     /// Waits until the domain has suspended, or has since the last time, and takes all such events. False if none came
     /// in time.
     ///
@@ -124,8 +134,7 @@ impl SuspendChannel {
 impl Drop for SuspendChannel {
     fn drop(&mut self) {
         // Both may fail, with the domain gone; closing the handle does the rest.
-        // SAFETY: numbers are all it takes.
-        unsafe { xc::xc_domain_subscribe_for_suspend(self.interface.xch(), self.domain.raw(), NO_PORT) };
+        let _ = Self::unsubscribe(&self.interface, self.domain);
         // SAFETY: the handle is open and the port was bound on it.
         unsafe { libxl_sys::xenevtchn_unbind(self.handle.0, self.port) };
     }

@@ -31,7 +31,19 @@ refused=$(RUN_SECONDS=120 host a 'xl-colo protect 10.78.0.2:9740 --mode colo --w
 echo "ok: refused: $refused"
 holds "the dirty log is off after a refusal" is_not_logged
 
-RUN_SECONDS=300 host a "xl-colo protect 10.78.0.2:9740 --mode remus --checkpoint-delay-ms 1 $PATIENT --wait"
+# xl itself hears that the guest suspends.
+saves() {
+	RUN_SECONDS=120 host a 'xl save -c pvh /run/disks/pvh.save && [[ -s /run/disks/pvh.save ]]; code=$?; rm -f /run/disks/pvh.save; exit $code'
+}
+
+protects() {
+	RUN_SECONDS=300 host a "xl-colo protect 10.78.0.2:9740 --mode remus --checkpoint-delay-ms 1 $PATIENT --wait"
+}
+
+protects
+holds "it is unprotected" host a 'xl-colo unprotect'
+holds "xl saves it" saves
+protects
 holds "the dirty log is on" is_logged
 wait_until $((600 + 2 * SUSPENDS)) enough || die "only $(checkpoints) checkpoints: $(host a 'tail -n 3 /run/a.log')"
 echo "ok: $(checkpoints) checkpoints; pauses in us: $(host a 'xl-colo status --json' | sed -E 's/.*("pause_us":\{[^}]*\}).*/\1/')"
@@ -46,6 +58,7 @@ echo "ok: the dirty log is off after the protector was killed"
 wait_until 20 is_running pvh || die "the guest does not run: $(host a 'xl list')"
 echo "ok: the guest runs"
 holds "xl pauses and unpauses it" host a 'xl pause pvh && xl unpause pvh'
+holds "xl saves it" saves
 wait_until 120 host b 'xl list pvh >/dev/null 2>&1' || die "b did not take over: $(host b 'xl list; tail -n 5 /run/b.log')"
 echo "ok: host b has taken over"
 host b 'xl-colo stop'

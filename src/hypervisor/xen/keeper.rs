@@ -111,7 +111,7 @@ pub fn keep(domid: u16, words: &mut impl Read, ready: impl FnOnce()) -> Result<(
         let _ = model.global_dirty_log(false);
     }
     if stands != b'S' {
-        return Ok(());
+        return Ok(SuspendChannel::unsubscribe(&xen, domid)?);
     }
     if let Some(model) = &mut model {
         let _ = model.cont();

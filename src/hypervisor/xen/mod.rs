@@ -379,7 +379,8 @@ impl Domain for XenDomain {
         let Parts { xen, domid, model, .. } = &mut self.parts;
         // A domain that does not run until it takes over dirties nothing.
         if !on || self.runs_once {
-            self.log = None;
+            // As long as it stands, xl save hears of no suspend.
+            (self.log, self.suspension) = (None, None);
             // QEMU aborts when it is told to stop what it has not begun.
             if let Some(model) = model.as_mut().filter(|_| self.model_logs) {
                 model.global_dirty_log(false).map_err(xen_error)?;

@@ -5,7 +5,7 @@
 //! which says what is missing, and [`offload`] does what the card would have done: what [`PacketSocket::recv`] gives are
 //! frames as they would be on a wire.
 //!
-//! There are two ways out of the kernel, [`Receive`]: a call a frame, or a [`ring`] of blocks. A network that a kernel on
+//! There are two ways out of the kernel, [`Receive`]: a call a frame, or a ring of blocks (`ring.rs`). A network that a kernel on
 //! the other side is to finish gets its frames as they are, through [`PacketSocket::receive`] and
 //! [`PacketSocket::send_unfinished`], and so does a [`Tap`] of our own.
 //!

@@ -10,7 +10,6 @@ use crate::common::host::protect;
 use crate::common::load::Load;
 use crate::common::world::{Plan, World};
 use crate::common::{PATIENCE, until};
-use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use xen_colo::colo::hello::Mode;
@@ -18,10 +17,6 @@ use xen_colo::daemon::control::Request;
 use xen_colo::daemon::status::{Protection, Status};
 
 impl World {
-    fn host(&mut self, name: &str) -> &mut crate::common::host::Host {
-        if name == "a" { &mut self.a } else { &mut self.b }
-    }
-
     /// Protects the guest of one host with the other, as soon as it has a disk of its own.
     async fn protect_from(&mut self, from: &str, to: &str, mode: Mode) {
         let order = Request::Protect(protect(&self.host(to).address.clone(), mode));
@@ -103,8 +98,9 @@ async fn there_and_back(mode: Mode) {
         talk.goes_on().await;
     }
     // A checkpoint later the secondary has it from another state than the first.
+    let before = world.a.status().await.checkpoints.total;
     world.b.order(Request::Checkpoint).await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    world.a.is("a checkpoint later", |status| status.checkpoints.total > before).await;
     assert_eq!(world.fails_over("b", "a", &load).await.generation, 4);
     for talk in [&mut inherited, &mut translated, &mut second] {
         talk.goes_on().await;

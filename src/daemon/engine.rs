@@ -62,6 +62,27 @@ enum Role {
     Secondary(Box<SecondaryRole>),
 }
 
+impl Role {
+    /// The guest that is here, whoever it belongs to.
+    fn guest(&self) -> Option<&Guest> {
+        match self {
+            Self::Empty => None,
+            Self::Running(guest) => Some(guest),
+            Self::Primary(role) => Some(&role.guest),
+            Self::Secondary(role) => Some(&role.guest),
+        }
+    }
+
+    fn guest_mut(&mut self) -> Option<&mut Guest> {
+        match self {
+            Self::Empty => None,
+            Self::Running(guest) => Some(guest),
+            Self::Primary(role) => Some(&mut role.guest),
+            Self::Secondary(role) => Some(&mut role.guest),
+        }
+    }
+}
+
 struct PrimaryRole {
     side: PrimarySide,
     guest: Box<Guest>,
@@ -417,13 +438,11 @@ impl Engine {
 
     fn tell_vacancy(&mut self) {
         let vacancy = self.vacancy();
-        if vacancy == Vacancy::Vacant {
+        if vacancy == Vacancy::Vacant
+            && let Some(guest) = self.role.guest_mut()
+        {
             // The next guest's devices are served in the same places, from the same images.
-            match &mut self.role {
-                Role::Primary(role) => role.guest.attachments.clear(),
-                Role::Secondary(role) => role.guest.attachments.clear(),
-                Role::Empty | Role::Running(_) => {}
-            }
+            guest.attachments.clear();
         }
         self.parts.vacancy.send_if_modified(|said| std::mem::replace(said, vacancy) != vacancy);
     }

@@ -140,8 +140,12 @@ impl World {
     /// Starts host a again, or host b, which was killed as the primary: as one that has the guest, on the images it had.
     pub fn repair(&mut self, name: &str) {
         let arbiter = if name == "a" { &self.arbiter_a } else { &self.arbiter_b };
-        let host = self.plan.start(name, self.dir.path(), arbiter, true);
-        *(if name == "a" { &mut self.a } else { &mut self.b }) = host;
+        *self.host(name) = self.plan.start(name, self.dir.path(), arbiter, true);
+    }
+
+    /// Host a, or host b.
+    pub fn host(&mut self, name: &str) -> &mut Host {
+        if name == "a" { &mut self.a } else { &mut self.b }
     }
 
     /// A file of this world.

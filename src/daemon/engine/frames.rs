@@ -41,12 +41,7 @@ impl Engine {
     }
 
     pub(super) fn guest_queue(&self) -> Option<&Arc<GuestQueue>> {
-        match &self.role {
-            Role::Empty => None,
-            Role::Running(guest) => Some(&guest.queue),
-            Role::Primary(role) => Some(&role.guest.queue),
-            Role::Secondary(role) => Some(&role.guest.queue),
-        }
+        self.role.guest().map(|guest| &guest.queue)
     }
 
     pub(super) fn take_guest_frames(&mut self, now: Instant) {

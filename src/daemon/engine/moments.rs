@@ -72,11 +72,8 @@ impl Engine {
     /// How this host is, in a line.
     fn line(&self) -> String {
         let Moment { protection, role, generation, paused, .. } = self.moment;
-        let guest = match &self.role {
-            Role::Empty => return self.left.clone().unwrap_or_else(|| "no guest; ready to stand by".into()),
-            Role::Running(guest) => &guest.name,
-            Role::Primary(role) => &role.guest.name,
-            Role::Secondary(role) => &role.guest.name,
+        let Some(guest) = self.guest() else {
+            return self.left.clone().unwrap_or_else(|| "no guest; ready to stand by".into());
         };
         let stopped = if paused { ", stopped by an order" } else { "" };
         let pair = role.map_or_else(String::new, |role| {

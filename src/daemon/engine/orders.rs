@@ -30,16 +30,12 @@ impl Engine {
                 protect.complete(&self.live);
                 let refusal = match &self.role {
                     Role::Empty => Some("this host has no guest to protect; start it with --guest NAME"),
-                    Role::Running(_) | Role::Primary(_) if self.paused => {
-                        Some("the guest is stopped; let it run first")
-                    }
+                    // Only a guest that is in no pair can be.
+                    _ if self.paused => Some("the guest is stopped; let it run first"),
                     Role::Running(_) => None,
                     Role::Primary(role) if role.side.can_be_protected() => None,
                     Role::Primary(_) if self.links.is_some() => Some("the guest is protected already"),
                     Role::Primary(_) => Some("the guest does not run here"),
-                    Role::Secondary(role) if role.side.took_over() && self.paused => {
-                        Some("the guest is stopped; let it run first")
-                    }
                     Role::Secondary(role) if role.side.can_be_protected() => None,
                     Role::Secondary(role) if role.side.took_over() => Some(
                         "what the guest wrote before the takeover is still being merged into its image; try again when \
@@ -163,12 +159,7 @@ impl Engine {
 
     /// Has the host make the links, and answer, which takes a while.
     fn to_protect(&self, protect: Protect, reply: oneshot::Sender<Reply>) {
-        let guest = match &self.role {
-            Role::Empty => return,
-            Role::Running(guest) => guest,
-            Role::Primary(role) => &role.guest,
-            Role::Secondary(role) => &role.guest,
-        };
+        let Some(guest) = self.role.guest() else { return };
         let (name, geometry, mirrors) = (guest.name.clone(), guest.geometry.clone(), guest.mirrors.clone());
         let order = ToProtect { protect, reply, guest: name, geometry, mirrors };
         if let Err(error) = self.parts.protect.try_send(order) {

@@ -88,14 +88,9 @@ fn of_side(side: &PrimarySide, now: Instant) -> Vec<String> {
 }
 
 impl Engine {
-    /// The guest that is here.
-    fn guest(&self) -> Option<&str> {
-        match &self.role {
-            Role::Empty => None,
-            Role::Running(guest) => Some(&guest.name),
-            Role::Primary(role) => Some(&role.guest.name),
-            Role::Secondary(role) => Some(&role.guest.name),
-        }
+    /// The name of the guest that is here.
+    pub(super) fn guest(&self) -> Option<&str> {
+        self.role.guest().map(|guest| guest.name.as_str())
     }
 
     /// Something happened to the guest.

@@ -110,8 +110,10 @@ pub fn keep(domid: u16, words: &mut impl Read, ready: impl FnOnce()) -> Result<(
     if let Some(model) = &mut model {
         let _ = model.global_dirty_log(false);
     }
+    // The parent's subscription outlives it, and as long as it stands, xl save hears of no suspend.
+    let unsubscribed = SuspendChannel::unsubscribe(&xen, domid);
     if stands != b'S' {
-        return Ok(SuspendChannel::unsubscribe(&xen, domid)?);
+        return Ok(unsubscribed?);
     }
     if let Some(model) = &mut model {
         let _ = model.cont();

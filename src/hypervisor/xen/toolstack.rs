@@ -99,7 +99,6 @@ pub fn check_free(name: &str) -> Result<(), String> {
 /// Makes a paused domain that will become `name`, with devices and hotplug scripts and all. What a former attempt
 /// left under the name it has until then is removed.
 pub fn create_incoming(name: &str, config: &serde_json::Value) -> Result<DomId, String> {
-    check_free(name)?;
     let incoming = incoming(name);
     let store = Store::open().map_err(|e| e.to_string())?;
     if let Some(domid) = store.by_name(&incoming).map_err(|e| e.to_string())? {

@@ -11,6 +11,7 @@ mod compare_command;
 mod compare_differential;
 mod compare_qemu;
 mod config;
+mod crowd;
 mod demo;
 mod device_disks;
 mod device_model;

@@ -10,6 +10,7 @@
 //! The rules are [`Register::swap`]'s; this is only where the register lives. The trap: the answer must not be
 //! given before the register is on the medium, or an arbiter's power cut lets both sides win.
 
+use super::accept::accept;
 use super::address::{Address, BadAddress, Link, Listener};
 use super::durable;
 use crate::colo::arbiter::{Answer, Claim, Register, Verdict};
@@ -22,6 +23,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::sync::Semaphore;
 
 /// Longest request or answer, in bytes.
 const LINE_MAX_BYTES: u64 = 16 * 1024;
@@ -29,6 +31,8 @@ const LINE_MAX_BYTES: u64 = 16 * 1024;
 const GUESTS_MAX: usize = 10_000;
 /// How long one exchange with an arbiter may take before it counts as unreachable.
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Clients of the server at once; others wait until one has left, or was silent for [`IDLE_TIMEOUT`].
+const CLIENTS_MAX: usize = 256;
 /// How long a client of the server may sit silent.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -189,14 +193,16 @@ fn on_file(path: &Path, request: Request) -> io::Result<Reply> {
 pub type OnGrant = Arc<dyn Fn(&Claim) + Send + Sync>;
 
 /// Serves the register in `file` to whoever connects, until the future is dropped.
-pub async fn serve(listener: Listener, file: PathBuf, on_grant: OnGrant) -> io::Result<()> {
-    loop {
-        let link = listener.accept().await?;
+pub async fn serve(listener: Listener, file: PathBuf, on_grant: OnGrant) {
+    let places = Arc::new(Semaphore::new(CLIENTS_MAX));
+    while let Ok(place) = places.clone().acquire_owned().await {
+        let link = accept("an arbiter's client", || listener.accept()).await;
         let (file, on_grant) = (file.clone(), on_grant.clone());
         tokio::spawn(async move {
             if let Err(error) = serve_one(link, file, on_grant).await {
                 tracing::debug!(%error, "arbiter client left");
             }
+            drop(place);
         });
     }
 }

@@ -8,6 +8,7 @@
 //! The socket is 0600 in a directory that is 0700 (QEMU's monitor socket comes out 0755), and who connects must be the same
 //! user or root all the same: somebody may have opened both. A line is bounded.
 
+use super::accept::accept;
 use super::address::{Address, Link, listen_unix};
 use super::events::{Events, Wanted};
 use super::live::Live;
@@ -296,7 +297,8 @@ pub(super) fn is_ours(stream: &UnixStream) -> Result<(), String> {
 /// Serves a control socket. What happened is told from `history`, also while the engine is busy, and when it is gone:
 /// its end is the last that is told.
 pub async fn serve(listener: UnixListener, engine: mpsc::Sender<Asked>, history: Events) {
-    while let Ok((mut stream, _)) = listener.accept().await {
+    loop {
+        let (mut stream, _) = accept("who orders", || listener.accept()).await;
         let (engine, history) = (engine.clone(), history.clone());
         tokio::spawn(async move {
             if let Err(why) = is_ours(&stream) {

@@ -16,6 +16,7 @@ mod page;
 
 use self::counted::Counted;
 use self::http::{Format, HEAD_MAX_BYTES, Refusal, Request, Wish};
+use super::accept::accept;
 use super::control::{self, Answer, Asked, ask_engine};
 use super::events::{Events, Wanted};
 use super::links::lock;
@@ -38,8 +39,6 @@ const CONNECTION_DEADLINE: Duration = Duration::from_secs(5);
 const STATUS_DEADLINE: Duration = Duration::from_secs(2);
 /// How old a status may be that a scrape gets.
 const STATUS_AGE_MAX: Duration = Duration::from_millis(100);
-/// Time between two attempts to accept when there is no room for a connection.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// Bytes that are read of what comes after a request, so that the answer is not lost with them.
 const REST_MAX_BYTES: u64 = 64 << 10;
 
@@ -111,11 +110,7 @@ impl Metrics {
         tokio::spawn(async move { keeping.keep_up().await });
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         loop {
-            let Ok((mut link, _)) = self.listener.accept().await else {
-                // Descriptors are short, or a client was gone before it was here.
-                tokio::time::sleep(ACCEPT_RETRY).await;
-                continue;
-            };
+            let (mut link, _) = accept("who reads the metrics", || self.listener.accept()).await;
             let source = source.clone();
             // Who finds no place is not waited for: what a socket takes at once is all it gets.
             let Ok(place) = places.clone().try_acquire_owned() else {

@@ -16,6 +16,7 @@
 //!  switch, edge     the demo's network
 //! ```
 
+mod accept;
 pub mod address;
 pub mod arbiter;
 pub mod check;

@@ -17,6 +17,7 @@ pub mod host;
 pub mod pair;
 pub mod replica;
 
+use super::accept::accept;
 use super::control::is_ours;
 use crate::qmp::server::Session;
 use crate::qmp::{Event, Outcome, commands::Command};
@@ -56,14 +57,7 @@ pub fn teller() -> broadcast::Sender<Event> {
 pub async fn serve<S: Service>(listener: UnixListener, service: Arc<S>) {
     let places = Arc::new(Semaphore::new(CLIENTS_MAX));
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "a monitor's client is not accepted");
-                tokio::time::sleep(Duration::from_millis(10)).await;
-                continue;
-            }
-        };
+        let (stream, _) = accept("a monitor's client", || listener.accept()).await;
         // The directory keeps others out already, unless somebody opened it.
         if let Err(why) = is_ours(&stream) {
             tracing::warn!(%why, "a monitor's client is of another user");

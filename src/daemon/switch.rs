@@ -25,6 +25,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 
+use super::accept::accept;
 use super::frames::{FrameError, FrameReader, FrameWriter};
 
 /// Frames a port's output queue holds; the next one is dropped, as a real switch does.
@@ -313,7 +314,7 @@ async fn serve_port(
     let mut newest = None;
     loop {
         let Some(stream) = newest.take() else {
-            newest = accept(&listener).await;
+            newest = Some(accept("a switch port's client", || listener.accept()).await.0);
             continue;
         };
         // What waited for the connection before this one was lost with its link.
@@ -323,21 +324,9 @@ async fn serve_port(
             ended = serve_connection(&shared, port, stream, &mut queue, fenced.clone()) => {
                 tracing::debug!(port, ?ended, "switch port disconnected");
             }
-            stream = accept(&listener) => newest = stream,
+            (stream, _) = accept("a switch port's client", || listener.accept()) => newest = Some(stream),
         }
         shared.lock().ports[port].stats.connected = false;
-    }
-}
-
-async fn accept(listener: &UnixListener) -> Option<UnixStream> {
-    match listener.accept().await {
-        Ok((stream, _)) => Some(stream),
-        Err(error) => {
-            // Out of descriptors, most likely: without a pause this would spin until one is free.
-            tracing::warn!(%error, "switch port cannot accept");
-            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-            None
-        }
     }
 }
 

@@ -18,7 +18,6 @@ use crate::daemon::edge::{Edge, EdgeHandle};
 use crate::daemon::status::Status;
 use crate::daemon::switch::Switch;
 use crate::daemon::unix_us;
-use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -51,7 +50,7 @@ pub(super) struct Nested {
     guest: NestedGuest,
     switch: Arc<Switch>,
     edge: EdgeHandle,
-    arbiter: JoinHandle<io::Result<()>>,
+    arbiter: JoinHandle<()>,
     granted_at_us: Arc<AtomicU64>,
     /// The primary's pid, and the secondary's: of the machines they run in.
     pids: [u32; 2],

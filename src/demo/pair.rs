@@ -62,7 +62,7 @@ pub(super) struct Pair {
     hosts: Vec<Host>,
     switch: Arc<Switch>,
     edge: EdgeHandle,
-    arbiter: JoinHandle<io::Result<()>>,
+    arbiter: JoinHandle<()>,
 }
 
 impl Pair {

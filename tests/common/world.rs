@@ -97,7 +97,7 @@ pub struct World {
     pub switch: Arc<Switch>,
     plan: Plan,
     edge: EdgeHandle,
-    server: JoinHandle<std::io::Result<()>>,
+    server: JoinHandle<()>,
     dir: TempDir,
     _turn: SemaphorePermit<'static>,
 }

@@ -1,5 +1,6 @@
 //! The acceptor's part: who knocks, what is made for them, and when their links are one session.
 
+use super::super::accept::accept;
 use super::{BLANK_DISK, CHUNK_HASHES, HELLO_DEADLINE, PACKET_DIGESTS, PAGE_DELTAS, Shared, VACANT, read_word};
 use crate::colo::arbiter::Claim;
 use crate::colo::heartbeat::Heartbeat;
@@ -63,8 +64,8 @@ pub(super) async fn greet_all(listener: Listener, shared: Arc<Shared>) {
     let (greeted, mut words) = mpsc::channel::<(Link, Hello)>(4);
     let greetings = Arc::new(tokio::sync::Semaphore::new(GREETINGS_MAX));
     tokio::spawn(async move {
-        while let Ok(mut link) = listener.accept().await {
-            let Ok(permit) = greetings.clone().acquire_owned().await else { return };
+        while let Ok(permit) = greetings.clone().acquire_owned().await {
+            let mut link = accept("a peer", || listener.accept()).await;
             let greeted = greeted.clone();
             tokio::spawn(async move {
                 let _permit = permit;

@@ -297,26 +297,35 @@ pub fn serve_all(listener: &Listener, service: &Arc<Service>, running: &Running)
         }
         open.listener = Some(listener.socket()?);
     }
+    // A crowd is told of once, not a client at a time.
+    let mut crowded = false;
     loop {
         let stream = match listener.accept() {
             Ok(stream) => stream,
             Err(_) if lock(&running.open.0).ended => return Ok(()),
             // Gone before it was taken, or no descriptor left: the next may do.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted || is_crowded(&error) => {
-                tracing::warn!(%error, "a client is not accepted");
+                if !std::mem::replace(&mut crowded, true) {
+                    tracing::warn!(%error, "a client is not accepted");
+                }
                 std::thread::sleep(BUSY_RETRY);
                 continue;
             }
             Err(error) => return Err(error),
         };
         let number = match running.begin(&stream, service.max_connections) {
-            Ok(Some(number)) => number,
+            Ok(Some(number)) => {
+                crowded = false;
+                number
+            }
             Ok(None) => {
                 tracing::debug!(max = service.max_connections, "a client is one too many");
                 continue;
             }
             Err(error) => {
-                tracing::warn!(%error, "a client is not served");
+                if !std::mem::replace(&mut crowded, true) {
+                    tracing::warn!(%error, "a client is not served");
+                }
                 continue;
             }
         };

@@ -4,6 +4,7 @@
 //! waits until the request that is under way is over.
 
 use super::drives::Image;
+use crate::daemon::accept::accept;
 use crate::daemon::address::{Address, Listener};
 use crate::daemon::links::lock;
 use crate::daemon::nbd::serve_exports;
@@ -71,7 +72,7 @@ impl NbdServer {
             })
         })?;
         let table = Arc::<Mutex<Table>>::default();
-        let accepting = tokio::spawn(accept(listener, table.clone(), max_connections as usize));
+        let accepting = tokio::spawn(accept_all(listener, table.clone(), max_connections as usize));
         Ok(Self { table, accepting })
     }
 
@@ -136,16 +137,9 @@ async fn hang_up(connections: Vec<Connection>) {
     }
 }
 
-async fn accept(listener: Listener, table: Arc<Mutex<Table>>, max_connections: usize) {
+async fn accept_all(listener: Listener, table: Arc<Mutex<Table>>, max_connections: usize) {
     loop {
-        let link = match listener.accept().await {
-            Ok(link) => link,
-            Err(error) => {
-                tracing::warn!(%error, "an NBD client is not accepted");
-                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
-                continue;
-            }
-        };
+        let link = accept("an NBD client", || listener.accept()).await;
         let mut open = lock(&table);
         open.connections.retain(|_, connection| !connection.task.is_finished());
         if max_connections > 0 && open.connections.len() >= max_connections {

@@ -52,17 +52,24 @@ check() {
 	fi
 }
 
-# The tests, counted from what their binaries said.
+# The tests, counted from what their binaries said. Two guests of real kernels come last and have the machine for
+# themselves: what one of them is late with, because others had the processor, is a difference between the two.
 run_tests() {
 	printf '\n== tests (%s seeds)\n' "$XEN_COLO_SEEDS"
 	local log=$LOGS/test.log rc=0 counts
-	CARGO_TERM_COLOR=never cargo test --no-fail-fast --workspace "${FEATURES[@]}" 2>&1 | tee "$log" || rc=$?
+	{
+		CARGO_TERM_COLOR=never cargo test --no-fail-fast --workspace "${FEATURES[@]}" -- --skip lock_step:: 2>&1 || rc=$?
+		CARGO_TERM_COLOR=never cargo test --no-fail-fast "${FEATURES[@]}" --test all lock_step:: 2>&1 || rc=$?
+		[[ $rc -eq 0 ]]
+	} | tee "$log" || rc=$?
 	counts=$(sed -nE 's/^test result: .* ([0-9]+) passed; ([0-9]+) failed;.*/\1 \2/p' "$log" |
 		awk '{ p += $1; f += $2 } END { print p + 0, f + 0 }')
 	passed=$((passed + ${counts% *}))
 	failed=$((failed + ${counts#* }))
 	if [[ ${counts#* } -gt 0 ]]; then
 		broken+=("${counts#* } tests")
+		# Once more at the very end: what comes in between is long.
+		sed -nE '/^failures:$/,/^test result: /p' "$log" | head -n 300 >"$LOGS/failures"
 	elif [[ $rc -ne 0 ]]; then
 		fail "cargo test (exit code $rc, though no test said that it failed)"
 	elif [[ ${counts% *} -eq 0 ]]; then
@@ -228,6 +235,7 @@ nested_demo() {
 
 main() {
 	mkdir -p "$LOGS"
+	rm -f "$LOGS/failures"
 	step "tools" scripts/install-deps.sh
 	step "format" cargo fmt --check
 	step "scripts" lint_scripts
@@ -260,6 +268,7 @@ main() {
 	fi
 	printf '\n%s minutes\n' "$((SECONDS / 60))"
 	if [[ ${#broken[@]} -gt 0 ]]; then
+		[[ ! -s $LOGS/failures ]] || cat "$LOGS/failures"
 		printf 'failed: %s\n' "${broken[@]}"
 	fi
 	printf '%s passed, %s failed\n' "$passed" "$failed"

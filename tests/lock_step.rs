@@ -13,7 +13,7 @@ const FILE_BYTES: usize = 4 << 20;
 
 /// Labs that a run may need: a guest that gets no processor for as long as a frame may wait is apart from the other, and as
 /// the checkpoint that is said to be made here copies nothing, two that have once been apart stay so.
-const LABS_MAX: usize = 2;
+const LABS_MAX: usize = 3;
 
 /// Until it goes well, with a lab of its own each time.
 fn in_one_of_a_few_labs(what: impl Fn() + std::panic::RefUnwindSafe) {

@@ -66,6 +66,8 @@ pub enum Mutant {
     LeaveAfterDivergence,
     /// A fragment that overlaps others is passed over.
     TakeOverlap,
+    /// A survivor says again what waited for a state that was never whole.
+    RepeatUnowned,
     /// What is held leaves when the packet link is lost.
     OpenWithoutLink,
     /// SACK edges are not moved with the acknowledgement.
@@ -84,7 +86,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// Every mutant the simulator must catch.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::ReleaseBeforeReceived,
         Self::NoFence,
         Self::KeepActiveAtCheckpoint,
@@ -97,6 +99,7 @@ impl Mutant {
         Self::SealFirstOnly,
         Self::DrainFirstOnly,
         Self::OpenWithoutLink,
+        Self::RepeatUnowned,
     ];
     /// Those it cannot, since its hosts never come back; the replica's own crash tests do.
     pub const OF_CRASHES: [Self; 7] = [

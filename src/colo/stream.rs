@@ -21,7 +21,7 @@ use super::message::{InvalidMessage, Message};
 use crate::carried::{CARRIED_BYTES, CARRIED_MAX, Carried};
 use crate::page::{BATCH_PAGES, PAGE_SIZE, PageBatch, Pfn, is_zero};
 use crate::record::{self, COUNT_BYTES, Header, PFN_MASK};
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 /// Xen's PAGE_DATA.
 pub const RECORD_PAGE_DATA: u32 = record::PAGE_DATA;
@@ -40,6 +40,12 @@ pub const RECORD_GUEST_RESTS: u32 = record::OPTIONAL | 0x4000_0005;
 /// skips it loses them with its own takeover, and nothing else.
 pub const RECORD_CARRIED: u32 = record::OPTIONAL | 0x4000_0006;
 
+/// Ours: the latest frames that wait for this state. Optional: a survivor that skips it leaves it to the guest's timers to say
+/// them again.
+pub const RECORD_OUTPUT: u32 = record::OPTIONAL | 0x4000_0007;
+
+/// Bytes that it has at most.
+pub const OUTPUT_MAX_BYTES: usize = 128 << 10;
 /// Most zero pages one record names.
 pub const ZERO_PAGES_PER_RECORD: usize = 16 * BATCH_PAGES;
 /// Largest device state accepted, in bytes.
@@ -92,6 +98,8 @@ pub enum Item {
     GuestRests,
     /// What clients know of the guest's connections by other numbers than the guest, all of it as of this state.
     Carried(Vec<Carried>),
+    /// What the guest said before this state, as far as it had not left yet: the latest of it.
+    Output(Vec<Bytes>),
     /// The page records of this state are complete.
     PagesEnd,
     /// The device state: the last part of a checkpoint. After it the checkpoint is whole.
@@ -158,6 +166,7 @@ impl Decoder {
                 RECORD_PAGE_DELTAS => COUNT_BYTES + BATCH_PAGES * (8 + DELTA_MAX_BYTES),
                 RECORD_CHECKPOINT | RECORD_GUEST_RESTS => 0,
                 RECORD_CARRIED => COUNT_BYTES + CARRIED_MAX * CARRIED_BYTES,
+                RECORD_OUTPUT => OUTPUT_MAX_BYTES,
                 // Bit 31 marks a record that a reader may skip; bounded, since it is buffered whole.
                 _ if header.is_optional() => 1 << 20,
                 unknown => return Err(StreamError::UnknownRecord(unknown)),
@@ -175,6 +184,7 @@ impl Decoder {
                 RECORD_PAGE_DELTAS => Some(self.page_deltas(body)?),
                 RECORD_GUEST_RESTS => Some(Item::GuestRests),
                 RECORD_CARRIED => Some(carried(body)?),
+                RECORD_OUTPUT => Some(output(body)?),
                 RECORD_CHECKPOINT => {
                     self.mode = Mode::Messages;
                     Some(Item::PagesEnd)
@@ -322,6 +332,29 @@ pub fn encode_carried(carried: &[Carried], out: &mut BytesMut) {
     record::put(RECORD_CARRIED, &body, out);
 }
 
+fn output(body: &[u8]) -> Result<Item, StreamError> {
+    let bad = || StreamError::BadRecord { record: RECORD_OUTPUT, len_bytes: body.len(), why: "a frame is cut short" };
+    let (mut rest, mut frames) = (body, Vec::new());
+    while !rest.is_empty() {
+        let (length, behind) = rest.split_first_chunk().ok_or_else(bad)?;
+        let (frame, behind) = behind.split_at_checked(u32::from_le_bytes(*length) as usize).ok_or_else(bad)?;
+        frames.push(Bytes::copy_from_slice(frame));
+        rest = behind;
+    }
+    Ok(Item::Output(frames))
+}
+
+/// Appends the record of frames that wait for this state, each behind its length as le32: of [`OUTPUT_MAX_BYTES`] at most.
+pub fn encode_output(frames: &[Bytes], out: &mut BytesMut) {
+    let mut body = BytesMut::new();
+    for frame in frames {
+        body.put_u32_le(frame.len() as u32);
+        body.put_slice(frame);
+    }
+    debug_assert!(body.len() <= OUTPUT_MAX_BYTES, "the peer refuses more");
+    record::put(RECORD_OUTPUT, &body, out);
+}
+
 /// Appends the record that closes a run of page records.
 pub fn encode_pages_end(out: &mut BytesMut) {
     record::put(RECORD_CHECKPOINT, &[], out);
@@ -371,6 +404,7 @@ mod tests {
     #[test]
     fn a_whole_checkpoint_survives_any_fragmentation() {
         let carried = carried_to(["10.0.0.9:4000", "[fe80::9]:4001"]);
+        let output = [Bytes::from_static(b"said"), Bytes::new(), Bytes::from_static(b"and more")];
         let mut out = BytesMut::new();
         put(&batch(&[(1, 1), (2, 0), (3, 3)]), &mut out);
         encode_pages_end(&mut out);
@@ -380,6 +414,7 @@ mod tests {
         put(&batch(&[(9, 9)]), &mut out);
         encode_guest_rests(&mut out);
         encode_carried(&carried, &mut out);
+        encode_output(&output, &mut out);
         encode_pages_end(&mut out);
         encode_device_state(b"", &mut out);
         let expected = [
@@ -392,6 +427,7 @@ mod tests {
             Item::Pages(batch(&[(9, 9)])),
             Item::GuestRests,
             Item::Carried(carried.to_vec()),
+            Item::Output(output.to_vec()),
             Item::PagesEnd,
             Item::DeviceState(vec![]),
         ];
@@ -450,6 +486,15 @@ mod tests {
         assert!(refuse(&carried).to_string().contains("longer than its count"), "{}", refuse(&carried));
         let most = (COUNT_BYTES + CARRIED_MAX * CARRIED_BYTES) as u32;
         assert!(matches!(refuse(&header(RECORD_CARRIED, most + 1)), StreamError::BadRecord { .. }));
+
+        for (len_bytes, length) in [(4, 1_u32), (8, u32::MAX), (7, 0)] {
+            let body = [&length.to_le_bytes()[..], &[0; 4]].concat();
+            let mut output = BytesMut::new();
+            record::put(RECORD_OUTPUT, &body[..len_bytes], &mut output);
+            assert!(refuse(&output).to_string().contains("a frame is cut short"), "{}", refuse(&output));
+        }
+        let too_much = header(RECORD_OUTPUT, OUTPUT_MAX_BYTES as u32 + 1);
+        assert!(matches!(refuse(&too_much), StreamError::BadRecord { .. }));
 
         let mut decoder = Decoder::new(16);
         let mut input = BytesMut::new();

@@ -61,6 +61,11 @@ impl EpochBuffer {
         }
     }
 
+    /// What waits for the checkpoint that ends `epoch`, the latest first.
+    pub(super) fn waiting(&self, epoch: u64) -> impl Iterator<Item = &Bytes> {
+        self.queue.iter().rev().filter(move |(tag, _)| *tag <= epoch).map(|(_, frame)| frame)
+    }
+
     /// The next thing to do.
     pub fn poll_output(&mut self) -> Option<Output> {
         self.outputs.pop_front()
@@ -150,6 +155,22 @@ impl Proxy {
         if let Self::Colo(comparator) = self {
             comparator.set_comparing(epoch, comparing);
         }
+    }
+
+    /// What waits for the checkpoint that ends `epoch`, in order: the latest of it that costs `max_bytes` at most.
+    #[must_use]
+    pub fn waiting(&self, epoch: u64, mut max_bytes: usize) -> Vec<Bytes> {
+        let fits = |frame: &&Bytes| {
+            let left = max_bytes.checked_sub(frame.len() + FRAME_OVERHEAD_BYTES);
+            left.map(|left| max_bytes = left).is_some()
+        };
+        let mut frames: Vec<_> = match self {
+            Self::Colo(comparator) => comparator.waiting(epoch).take_while(fits).cloned().collect(),
+            Self::Remus(buffer) => buffer.waiting(epoch).take_while(fits).cloned().collect(),
+            Self::Open(..) => Vec::new(),
+        };
+        frames.reverse();
+        frames
     }
 
     /// The secondary owns the checkpoint that ended `epoch`.
@@ -261,6 +282,25 @@ mod tests {
         proxy.release_all();
         proxy.handle_primary(Instant::ZERO, 7, frame(5));
         assert_eq!(released(&mut proxy), [3, 4, 5], "alone: in order, then open");
+    }
+
+    #[test]
+    fn the_latest_that_waits_is_told_in_order() {
+        for mut proxy in [Proxy::remus(Config::default()), Proxy::colo(Config::default())] {
+            for (epoch, byte) in [(0, 1), (0, 2), (0, 3), (1, 4)] {
+                proxy.handle_primary(Instant::ZERO, epoch, frame(byte));
+            }
+            let cost_bytes = 60 + FRAME_OVERHEAD_BYTES;
+            let told = |max_bytes| proxy.waiting(0, max_bytes).iter().map(|frame| frame[0]).collect::<Vec<_>>();
+            assert_eq!(
+                (told(3 * cost_bytes), told(2 * cost_bytes), told(cost_bytes - 1)),
+                (vec![1, 2, 3], vec![2, 3], vec![])
+            );
+            proxy.checkpoint(Instant::ZERO, 0);
+            assert_eq!(proxy.waiting(0, usize::MAX), Vec::<Bytes>::new(), "it has left");
+            assert_eq!(proxy.waiting(1, usize::MAX), [frame(4)]);
+        }
+        assert!(Proxy::open().waiting(9, usize::MAX).is_empty());
     }
 
     #[test]

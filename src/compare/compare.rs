@@ -287,6 +287,13 @@ impl Comparator {
         }
     }
 
+    /// What waits for the checkpoint that ends `epoch`, the latest first.
+    pub(super) fn waiting(&self, epoch: u64) -> impl Iterator<Item = &Bytes> {
+        let newest = self.held.newest().filter(|_| epoch == self.epoch);
+        let held = std::iter::successors(newest, |place| self.held.older(*place));
+        held.filter_map(|place| self.held.get(place)).map(|held| &held.frame)
+    }
+
     /// Asks for a checkpoint if something has waited too long.
     pub fn handle_timeout(&mut self, now: Instant) {
         if self.buffers() {

@@ -118,6 +118,8 @@ pub enum StreamOut {
     GuestRests,
     /// Connections in two sequence spaces.
     Carried(Vec<Carried>),
+    /// What waits for this state.
+    Output(Vec<Bytes>),
     /// The end of the pages and the device state.
     Devices(Vec<u8>),
 }
@@ -384,6 +386,7 @@ async fn write_stream(
             StreamOut::Message(message) => message.encode(&mut buffer),
             StreamOut::GuestRests => stream::encode_guest_rests(&mut buffer),
             StreamOut::Carried(carried) => stream::encode_carried(&carried, &mut buffer),
+            StreamOut::Output(frames) => stream::encode_output(&frames, &mut buffer),
             StreamOut::Devices(blob) => {
                 stream::encode_pages_end(&mut buffer);
                 stream::encode_device_state(&blob, &mut buffer);

@@ -171,6 +171,11 @@ impl World {
                 stream::encode_carried(&carried, &mut bytes);
                 self.stream(bytes);
             }
+            Effect::Output(frames) => {
+                let mut bytes = BytesMut::new();
+                stream::encode_output(&frames, &mut bytes);
+                self.stream(bytes);
+            }
             Effect::Devices(blob) => {
                 let mut bytes = BytesMut::new();
                 stream::encode_pages_end(&mut bytes);

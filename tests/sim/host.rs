@@ -513,6 +513,7 @@ impl World {
                 Item::Message(Message::CheckpointRequest) => Some(Step::RequestGot),
                 Item::Message(_) => Some(Step::SendGot),
                 Item::Pages(_) | Item::ZeroPages(_) | Item::Deltas(_) if !first => Some(Step::PagesGot),
+                Item::Output(_) if !first => Some(Step::OutputGot),
                 Item::DeviceState(_) => Some(Step::WholeGot),
                 _ => None,
             };

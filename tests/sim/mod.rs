@@ -278,6 +278,11 @@ fn finds_open_without_link() {
 }
 
 #[test]
+fn finds_repeat_unowned() {
+    find(Mutant::RepeatUnowned);
+}
+
+#[test]
 fn every_mutant_has_a_test() {
-    assert_eq!(Mutant::ALL.len(), 12);
+    assert_eq!(Mutant::ALL.len(), 13);
 }

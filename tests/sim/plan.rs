@@ -62,6 +62,8 @@ listed! {
         MidPages,
         /// On the secondary: pages were staged.
         PagesGot,
+        /// On the secondary: what waits for the state was staged, and the state is not whole.
+        OutputGot,
         /// On the secondary: the checkpoint was whole and sealed.
         WholeGot,
         /// On the secondary: VMSTATE_RECEIVED left.

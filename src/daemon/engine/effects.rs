@@ -64,6 +64,9 @@ impl Engine {
                     Effect::Carried(carried) => {
                         links.stream_out.send(carried.len() * CARRIED_BYTES, StreamOut::Carried(carried));
                     }
+                    Effect::Output(frames) => {
+                        links.stream_out.send(frames.iter().map(Bytes::len).sum(), StreamOut::Output(frames));
+                    }
                     Effect::Devices(blob) => links.stream_out.send(blob.len(), StreamOut::Devices(blob)),
                     Effect::DiskWrite { disk, seq, offset, payload } => {
                         if let Some(link) = links.disk_out.get(disk) {

@@ -541,12 +541,7 @@ impl PrimarySide {
                     self.effects.push_back(Effect::GuestRests);
                 }
             }
-            Action::SendDevices => {
-                if !self.carried.is_empty() {
-                    self.effects.push_back(Effect::Carried(std::mem::take(&mut self.carried)));
-                }
-                self.effects.push_back(Effect::Devices(std::mem::take(&mut self.devices)));
-            }
+            Action::SendDevices => self.send_devices(),
             Action::Release { epoch, cause } => {
                 *self.stats.checkpoints.entry(cause).or_default() += 1;
                 self.stats.last_owned_at = Some(now);

@@ -112,7 +112,7 @@ pub struct SecondarySide {
     took_over_at: Option<Instant>,
     /// What a guest that took over has not taken yet.
     replay: Replay,
-    /// What this guest has said in this epoch.
+    /// What the primary's guest said before the last state, if it may not have left, and what this one has said since.
     said: Said,
     running: bool,
     generation: u64,
@@ -285,6 +285,12 @@ impl SecondarySide {
             }
             (State::Joining | State::Receiving, Item::GuestRests) => self.machine.handle_rest(),
             (State::Joining | State::Receiving, Item::Carried(carried)) => self.staged.carried = carried,
+            (State::Joining | State::Receiving, Item::Output(output)) => {
+                if mutant::active(Mutant::RepeatUnowned) {
+                    self.said = Said::of(output.clone());
+                }
+                self.staged.output = output;
+            }
             (State::Joining | State::Receiving, Item::PagesEnd) => {}
             (State::Joining | State::Receiving, Item::DeviceState(blob)) => {
                 self.staged.devices = blob;

@@ -3,6 +3,7 @@
 use crate::carried::Carried;
 use crate::clock::Instant;
 use crate::page::{PageBatch, Pfn};
+use bytes::Bytes;
 
 /// A checkpoint that is not whole.
 #[derive(Default)]
@@ -11,6 +12,7 @@ pub(super) struct Staged {
     pub(super) zero: Vec<Pfn>,
     pub(super) pages: u64,
     pub(super) carried: Vec<Carried>,
+    pub(super) output: Vec<Bytes>,
     pub(super) devices: Vec<u8>,
 }
 

@@ -1,8 +1,9 @@
 //! What a side does that has just become the survivor, for clients that have waited long enough.
 //!
 //! ```text
-//!   take over ─▶ announce the MAC ─▶ say again what this guest said ─▶ replay what clients said since the last state
-//!                 1 + 5 times          (lock-step only)                  until the guest takes it
+//!   take over ─▶ announce the MAC ─▶ say again what was said ─▶ replay what clients said since the last state
+//!                 1 + 5 times         by the primary's guest before the last state,     until the guest takes it
+//!                                     if it waited for it; in lock-step by this one since
 //! ```
 //!
 //! Without the last two, a client would have to find out by its own timer, which it has doubled all the while it took
@@ -78,7 +79,7 @@ impl Replay {
     }
 }
 
-/// The latest frames of a guest in lock-step: the primary may have died before it let them go.
+/// The latest frames of the guest: the primary may have died before it let them go.
 #[derive(Debug, Default)]
 pub(super) struct Said {
     frames: VecDeque<Bytes>,
@@ -86,6 +87,13 @@ pub(super) struct Said {
 }
 
 impl Said {
+    /// What the primary's guest said.
+    pub(super) fn of(frames: Vec<Bytes>) -> Self {
+        let mut said = Self::default();
+        frames.into_iter().for_each(|frame| said.keep(frame));
+        said
+    }
+
     /// Keeps a frame, and forgets the oldest ones for it.
     pub(super) fn keep(&mut self, frame: Bytes) {
         self.bytes += frame.len();

@@ -118,6 +118,7 @@ impl Pair {
             PrimaryEffect::Message(message) => b.handle_item(at(ms), Item::Message(message)),
             PrimaryEffect::ToNetwork(frame) => left.push(frame),
             PrimaryEffect::Pages(batch) => b.handle_item(at(ms), Item::Pages(batch)),
+            PrimaryEffect::Output(frames) => b.handle_item(at(ms), Item::Output(frames)),
             PrimaryEffect::Devices(blob) => {
                 b.handle_item(at(ms), Item::Carried(carried.clone()));
                 b.handle_item(at(ms), Item::PagesEnd);
@@ -370,4 +371,26 @@ fn what_a_survivor_translated_its_secondary_translates_after_a_takeover_and_not_
     // What the guest has reset goes along to no further host.
     let (_domain, rewriter) = pair.b.into_survivor();
     assert_eq!(rewriter.carried(), []);
+}
+
+#[test]
+fn a_survivor_says_again_what_waited_for_its_state_and_nothing_younger() {
+    for mode in [Mode::Remus, Mode::Colo] {
+        let mut pair = Pair::of(mode, vec![Box::new(MemoryDisk::new(DISK_BYTES))]);
+        let [older, waits, younger] = [1, 2, 3].map(|seq| Seg::data(seq, b"said").bytes());
+        let epoch = pair.a.machine().epoch();
+        pair.a.handle_guest_frame(at(100), epoch, older.clone());
+        pair.write_and_checkpoint(110, 1);
+        pair.a.handle_guest_frame(at(120), epoch + 1, waits.clone());
+        assert_eq!(pair.left, [older.clone()], "it left with its checkpoint");
+        pair.write_and_checkpoint(130, 2);
+        pair.a.handle_guest_frame(at(140), epoch + 2, younger);
+        pair.b.handle_loss(at(200), Loss::Requested);
+        assert!(pair.b.took_over());
+        let said = std::iter::from_fn(|| pair.b.poll_effect()).filter_map(|effect| match effect {
+            SecondaryEffect::ToNetwork(frame) => Some(frame).filter(|frame| frame[12..14] == [8, 0]),
+            _ => None,
+        });
+        assert_eq!(said.collect::<Vec<_>>(), [waits], "{mode:?}");
+    }
 }

@@ -5,9 +5,10 @@
 //!   (it runs)   └──────────────────── the guest stands still ───────────────────┘
 //! ```
 
-use super::PrimarySide;
+use super::{Effect, PrimarySide};
 use crate::clock::Instant;
 use crate::colo::fallback::Release;
+use crate::colo::stream::OUTPUT_MAX_BYTES;
 use crate::hypervisor::DomainError;
 use crate::page::PAGE_SIZE;
 use std::sync::atomic::Ordering;
@@ -67,6 +68,18 @@ impl PrimarySide {
         self.stats.pages += self.capture.len() as u64;
         self.devices = devices;
         Ok(())
+    }
+
+    /// The rest of what was captured, and what the survivor needs besides to go on where this host stopped.
+    pub(super) fn send_devices(&mut self) {
+        let output = self.proxy.waiting(self.machine.epoch() - 1, OUTPUT_MAX_BYTES);
+        if !self.carried.is_empty() {
+            self.effects.push_back(Effect::Carried(std::mem::take(&mut self.carried)));
+        }
+        if !output.is_empty() {
+            self.effects.push_back(Effect::Output(output));
+        }
+        self.effects.push_back(Effect::Devices(std::mem::take(&mut self.devices)));
     }
 
     /// How the output of the epoch that begins is released: a capture is the only moment at which it may change.

@@ -22,6 +22,8 @@ pub enum Effect {
     GuestRests,
     /// Connections in two sequence spaces, on the stream.
     Carried(Vec<Carried>),
+    /// What waits for this state, on the stream.
+    Output(Vec<Bytes>),
     /// The end of the pages, and the device state, on the stream.
     Devices(Vec<u8>),
     /// A frame to the network.

@@ -12,6 +12,7 @@ use crate::bitmap::Bitmap;
 use crate::clock::Instant;
 use crate::colo::Loss;
 use crate::daemon::pair::staged::Load;
+use crate::daemon::pair::survivor::Said;
 use crate::hypervisor::DomainError;
 use crate::page::{BATCH_PAGES, PageBatch, Pfn};
 use std::sync::atomic::Ordering;
@@ -71,6 +72,7 @@ impl SecondarySide {
             return;
         }
         self.carried = staged.carried;
+        self.said = Said::of(staged.output);
         let pages = self.changed.iter().collect();
         self.changed.clear_all();
         self.load = Some(Load { begun: (self.clock)(), pages, done: 0, devices: staged.devices });
@@ -95,7 +97,6 @@ impl SecondarySide {
         self.stats.last_load = (self.clock)() - load.begun;
         self.inbound.retain(|(epoch, _)| *epoch >= self.machine.epoch());
         self.inbound_bytes = self.inbound.iter().map(|(_, frame)| frame.len()).sum();
-        self.said = <_>::default();
         Ok(Some(()))
     }
 }

@@ -110,6 +110,9 @@ impl Extent {
     }
 }
 
+/// A flush that a disk has lent: [`Disk::lend_flush`].
+pub type Flush = Box<dyn FnOnce() -> Result<(), DiskError> + Send>;
+
 /// A block device of fixed size, addressed in bytes.
 pub trait Disk: Send {
     /// The size, constant for the disk's life.
@@ -128,6 +131,12 @@ pub trait Disk: Send {
     }
     /// Makes every completed write durable.
     fn flush(&mut self) -> Result<(), DiskError>;
+
+    /// The same flush, to be carried out by somebody else and without the disk: it covers what is written by the time it is
+    /// carried out. `None` of a disk that lends none.
+    fn lend_flush(&self) -> Option<Flush> {
+        None
+    }
 
     /// Forgets what memory remembers of the medium: reads are of what it holds from now on, not of what an earlier process
     /// wrote and failed to flush. What is yet to be written stays.
@@ -364,6 +373,11 @@ impl Disk for FileDisk {
             self.flush_failed.store(true, Ordering::Relaxed);
             self.failed("flush")(error)
         })
+    }
+
+    fn lend_flush(&self) -> Option<Flush> {
+        let mut other = self.try_clone().ok()?;
+        Some(Box::new(move || other.flush()))
     }
 
     /// The page cache keeps what it could not write, as clean as the rest: it is dropped with that.

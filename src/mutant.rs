@@ -36,6 +36,8 @@ pub enum Mutant {
     TrustPageCache,
     /// A flush of an image that failed is tried again, and believed.
     FlushAgain,
+    /// A flush that was lent counts for what was written while it was under way.
+    LentCoversLater,
     /// What the page cache shows of an image counts as being there, after a flush of it failed.
     TrustCachedImage,
     /// A guest's images are called whole as soon as one of them is.
@@ -102,13 +104,14 @@ impl Mutant {
         Self::RepeatUnowned,
     ];
     /// Those it cannot, since its hosts never come back; the replica's own crash tests do.
-    pub const OF_CRASHES: [Self; 7] = [
+    pub const OF_CRASHES: [Self; 8] = [
         Self::WholeBeforeFlush,
         Self::ResyncAfterWrite,
         Self::ForgetDirectory,
         Self::TrustStateRead,
         Self::TrustPageCache,
         Self::FlushAgain,
+        Self::LentCoversLater,
         Self::TrustCachedImage,
     ];
     /// Those that only the crash tests of several disks can.

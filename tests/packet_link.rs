@@ -75,11 +75,11 @@ async fn without_its_packet_link_a_pair_is_degraded_and_serves() {
     let status = world.a.is("degraded", |status| !status.degraded.is_empty()).await;
     assert_eq!(status.protection, Protection::Protected);
     let told = status.to_string();
-    assert!(
-        told.contains("\nDEGRADED    the packet link was lost (closed by the peer) and is being made again"),
-        "{told}"
-    );
-    assert!(told.contains("packets leave with checkpoints only"), "{told}");
+    // A reset, if something had not been read.
+    let closed = ["closed by the peer", "Connection reset by peer (os error 104)"].map(|why| {
+        format!("\nDEGRADED    the packet link was lost ({why}) and is being made again; packets leave with checkpoints only")
+    });
+    assert!(closed.iter().any(|closed| told.contains(closed)), "{told}");
     world.b.is("degraded", |status| !status.degraded.is_empty()).await;
     load.goes_on(10).await;
     let status = world.a.status().await;

@@ -45,11 +45,15 @@ use crate::colo::{Exit, Loss, primary as primary_machine, secondary as secondary
 use crate::compare::Rewriter;
 use crate::replica::mirror::Target;
 use crate::replica::mirror::resync::ChunkHash;
+use crate::replica::set::Replicas;
 use bytes::Bytes;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
+
+/// What became of a round of writing replicas, and of which.
+type DiskApplied = (Replicas, Result<bool, String>);
 
 /// Bytes that may wait for the stream or the disk link during the first copy.
 const COPY_BACKLOG_BYTES: usize = 16 << 20;
@@ -107,6 +111,7 @@ enum Input {
     GuestFrames,
     Network(Bytes),
     Answer(Answer),
+    DiskApplied(DiskApplied),
     Deadline,
     Work,
     Closed,
@@ -122,6 +127,8 @@ pub struct Engine {
     digests: Digests,
     answers: mpsc::Receiver<Answer>,
     answers_sender: mpsc::Sender<Answer>,
+    applied: mpsc::Receiver<DiskApplied>,
+    applied_sender: mpsc::Sender<DiskApplied>,
     holder: Option<Register>,
     /// Who waits for the end of the protection.
     unprotecting: Option<oneshot::Sender<Reply>>,
@@ -157,6 +164,7 @@ impl Engine {
     #[must_use]
     pub fn new(mut parts: EngineParts) -> Self {
         let (answers_sender, answers) = mpsc::channel(8);
+        let (applied_sender, applied) = mpsc::channel(1);
         let parts_left = parts.left.take();
         let role = parts.guest.take().map_or(Role::Empty, |guest| Role::Running(Box::new(guest)));
         Self {
@@ -168,6 +176,8 @@ impl Engine {
             digests: Digests::Off,
             answers,
             answers_sender,
+            applied,
+            applied_sender,
             holder: None,
             unprotecting: None,
             packet_link: degraded::PacketLink::default(),
@@ -230,6 +240,7 @@ impl Engine {
                 Some(asked) = self.parts.control.recv() => Input::Control(asked),
                 Some(input) = self.parts.host.recv() => Input::Host(Box::new(input)),
                 Some(answer) = self.answers.recv() => Input::Answer(answer),
+                Some(applied) = self.applied.recv() => Input::DiskApplied(applied),
                 () = frames => Input::GuestFrames,
                 Some(frame) = self.parts.network_in.recv() => Input::Network(frame),
                 () = std::future::ready(()), if busy => Input::Work,
@@ -244,6 +255,7 @@ impl Engine {
             Some(word) = links.words.recv() => Input::Word(word),
             Some(loss) = links.lost.recv() => Input::Lost(loss),
             Some(answer) = self.answers.recv() => Input::Answer(answer),
+            Some(applied) = self.applied.recv() => Input::DiskApplied(applied),
             Some(item) = links.stream_in.recv() => Input::Stream(item),
             Some(answers) = links.disk_in.recv() => Input::Disk(answers),
             Some((disk, hash)) = links.hashes_in.recv(), if hashes_wanted => Input::Hash(disk, hash),
@@ -281,7 +293,7 @@ impl Engine {
     fn has_work(&self) -> bool {
         match &self.role {
             Role::Primary(role) => role.side.wants_copy() && self.links_take_more(),
-            Role::Secondary(role) => role.side.wants_work(engine_clock()),
+            Role::Secondary(role) => role.side.is_loading(),
             Role::Empty | Role::Running(_) => false,
         }
     }
@@ -361,6 +373,11 @@ impl Engine {
             },
             Input::Lost(loss) => self.lose(loss),
             Input::Answer(answer) => self.answered(now, answer),
+            Input::DiskApplied((replicas, applied)) => {
+                if let Role::Secondary(role) = &mut self.role {
+                    role.side.handle_disk_applied(now, &replicas, applied);
+                }
+            }
             Input::GuestFrames => self.take_guest_frames(now),
             Input::Network(frame) => match &mut self.role {
                 Role::Empty => {}

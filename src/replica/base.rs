@@ -8,24 +8,80 @@
 //! Every write to the image comes through here, so that none can come before the word that the image is not whole.
 //! It is one flush of the record for a burst of checkpoints, and one after it; a checkpoint itself costs none.
 //!
+//! A flush may be lent ([`Base::lend_flush`]), so that nobody who reads or seals waits for the medium; a second one waits for
+//! the first.
+//!
 //! The trap is a flush that fails: the kernel forgets what it could not write, keeps showing it, and the next flush
 //! succeeds. So nothing is written or flushed here any more, and nobody takes over on such an image. Only a new initial
 //! copy makes it whole again, by another process and from what the medium holds; a guest that runs on its own disk is
 //! told, as by any disk.
 
+use super::lock;
 use super::records::Member;
 use super::state::{Standing, Why};
-use crate::disk::{Disk, DiskError, Extent, Zeroing};
+use crate::disk::{Disk, DiskError, Extent, Flush, Zeroing};
 use crate::mutant::{self, Mutant};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// A base image and its part in the records of the guest's images.
 pub struct Base {
     disk: Box<dyn Disk>,
     state: Member,
     why: Why,
-    unflushed: bool,
+    /// How often it was changed, what an earlier process may have written included, and how many of these changes are on
+    /// the medium.
+    changes: u64,
+    flushed: u64,
+    flushing: Arc<Flushing>,
+}
+
+/// What a base shares with a flush of it that is under way.
+#[derive(Default)]
+struct Flushing {
+    /// Held while the medium is waited for. Of two flushes at once only one would be told what neither could write.
+    turn: Mutex<()>,
     /// A flush failed, and some of what it covered is lost, whatever reads say.
-    lost: bool,
+    lost: AtomicBool,
+}
+
+impl Flushing {
+    /// Waits its turn, and does it, unless one before it has failed.
+    fn carry_out(&self, flush: impl FnOnce() -> Result<(), DiskError>) -> Result<(), DiskError> {
+        let _turn = lock(&self.turn);
+        self.check_lost()?;
+        flush().inspect_err(|_| self.lost.store(!mutant::active(Mutant::FlushAgain), Ordering::SeqCst))
+    }
+
+    fn check_lost(&self) -> Result<(), DiskError> {
+        match self.lost.load(Ordering::SeqCst) {
+            false => Ok(()),
+            true => Err(DiskError::FlushFailed { what: "the replica's image".into() }),
+        }
+    }
+}
+
+/// A flush of a base, to be carried out while nobody waits for the base.
+#[must_use]
+pub struct LentFlush {
+    flush: Flush,
+    covers: u64,
+    flushing: Arc<Flushing>,
+}
+
+impl LentFlush {
+    /// Waits for the medium.
+    pub fn carry_out(self) -> FlushEnded {
+        let Self { flush, covers, flushing } = self;
+        FlushEnded { covers, result: flushing.carry_out(flush) }
+    }
+}
+
+/// What became of it, for the base.
+#[must_use]
+pub struct FlushEnded {
+    covers: u64,
+    result: Result<(), DiskError>,
 }
 
 impl Base {
@@ -33,7 +89,8 @@ impl Base {
     /// before it is whole, whatever is written to it here.
     #[must_use]
     pub fn new(disk: Box<dyn Disk>, state: Member) -> Self {
-        Self { disk, state, why: Why::InitialCopy, unflushed: !mutant::active(Mutant::TrustPageCache), lost: false }
+        let changes = u64::from(!mutant::active(Mutant::TrustPageCache));
+        Self { disk, state, why: Why::InitialCopy, changes, flushed: 0, flushing: Arc::default() }
     }
 
     /// What the guest's images are worth after a crash now.
@@ -59,7 +116,28 @@ impl Base {
 
     /// Refused once a flush has failed: what this image reads as is not what it is.
     pub fn check_lost(&self) -> Result<(), DiskError> {
-        if self.lost { Err(DiskError::FlushFailed { what: "the replica's image".into() }) } else { Ok(()) }
+        self.flushing.check_lost()
+    }
+
+    /// How often it was changed.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// A flush of what was written until now; `None` when all of that is flushed, and of a disk that lends none. Give what
+    /// becomes of it to [`Self::flush_ended`].
+    pub fn lend_flush(&self) -> Option<LentFlush> {
+        let flush = if self.flushed < self.changes { self.disk.lend_flush() } else { None };
+        flush.map(|flush| LentFlush { flush, covers: self.changes, flushing: self.flushing.clone() })
+    }
+
+    /// A flush that was lent has been carried out.
+    pub fn flush_ended(&mut self, ended: FlushEnded) -> Result<(), DiskError> {
+        ended.result?;
+        let covers = if mutant::active(Mutant::LentCoversLater) { self.changes } else { ended.covers };
+        self.flushed = self.flushed.max(covers);
+        Ok(())
     }
 
     /// Names what further writes are for. Does nothing now.
@@ -87,7 +165,7 @@ impl Base {
     /// Says that the image is not whole, and then changes it.
     fn change(&mut self, change: impl FnOnce(&mut dyn Disk) -> Result<(), DiskError>) -> Result<(), DiskError> {
         self.check_lost()?;
-        self.unflushed = true;
+        self.changes += 1;
         if self.state.is(Standing::Guest) {
             return change(&mut *self.disk);
         }
@@ -123,9 +201,10 @@ impl Disk for Base {
 
     fn flush(&mut self) -> Result<(), DiskError> {
         self.check_lost()?;
-        if self.unflushed {
-            self.disk.flush().inspect_err(|_| self.lost = !mutant::active(Mutant::FlushAgain))?;
-            self.unflushed = false;
+        if self.flushed < self.changes {
+            let Self { disk, flushing, .. } = self;
+            flushing.carry_out(|| disk.flush())?;
+            self.flushed = self.changes;
         }
         Ok(())
     }

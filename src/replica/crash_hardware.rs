@@ -11,7 +11,7 @@
 //! showing all of it until it is dropped.
 
 use super::state::{Standing, State, StateFile};
-use crate::disk::{Disk, DiskError};
+use crate::disk::{Disk, DiskError, Flush};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -79,6 +79,8 @@ pub(super) struct Hardware<const DISKS: usize> {
     pub(super) any_failed: bool,
     /// It was written or flushed again all the same, or taken over on.
     pub(super) went_on: bool,
+    /// Writes to any image, ever.
+    pub(super) writes: u64,
 }
 
 impl<const DISKS: usize> Hardware<DISKS> {
@@ -93,7 +95,7 @@ impl<const DISKS: usize> Default for Hardware<DISKS> {
         let media = std::array::from_fn(|_| Medium::default());
         let (images, records) = ([[0; SIZE]; DISKS], [const { None }; DISKS]);
         let (log, failed) = (Vec::new(), [false; DISKS]);
-        Self { images, records, media, log, fate: Fate::Whole, failed, any_failed: false, went_on: false }
+        Self { images, records, media, log, fate: Fate::Whole, failed, any_failed: false, went_on: false, writes: 0 }
     }
 }
 
@@ -134,7 +136,10 @@ impl<const DISKS: usize> Machine<DISKS> {
         hardware.went_on |= hardware.failed[self.disk] && matches!(event, Event::Write(..) | Event::Flush);
         hardware.media[self.disk].take(&event);
         match &event {
-            Event::Write(at, bytes) => hardware.images[self.disk][*at..at + bytes.len()].copy_from_slice(bytes),
+            Event::Write(at, bytes) => {
+                hardware.images[self.disk][*at..at + bytes.len()].copy_from_slice(bytes);
+                hardware.writes += 1;
+            }
             Event::Record(record) => hardware.records[self.disk] = Some(record.clone()),
             _ => {}
         }
@@ -156,6 +161,10 @@ impl<const DISKS: usize> Disk for Machine<DISKS> {
     }
     fn flush(&mut self) -> Result<(), DiskError> {
         self.call(Event::Flush)
+    }
+    fn lend_flush(&self) -> Option<Flush> {
+        let machine = self.clone();
+        Some(Box::new(move || machine.call(Event::Flush)))
     }
     fn reread(&mut self) -> Result<(), DiskError> {
         let mut hardware = self.get();

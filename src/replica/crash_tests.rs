@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  history:  a beginning, then up to three of: sync, write, flush, seal, apply, takeover, stop, boot,
-//!            kill (the page cache stays), power cut (nothing, or everything unflushed arrived), a kill inside an operation,
+//!            a round and its end, kill (the page cache stays), power cut (nothing, or everything unflushed arrived), a kill inside an operation,
 //!            a flush of the image, its record or its name that fails (nothing, some or everything arrived), eviction
 //!  cut:      before and after each call to the image and its record
 //!  medium:   of what is unflushed, each byte may have arrived or not; a record may be torn, a new name missing
@@ -13,6 +13,7 @@
 //! image is whole when it returned, a resync is wrong too. After a flush of the image failed, its process may neither write
 //! nor flush it again, nor take over on it.
 
+use super::base::{FlushEnded, LentFlush};
 use super::crash_hardware::{Arrived, Event, Fate, Image, Machine, Medium, standing};
 use super::epochs::{Replica, ReplicaConfig, Stage};
 use super::state::{Standing, State};
@@ -35,6 +36,10 @@ enum Op {
     GuestFlush,
     Seal,
     Apply(u64),
+    /// A round is copied, and its flush carried out.
+    Round,
+    /// It ends.
+    EndRound,
     Takeover,
     Stop,
     /// A guest is booted on the image.
@@ -47,7 +52,7 @@ enum Op {
     },
 }
 
-const OPS: [Op; 17] = [
+const OPS: [Op; 19] = [
     Op::Sync,
     Op::Primary(0),
     Op::Primary(1),
@@ -58,6 +63,8 @@ const OPS: [Op; 17] = [
     Op::Seal,
     Op::Apply(1),
     Op::Apply(u64::MAX),
+    Op::Round,
+    Op::EndRound,
     Op::Takeover,
     Op::Stop,
     Op::Boot,
@@ -133,6 +140,8 @@ struct Run {
     machine: Machine<1>,
     model: Model,
     replica: Option<Replica>,
+    /// A round that has not ended: its flush, the checkpoint it makes whole, and how often the image had been written.
+    round: Option<(Option<FlushEnded>, Option<Image>, u64)>,
     booted: bool,
     byte: u8,
 }
@@ -141,7 +150,7 @@ impl Run {
     fn new() -> Self {
         let model = Model { floor: Some(Image::default()), ..Model::default() };
         let machine = Machine::of(0, &Arc::default());
-        Self { machine, model, replica: None, booted: false, byte: 0 }
+        Self { machine, model, replica: None, round: None, booted: false, byte: 0 }
     }
 
     fn medium(&self) -> Medium {
@@ -176,6 +185,8 @@ impl Run {
             Op::Guest | Op::GuestFlush => self.booted || self.replica.is_some(),
             Op::Kill => self.booted || self.replica.is_some(),
             Op::Evict => self.machine.get().failed[0],
+            Op::Round => self.replica.is_some() && self.round.is_none(),
+            Op::EndRound => self.round.is_some(),
             Op::PowerCut { .. } => true,
             _ => self.replica.is_some(),
         }
@@ -199,7 +210,7 @@ impl Run {
     }
 
     fn end(&mut self) {
-        self.replica = None;
+        (self.replica, self.round) = (None, None);
         self.booted = false;
         // The record of the guest may have arrived, though nobody was told so.
         if self.model.taken && !self.model.settled && !self.machine.get().any_failed {
@@ -301,6 +312,27 @@ impl Run {
                         if model.taken { Must::Guest } else { model.latest.map_or(Must::Resync, Must::Checkpoint) };
                 }
             }
+            Op::Round => {
+                replica.begin_round();
+                let latest = model.latest;
+                let mut copied = replica.copy_round(1);
+                while matches!(copied, Ok(true)) {
+                    copied = replica.copy_round(1);
+                }
+                if copied.is_ok() {
+                    let ended = replica.lend_flush().map(LentFlush::carry_out);
+                    self.round = Some((ended, latest, machine.get().writes));
+                }
+            }
+            Op::EndRound => {
+                let Some((ended, latest, writes)) = self.round.take() else { return };
+                let ended = replica.end_round(ended);
+                if model.taken && ended.as_ref().is_ok_and(|more| !more) {
+                    model.must = Must::Guest;
+                } else if ended.is_ok() && stage == Stage::Running && machine.get().writes == writes {
+                    model.must = latest.map_or(Must::Anything, Must::Checkpoint);
+                }
+            }
             Op::Takeover => {
                 let taken = model.taken;
                 model.taken |= replica.takeover(generation + 1).is_ok();
@@ -400,6 +432,7 @@ fn beginnings() -> Vec<Vec<Act>> {
         after(&[], &[Op::Sync, Op::Primary(0), Op::Kill, Op::Sync]),
         behind,
         after(&taken_over, &[Op::Apply(1)]),
+        after(&taken_over, &[Op::Round]),
         after(&taken_over, &[Op::Apply(u64::MAX)]),
         after(&WHOLE, &[Op::Kill, Op::Boot]),
         taken_over,

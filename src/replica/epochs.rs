@@ -40,6 +40,7 @@
 //! Source: QEMU `docs/block-replication.txt` and `block/replication.c` (stages, their words), of which this matches
 //! what a guest can see.
 
+mod applying;
 mod views;
 
 pub use self::views::{GuestView, PrimaryView};
@@ -134,6 +135,7 @@ pub struct Replica {
     session: u64,
     taken_over: bool,
     sealed: VecDeque<Overlay>,
+    round: Option<applying::Round>,
     pending: Overlay,
     active: Overlay,
     /// Layers nobody reads any more; freeing them takes time a checkpoint does not have.
@@ -165,6 +167,7 @@ impl Replica {
             session: 0,
             taken_over: false,
             sealed: VecDeque::new(),
+            round: None,
             pending: Overlay::new(&budget),
             active: Overlay::new(&budget),
             dropped: Vec::new(),
@@ -213,7 +216,7 @@ impl Replica {
         self.base.begin_copy()?;
         self.drop_pending();
         self.drop_active();
-        self.dropped.extend(self.sealed.drain(..));
+        self.drop_sealed();
         (self.generation, self.session) = (generation, session);
         self.stage = Stage::Syncing;
         self.seals = 0;
@@ -441,28 +444,10 @@ impl Replica {
         self.stage = Stage::Done;
         if applied.is_err() {
             // A later attempt would write below the next replica on this image.
-            self.dropped.extend(self.sealed.drain(..));
+            self.drop_sealed();
             self.seals = 0;
         }
         applied.map(drop).map_err(ReplicaError::Disk)
-    }
-
-    /// Copies about `budget_bytes` of sealed epochs into the base, oldest first, flushes it when they are all
-    /// there, and frees as much of the dropped layers. True while there is more to do. An error is kept for the
-    /// status and breaks the next seal; nothing is lost by it, and calling again tries again.
-    pub fn apply_some(&mut self, budget_bytes: u64) -> Result<bool, DiskError> {
-        let result = self.merge(budget_bytes);
-        match (&result, self.stage) {
-            (Err(_), Stage::Failover) => self.stage = Stage::FailoverFailed,
-            (Ok(()), Stage::FailoverFailed) => self.stage = Stage::Failover,
-            _ => {}
-        }
-        self.latch("applying a checkpoint", result)?;
-        if self.stage == Stage::Failover && self.sealed.is_empty() {
-            self.stage = Stage::Done;
-        }
-        self.free(budget_bytes);
-        Ok(!self.sealed.is_empty() || !self.dropped.is_empty())
     }
 
     /// Whether the records do not tell yet what the images are: one of the guest's disks is not all in its base.
@@ -533,47 +518,14 @@ impl Replica {
         write_layers(self.sealed.make_contiguous(), &mut self.base, offset, content)
     }
 
-    fn merge(&mut self, budget_bytes: u64) -> Result<(), DiskError> {
-        let mut left_bytes = budget_bytes.max(1);
-        while let (Some(oldest), 1..) = (self.sealed.front_mut(), left_bytes) {
-            let step_bytes = usize::try_from(left_bytes).unwrap_or(usize::MAX);
-            let moved_bytes = oldest.move_first(&mut self.base, step_bytes)?;
-            left_bytes = left_bytes.saturating_sub(moved_bytes as u64);
-            if oldest.is_empty() {
-                self.sealed.pop_front();
-            }
-        }
-        // One flush for however many epochs were behind: sealed ones live in memory, so a flush between two of
-        // them would promise nothing more.
-        if self.sealed.is_empty() { self.settle() } else { Ok(()) }
-    }
-
-    /// Nothing is left above the base: what it holds becomes durable, and so does what that is.
-    fn settle(&mut self) -> Result<(), DiskError> {
-        match (self.taken_over, self.seals) {
-            (true, _) => self.base.settle(Standing::Guest),
-            // Half an initial copy.
-            (false, 0) => self.base.flush(),
-            (false, number) => {
-                let Self { generation, session, .. } = *self;
-                self.base.settle(Standing::Checkpoint { generation, number, session })
-            }
-        }
-    }
-
-    fn free(&mut self, budget_bytes: u64) {
-        let mut left_bytes = budget_bytes.max(1);
-        while let (Some(last), 1..) = (self.dropped.last_mut(), left_bytes) {
-            left_bytes = left_bytes.saturating_sub(last.forget_first() as u64);
-            if last.is_empty() {
-                self.dropped.pop();
-            }
-        }
-    }
-
     fn drop_pending(&mut self) {
         let pending = std::mem::replace(&mut self.pending, Overlay::new(&self.budget));
         self.dropped.extend((!pending.is_empty()).then_some(pending));
+    }
+
+    fn drop_sealed(&mut self) {
+        self.dropped.extend(self.sealed.drain(..));
+        self.round = None;
     }
 
     fn drop_active(&mut self) {

@@ -14,6 +14,7 @@
 //! The traps: locks are taken in the order of the disks, and only here are several held at once; and an error that does
 //! not name its disk sends the operator to the wrong one.
 
+use super::base::LentFlush;
 use super::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig, ReplicaError, ReplicaStatus};
 use super::lock;
 use super::mirror::resync::ChunkHash;
@@ -24,6 +25,9 @@ use crate::disk::{Disk, DiskError};
 use crate::mutant::{self, Mutant};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+/// Bytes that are copied while a disk is locked.
+const APPLY_SLICE_BYTES: u64 = 1 << 20;
+
 /// What went wrong with one disk of several.
 #[derive(Debug, thiserror::Error)]
 #[error("disk{disk}: {source}")]
@@ -32,6 +36,12 @@ pub struct OfDisk<E: std::error::Error + 'static> {
     pub disk: usize,
     /// What.
     pub source: E,
+}
+
+impl std::fmt::Debug for Replicas {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "replicas of {} disks", self.0.len())
+    }
 }
 
 fn of_disk<T, E: std::error::Error>(disk: usize, result: Result<T, E>) -> Result<T, OfDisk<E>> {
@@ -257,20 +267,58 @@ impl Replicas {
         all.iter_mut().enumerate().try_for_each(|(disk, replica)| of_disk(disk, settle(replica)))
     }
 
-    /// Copies about `budget_bytes` of sealed epochs into the bases, every disk its share; see [`Replica::apply_some`].
-    /// True while there is more to do on any, or their records do not say yet what they are. An error keeps no other
-    /// disk from it.
+    /// Copies about `budget_bytes` of sealed epochs into the bases, every disk its share, and flushes them when a round
+    /// ([`Replica::begin_round`]) is there: no disk is locked while a medium is waited for. True while there is more to do on any,
+    /// or their records do not say yet what they are. An error keeps no other disk from it. One caller at a time.
     pub fn apply_some(&self, budget_bytes: u64) -> Result<bool, OfDisk<DiskError>> {
+        let is_copied = self.copy_some(budget_bytes)?;
+        if is_copied { self.end_round() } else { Ok(true) }
+    }
+
+    /// The same for a whole round: true when there is more to do after it. `rest` is called between slices, and should last long
+    /// enough for who waits for a disk to get it: a lock goes to whoever comes, not to who waited longest.
+    pub fn apply_round(&self, rest: impl Fn()) -> Result<bool, OfDisk<DiskError>> {
+        while !self.copy_some(APPLY_SLICE_BYTES)? {
+            rest();
+        }
+        self.end_round()
+    }
+
+    /// Whether all of the round is copied.
+    fn copy_some(&self, budget_bytes: u64) -> Result<bool, OfDisk<DiskError>> {
+        let mut all = self.all();
+        if !all.iter().any(|replica| replica.is_in_round()) {
+            all.iter_mut().for_each(|replica| replica.begin_round());
+        }
+        drop(all);
         let share_bytes = budget_bytes / self.0.len().max(1) as u64;
-        let apply = |(disk, replica): (usize, &Arc<Mutex<Replica>>)| {
+        let copied = self.on_each(|replica| lock(replica).copy_round(share_bytes))?;
+        Ok(!copied.contains(&true))
+    }
+
+    fn end_round(&self) -> Result<bool, OfDisk<DiskError>> {
+        let ended = self.on_each(|replica| {
+            let lent = lock(replica).lend_flush();
+            let flushed = lent.map(LentFlush::carry_out);
             let mut replica = lock(replica);
-            let more = of_disk(disk, replica.apply_some(share_bytes))?;
-            Ok((more, replica.is_unsettled()))
-        };
-        let applied: Vec<_> = self.0.iter().enumerate().map(apply).collect();
-        let applied = applied.into_iter().collect::<Result<Vec<_>, _>>()?;
-        let unsettled = applied.last().is_some_and(|(_, unsettled)| *unsettled);
-        Ok(unsettled || applied.iter().any(|(more, _)| *more))
+            Ok((replica.end_round(flushed)?, replica.is_unsettled()))
+        })?;
+        let unsettled = ended.last().is_some_and(|(_, unsettled)| *unsettled);
+        Ok(unsettled || ended.iter().any(|(more, _)| *more))
+    }
+
+    fn on_each<T>(
+        &self,
+        mut does: impl FnMut(&Mutex<Replica>) -> Result<T, DiskError>,
+    ) -> Result<Vec<T>, OfDisk<DiskError>> {
+        let done: Vec<_> = self.0.iter().enumerate().map(|(disk, replica)| of_disk(disk, does(replica))).collect();
+        done.into_iter().collect()
+    }
+
+    /// Whether these are the same disks, and not others of the same guest.
+    #[must_use]
+    pub fn are(&self, others: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &others.0)
     }
 
     /// Whether one of them is broken, and with it the next checkpoint.

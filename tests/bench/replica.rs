@@ -14,7 +14,7 @@ use std::error::Error;
 use std::io::{BufRead, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use xen_colo::daemon::address::Address;
@@ -27,16 +27,18 @@ use xen_colo::disk::{Disk, DiskError, FileDisk};
 use xen_colo::nbd::handshake::Export;
 use xen_colo::nbd::request::Request;
 use xen_colo::nbd::session::{Config, Session};
-use xen_colo::replica::epochs::{PrimaryView, Replica, ReplicaConfig};
+use xen_colo::replica::epochs::ReplicaConfig;
 use xen_colo::replica::mirror::{Holds, Mirror, MirrorHandle, Payload, SyncStep, Target};
+use xen_colo::replica::set::Replicas;
 
 type Failed = Box<dyn Error + Send + Sync>;
 
 const EXPORT: &str = "disk0";
 /// As of a guest's disk.
 const QUEUE_BYTES: u64 = 64 << 20;
-/// Applied to the image at a time, in the background.
-const APPLY_BYTES: u64 = 1 << 20;
+/// As a host has them: between two rounds of writing the replica, and between two slices of one.
+const APPLY_DELAY: Duration = Duration::from_millis(250);
+const APPLY_REST: Duration = Duration::from_micros(50);
 /// How long somebody with nothing to do waits.
 const IDLE: Duration = Duration::from_micros(200);
 
@@ -68,35 +70,32 @@ fn obey(mut order: impl FnMut(&str) -> Result<(), Failed>) -> Result<(), Failed>
 async fn secondary(socket: &Path, image: &Path) -> Result<(), Failed> {
     // As on a host: what does not fit into memory goes beside the image.
     let config = ReplicaConfig { spill_dir: image.parent().map(Path::to_owned), ..ReplicaConfig::default() };
-    let replica = Arc::new(Mutex::new(Replica::new(Box::new(FileDisk::open(image)?), config)));
-    lock(&replica).start_sync(1)?;
+    let replicas = Replicas::new(vec![Box::new(FileDisk::open(image)?)], config);
+    replicas.start_sync(1)?;
     let listener = Address::Unix(socket.to_owned()).listen().await?;
-    let served = replica.clone();
+    let served = replicas.clone();
     tokio::spawn(async move {
         while let Ok(link) = listener.accept().await {
-            let view = PrimaryView { replica: served.clone(), generation: 1 };
-            tokio::spawn(serve_connection(link, EXPORT.into(), Box::new(view)));
+            if let Some(view) = served.primary_views(1).next() {
+                tokio::spawn(serve_connection(link, EXPORT.into(), Box::new(view)));
+            }
         }
     });
-    let (applied, ordered) = (replica.clone(), Arc::new(AtomicBool::new(false)));
-    let first = ordered.clone();
+    let applied = replicas.clone();
     std::thread::spawn(move || {
+        // As on a host. An error shows at the next checkpoint.
         loop {
-            // A host's engine does one thing at a time, and orders first. An error shows at the next checkpoint.
-            if first.load(Ordering::Relaxed) || !matches!(lock(&applied).apply_some(APPLY_BYTES), Ok(true)) {
-                std::thread::sleep(IDLE);
-            }
+            std::thread::sleep(APPLY_DELAY);
+            let _ = applied.apply_round(|| std::thread::sleep(APPLY_REST));
         }
     });
     tokio::task::block_in_place(|| {
         obey(|word| {
-            ordered.store(true, Ordering::Relaxed);
             match word {
-                "seal" => lock(&replica).seal()?,
-                "takeover" => lock(&replica).takeover(2)?,
+                "seal" => replicas.seal()?,
+                "takeover" => replicas.takeover(2)?,
                 _ => return Err(format!("{word} is no order").into()),
             }
-            ordered.store(false, Ordering::Relaxed);
             Ok(())
         })
     })

@@ -11,11 +11,14 @@ use xen_colo::colo::hello::Mode;
 use xen_colo::colo::message::Message;
 use xen_colo::colo::{Exit, Loss, primary as primary_machine, secondary as secondary_machine, stream};
 use xen_colo::daemon::pair::{lock, primary, secondary};
+use xen_colo::replica::set::Replicas;
 
 /// Frames an engine takes at a time.
 const BURST: usize = 64;
 /// Bytes of the stream that arrive together.
 const SEGMENT_BYTES: u64 = 24 << 10;
+/// How often it is looked whether a process that was stopped goes on.
+const APPLY_AGAIN_US: u64 = 1000;
 
 impl World {
     /// Has the guest of a host do a step then, unless it does one earlier.
@@ -202,6 +205,10 @@ impl World {
         match effect {
             Effect::ToNetwork(frame) => self.speak(B, frame),
             Effect::Ask(ask) => self.put_ask(B, ask),
+            Effect::ApplyDisk(replicas) => {
+                let us = 1 + self.dice.tail(self.plan.work_us);
+                self.after(us, Event::Apply(B, replicas));
+            }
             Effect::Ended { exit, generation } => self.ended(B, exit, generation),
             _ if !linked => {}
             Effect::Message(message) => {
@@ -235,6 +242,19 @@ impl World {
             let segment = bytes.split_to(len.min(bytes.len()));
             self.send(STREAM, A, segment.len(), Input::Stream(segment));
         }
+    }
+
+    /// The thread that waits for the media is none of the engine's: it goes on while that hangs.
+    pub(super) fn apply_disk(&mut self, host: usize, replicas: Replicas) {
+        let it = &self.hosts[host];
+        if it.crashed {
+            return;
+        }
+        if it.frozen {
+            return self.after(APPLY_AGAIN_US, Event::Apply(host, replicas));
+        }
+        let applied = replicas.apply_round(|| {}).map_err(|error| error.to_string());
+        self.input(host, Input::DiskApplied(replicas, applied));
     }
 
     fn put_ask(&mut self, host: usize, ask: Ask) {

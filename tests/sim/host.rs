@@ -60,6 +60,7 @@ pub(super) enum Input {
     PacketLink(bool),
     Beat(Beat),
     Network(Bytes),
+    DiskApplied(Replicas, Result<bool, String>),
 }
 
 impl Input {
@@ -67,7 +68,7 @@ impl Input {
         match self {
             // The end of a connection is read after what was sent before it.
             Self::Stream(_) | Self::Message(_) | Self::Lost(_) => 0,
-            Self::Answer(_) => 1,
+            Self::Answer(_) | Self::DiskApplied(..) => 1,
             Self::DiskWrite { disk: 0, .. } | Self::DiskAck(0, ..) => 2,
             Self::Packet(..) | Self::PacketLink(_) => 3,
             Self::Beat(_) => BEAT_SOCKET,
@@ -247,12 +248,9 @@ impl Host {
         }
     }
 
-    fn has_work(&self, now: Instant) -> bool {
-        match &self.role {
-            Role::Primary(side) => side.wants_copy(),
-            Role::Secondary(side) => side.wants_work(now),
-            _ => false,
-        }
+    fn has_work(&self) -> bool {
+        matches!(&self.role, Role::Primary(side) if side.wants_copy())
+            || matches!(&self.role, Role::Secondary(side) if side.is_loading())
     }
 
     pub(super) fn takes_frames(&self) -> bool {
@@ -457,6 +455,7 @@ impl World {
             (_, Input::Lost(_)) => {}
             (Role::Primary(side), Input::Answer(answer)) => side.handle_answer(now, answer),
             (Role::Secondary(side), Input::Answer(answer)) => side.handle_answer(now, answer),
+            (Role::Secondary(side), Input::DiskApplied(disks, how)) => side.handle_disk_applied(now, &disks, how),
             (Role::Running(domain), Input::Network(frame)) => _ = domain.receive_frame(&frame),
             (Role::Primary(side), Input::Network(frame)) => side.handle_network_frame(now, frame),
             (Role::Secondary(side), Input::Network(frame)) => side.handle_network_frame(now, frame),
@@ -563,7 +562,7 @@ impl World {
         if it.crashed || it.frozen {
             return;
         }
-        let work = it.work_us == u64::MAX && !it.stalled && it.has_work(now);
+        let work = it.work_us == u64::MAX && !it.stalled && it.has_work();
         if work {
             let at_us = self.now_us + 1 + self.dice.tail(self.plan.work_us);
             self.hosts[host].work_us = at_us;

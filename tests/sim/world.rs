@@ -27,6 +27,7 @@ use xen_colo::colo::Loss;
 use xen_colo::colo::arbiter::{Answer, Claim, Register, Verdict};
 use xen_colo::colo::delta::SentPages;
 use xen_colo::daemon::pair::lock;
+use xen_colo::replica::set::Replicas;
 
 /// The generation in force when the pair is made.
 pub(super) const GENERATION: u64 = 7;
@@ -55,6 +56,8 @@ pub(super) enum Event {
     Frames(usize),
     /// A host does a slice of work.
     Work(usize),
+    /// A host's disk thread does a round, and its engine hears of it.
+    Apply(usize, Replicas),
     /// Something comes out of a wire.
     Arrive { wire: usize, input: Input },
     /// A frame reaches the switch.
@@ -277,6 +280,7 @@ impl World {
             Event::Guest(host) => self.guest_step(host),
             Event::Frames(host) => self.take_frames(host),
             Event::Work(host) => self.work(host),
+            Event::Apply(host, replicas) => self.apply_disk(host, replicas),
             Event::Arrive { wire, input } => self.arrive(wire, input),
             Event::Switch { port, frame } => self.switch(port, frame),
             Event::Frame { port, frame } => self.frame(port, frame),

@@ -39,14 +39,10 @@ use std::time::Duration;
 /// Bytes of client frames kept for an epoch that is not loaded yet. Beyond it they are dropped: the guests then
 /// disagree, and a checkpoint follows.
 const INBOUND_MAX_BYTES: usize = 16 << 20;
-/// How long sealed disk epochs may wait before they are written to the base disk: long enough that their one flush,
-/// for which guest and engine wait, is rare.
+/// How long sealed disk epochs may wait before they are written to the base disk: long enough that their flushes are rare.
 const DISK_APPLY_DELAY: Duration = Duration::from_millis(250);
 /// How long a side whose replica takes no more writes lets the primary ask the arbiter first: it most likely is well.
 const GIVE_WAY: Duration = Duration::from_millis(500);
-/// Bytes of sealed epochs written to the base disk in one slice of [`SecondarySide::work`].
-const DISK_APPLY_SLICE_BYTES: u64 = 1 << 20;
-
 /// What the driver has to send or do.
 #[derive(Debug)]
 pub enum Effect {
@@ -65,6 +61,8 @@ pub enum Effect {
     GivenUp,
     /// An arbitration; answer with [`SecondarySide::handle_answer`].
     Ask(Ask),
+    /// A round of [`Replicas::apply_round`], which waits for media; answer with [`SecondarySide::handle_disk_applied`].
+    ApplyDisk(Replicas),
     /// Replication ended: close every link.
     Ended {
         /// How.
@@ -104,6 +102,8 @@ pub struct SecondarySide {
     load: Option<Load>,
     /// When sealed disk epochs are to be written to the base disk; `None` when there are none.
     disk_due: Option<Instant>,
+    /// Some are being written.
+    applying: bool,
     /// Announcements still to be made, and when the next is due.
     announce: Option<(u32, Instant)>,
     inbound: VecDeque<(u64, Bytes)>,
@@ -150,6 +150,7 @@ impl SecondarySide {
             staged: Staged::default(),
             load: None,
             disk_due: None,
+            applying: false,
             announce: None,
             inbound: VecDeque::new(),
             inbound_bytes: 0,
@@ -172,7 +173,7 @@ impl SecondarySide {
     /// Whether the guest runs here, alone, on a disk of its own, so that a new pair may be made for it.
     #[must_use]
     pub fn can_be_protected(&self) -> bool {
-        self.took_over() && self.disk_due.is_none() && !self.replicas.is_unsettled()
+        self.took_over() && self.disk_due.is_none() && !self.applying && !self.replicas.is_unsettled()
     }
 
     /// The machine, for looking.
@@ -231,7 +232,7 @@ impl SecondarySide {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         let announce = self.announce.map(|(_, due)| due);
-        let own = [self.disk_due, announce, self.replay.poll_timeout()];
+        let own = [self.disk_due.filter(|_| !self.applying), announce, self.replay.poll_timeout()];
         [self.machine.poll_timeout(), self.rewriter.poll_timeout()].into_iter().chain(own).flatten().min()
     }
 
@@ -244,8 +245,37 @@ impl SecondarySide {
             self.effects.push_back(Effect::ToNetwork(announcement(self.mac).into()));
             self.announce = (left > 1).then(|| (left - 1, now + ANNOUNCE_STEP));
         }
+        if !self.applying && self.disk_due.take_if(|due| *due <= now).is_some() {
+            self.applying = true;
+            self.effects.push_back(Effect::ApplyDisk(self.replicas.clone()));
+        }
         self.machine.handle_timeout(now);
         self.pump(now);
+    }
+
+    /// The answer to an [`Effect::ApplyDisk`].
+    pub fn handle_disk_applied(&mut self, now: Instant, replicas: &Replicas, applied: Result<bool, String>) {
+        // Of an earlier guest, whose disks are nobody's any more.
+        if !replicas.are(&self.replicas) {
+            return;
+        }
+        self.applying = false;
+        match applied {
+            Ok(false) => {}
+            // A guest that has taken over waits for its disk to be one again.
+            Ok(true) => _ = self.disk_due.get_or_insert(if self.took_over() { now } else { now + DISK_APPLY_DELAY }),
+            Err(error) => {
+                self.disk_due = Some(now + DISK_APPLY_DELAY);
+                if self.error.is_none() {
+                    tracing::error!(%error, "the replica cannot be written");
+                    self.error = Some(error.clone());
+                }
+                if self.replicas.is_lost() {
+                    self.machine.handle_disk_lost(error);
+                    self.pump(now);
+                }
+            }
+        }
     }
 
     /// Something of the stream arrived.
@@ -395,43 +425,17 @@ impl SecondarySide {
         self.load.is_some()
     }
 
-    /// Whether [`Self::work`] has something to do now: a checkpoint is being loaded, or disk epochs have waited
-    /// long enough.
-    #[must_use]
-    pub fn wants_work(&self, now: Instant) -> bool {
-        self.load.is_some() || self.disk_due.is_some_and(|due| due <= now)
-    }
-
-    /// Does a slice of what is to be done in the background: loading a checkpoint, then applying sealed disk
-    /// epochs. True when there is more.
+    /// Does a slice of loading a checkpoint. True when there may be more.
     pub fn work(&mut self, now: Instant) -> bool {
-        if self.load.is_some() {
-            if let Some(result) = self.load_slice().transpose() {
-                self.load = None;
-                self.machine.handle_applied(now, result.map_err(|e| e.to_string()));
-                self.pump(now);
-            }
-            return true;
-        }
-        if !self.wants_work(now) {
+        if self.load.is_none() {
             return false;
         }
-        match self.replicas.apply_some(DISK_APPLY_SLICE_BYTES) {
-            Ok(true) => return true,
-            Ok(false) => self.disk_due = None,
-            Err(error) => {
-                self.disk_due = Some(now + DISK_APPLY_DELAY);
-                if self.error.is_none() {
-                    tracing::error!(%error, "the replica cannot be written");
-                    self.error = Some(error.to_string());
-                }
-                if self.replicas.is_lost() {
-                    self.machine.handle_disk_lost(error.to_string());
-                    self.pump(now);
-                }
-            }
+        if let Some(result) = self.load_slice().transpose() {
+            self.load = None;
+            self.machine.handle_applied(now, result.map_err(|e| e.to_string()));
+            self.pump(now);
         }
-        false
+        true
     }
 
     fn pump(&mut self, now: Instant) {

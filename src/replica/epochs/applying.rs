@@ -1,0 +1,156 @@
+//! How sealed epochs get into the base: all at once, by [`Replica::apply_some`], or while guest and primary go on, in rounds, each
+//! of which ends with one flush.
+//!
+//! ```text
+//!   begin ─▶ copy, slice by slice: what was sealed by then ─▶ lend the flush ─▶ … carried out, unlocked … ─▶ end: the record
+//!                                                              └ the base is written meanwhile: flushed, and no checkpoint
+//! ```
+//!
+//! A medium may take as long as it likes over a flush; a seal, a takeover and the guest's reads wait for none of it.
+//!
+//! The traps: a round must not take in what is sealed while it lasts, or a replica that is sealed faster than its medium flushes
+//! would never be a whole checkpoint, and the disks of one guest never the same one. And what was written while the flush
+//! was under way is not covered by it.
+
+use super::{Replica, Stage};
+use crate::disk::{Disk, DiskError};
+use crate::replica::base::{FlushEnded, LentFlush};
+use crate::replica::state::Standing;
+
+/// A round under way.
+#[derive(Clone, Copy)]
+pub(super) struct Round {
+    /// Epochs of it that are not in the base, the oldest that are sealed.
+    left: usize,
+    /// The checkpoint that the base is when they all are.
+    number: u64,
+    /// How often the base had been changed by then, once that is known.
+    changes: Option<u64>,
+}
+
+impl Replica {
+    /// Copies about `budget_bytes` of sealed epochs into the base, oldest first, flushes it when they are all
+    /// there, and frees as much of the dropped layers. True while there is more to do. An error is kept for the
+    /// status and breaks the next seal; nothing is lost by it, and calling again tries again.
+    pub fn apply_some(&mut self, budget_bytes: u64) -> Result<bool, DiskError> {
+        let result = self.merge(budget_bytes);
+        self.judge(result)?;
+        self.merged();
+        self.free(budget_bytes);
+        Ok(!self.sealed.is_empty() || !self.dropped.is_empty())
+    }
+
+    /// What became of writing the base.
+    fn judge(&mut self, result: Result<(), DiskError>) -> Result<(), DiskError> {
+        match (&result, self.stage) {
+            (Err(_), Stage::Failover) => self.stage = Stage::FailoverFailed,
+            (Ok(()), Stage::FailoverFailed) => self.stage = Stage::Failover,
+            _ => {}
+        }
+        self.latch("applying a checkpoint", result)
+    }
+
+    fn merged(&mut self) {
+        if self.stage == Stage::Failover && self.sealed.is_empty() {
+            self.stage = Stage::Done;
+        }
+    }
+
+    /// Begins a round: of what is sealed now. The rounds of a guest's disks begin together.
+    pub fn begin_round(&mut self) {
+        self.round = Some(Round { left: self.sealed.len(), number: self.seals, changes: None });
+    }
+
+    /// Whether a round is under way.
+    #[must_use]
+    pub fn is_in_round(&self) -> bool {
+        self.round.is_some()
+    }
+
+    /// Copies about `budget_bytes` of the round's epochs into the base, oldest first, and frees as much of the dropped
+    /// layers. True while more of them are left. Errors are those of [`Replica::apply_some`].
+    pub fn copy_round(&mut self, budget_bytes: u64) -> Result<bool, DiskError> {
+        let result = self.move_oldest(budget_bytes, |it| it.round.is_some_and(|round| round.left > 0));
+        self.judge(result)?;
+        self.free(budget_bytes);
+        Ok(self.round.is_some_and(|round| round.left > 0))
+    }
+
+    /// The flush that the round ends with, to be carried out while the replica is not locked. `None` when there is nothing to
+    /// flush, and of a disk that cannot: [`Self::end_round`] flushes it then.
+    pub fn lend_flush(&mut self) -> Option<LentFlush> {
+        let round = self.round.as_mut().filter(|round| round.left == 0)?;
+        round.changes = Some(self.base.changes());
+        self.base.lend_flush()
+    }
+
+    /// Ends the round, with what became of its flush. The base is a checkpoint now, and durably says so, unless it was
+    /// written meanwhile. True when there is more to do. Errors are those of [`Replica::apply_some`].
+    pub fn end_round(&mut self, ended: Option<FlushEnded>) -> Result<bool, DiskError> {
+        let round = self.round.take();
+        let flushed = ended.map_or(Ok(()), |ended| self.base.flush_ended(ended));
+        let result = flushed.and_then(|()| round.map_or(Ok(()), |round| self.settle_round(round)));
+        self.judge(result)?;
+        self.merged();
+        Ok(!self.sealed.is_empty() || !self.dropped.is_empty())
+    }
+
+    fn settle_round(&mut self, round: Round) -> Result<(), DiskError> {
+        match self.stage {
+            // As long as the guest runs on it there is no checkpoint to be told, and the end of all layers is the end.
+            _ if self.taken_over && self.sealed.is_empty() => self.settle(),
+            // One that began before the initial copy was sealed had no checkpoint before it.
+            Stage::Running if round.number > 0 && round.changes == Some(self.base.changes()) => {
+                let Self { generation, session, .. } = *self;
+                self.base.settle(Standing::Checkpoint { generation, number: round.number, session })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Copies about so much of what is sealed into the base, oldest first, as long as `wanted` says so.
+    fn move_oldest(&mut self, budget_bytes: u64, wanted: impl Fn(&Self) -> bool) -> Result<(), DiskError> {
+        let mut left_bytes = budget_bytes.max(1);
+        while left_bytes > 0 && wanted(self) {
+            let Some(oldest) = self.sealed.front_mut() else { break };
+            let step_bytes = usize::try_from(left_bytes).unwrap_or(usize::MAX);
+            let moved_bytes = oldest.move_first(&mut self.base, step_bytes)?;
+            left_bytes = left_bytes.saturating_sub(moved_bytes as u64);
+            if oldest.is_empty() {
+                self.sealed.pop_front();
+                self.round.iter_mut().for_each(|round| round.left = round.left.saturating_sub(1));
+            }
+        }
+        Ok(())
+    }
+
+    fn merge(&mut self, budget_bytes: u64) -> Result<(), DiskError> {
+        self.move_oldest(budget_bytes, |_| true)?;
+        // One flush for however many epochs were behind: sealed ones live in memory, so a flush between two of
+        // them would promise nothing more.
+        if self.sealed.is_empty() { self.settle() } else { Ok(()) }
+    }
+
+    /// Nothing is left above the base: what it holds becomes durable, and so does what that is.
+    pub(super) fn settle(&mut self) -> Result<(), DiskError> {
+        match (self.taken_over, self.seals) {
+            (true, _) => self.base.settle(Standing::Guest),
+            // Half an initial copy.
+            (false, 0) => self.base.flush(),
+            (false, number) => {
+                let Self { generation, session, .. } = *self;
+                self.base.settle(Standing::Checkpoint { generation, number, session })
+            }
+        }
+    }
+
+    fn free(&mut self, budget_bytes: u64) {
+        let mut left_bytes = budget_bytes.max(1);
+        while let (Some(last), 1..) = (self.dropped.last_mut(), left_bytes) {
+            left_bytes = left_bytes.saturating_sub(last.forget_first() as u64);
+            if last.is_empty() {
+                self.dropped.pop();
+            }
+        }
+    }
+}

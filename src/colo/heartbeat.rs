@@ -231,6 +231,14 @@ impl Heartbeat {
         self.detection
     }
 
+    /// Since when the peer is suspected of being gone, when it is: nothing was heard of it for half of the time after which it
+    /// is lost. And when to ask again, while it is not.
+    #[allow(clippy::missing_errors_doc, reason = "both are answers")]
+    pub fn suspected(&self, now: Instant) -> Result<Instant, Instant> {
+        let due = self.heard_at + self.detection / 2;
+        if due <= now { Ok(self.heard_at) } else { Err(due) }
+    }
+
     /// Whether the peer is lost at `now`.
     #[must_use]
     pub fn lost(&self, now: Instant) -> Option<Silence> {
@@ -282,6 +290,18 @@ mod tests {
             exchange(&mut a, &mut b, ms, true, true);
             assert_eq!((a.lost(at(ms)), b.lost(at(ms))), (None, None), "at {ms} ms");
         }
+    }
+
+    #[test]
+    fn a_silent_peer_is_suspected_before_it_is_lost() {
+        let (mut a, mut b) = pair();
+        exchange(&mut a, &mut b, 0, true, true);
+        exchange(&mut a, &mut b, 100, true, true);
+        assert_eq!(a.suspected(at(249)), Err(at(250)));
+        assert_eq!((a.suspected(at(250)), a.suspected(at(399))), (Ok(at(100)), Ok(at(100))));
+        assert_eq!(a.lost(at(399)), None);
+        exchange(&mut a, &mut b, 399, true, true);
+        assert_eq!(a.suspected(at(400)), Err(at(549)));
     }
 
     #[test]

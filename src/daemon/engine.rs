@@ -143,6 +143,8 @@ pub struct Engine {
     live: Live,
     /// When the service manager is owed a sign of life.
     sign_due: Option<Instant>,
+    /// Since when the peer was silent that the network was made to look for the guest.
+    looked_for_since: Option<Instant>,
     /// Whether the guest was stopped by an order.
     paused: bool,
     /// What was told last.
@@ -186,6 +188,7 @@ impl Engine {
             peer_left: None,
             live: Live::default(),
             sign_due: None,
+            looked_for_since: None,
             paused: false,
             moment: Moment::default(),
             telling: Telling::default(),
@@ -280,7 +283,8 @@ impl Engine {
         // The links tell nobody when they have drained, and the first copy waits for that.
         let copying = matches!(&self.role, Role::Primary(role) if role.side.wants_copy());
         let look_again = (copying && !self.links_take_more()).then(|| engine_clock() + Duration::from_millis(1));
-        let own = [self.digests.poll_timeout(), self.sign_due];
+        let suspicion = self.suspected(engine_clock()).and_then(Result::err);
+        let own = [self.digests.poll_timeout(), self.sign_due, suspicion];
         side.into_iter().chain(look_again).chain(own.into_iter().flatten()).min()
     }
 
@@ -295,6 +299,22 @@ impl Engine {
             Role::Primary(role) => role.side.wants_copy() && self.links_take_more(),
             Role::Secondary(role) => role.side.is_loading(),
             Role::Empty | Role::Running(_) => false,
+        }
+    }
+
+    /// What a secondary's heartbeat suspects.
+    fn suspected(&self, now: Instant) -> Option<Result<Instant, Instant>> {
+        let links = self.links.as_ref().filter(|_| matches!(self.role, Role::Secondary(_)))?;
+        Some(lock(&links.heartbeat).suspected(now))
+    }
+
+    /// If the primary is gone, clients repeat what it did not answer; a bridge here that has learned the guest behind its uplink
+    /// would drop that.
+    fn look_for_guest(&mut self, now: Instant) {
+        let since = self.suspected(now).and_then(Result::ok);
+        if since.is_some() && since != self.looked_for_since {
+            self.looked_for_since = since;
+            (self.parts.unlearn)();
         }
     }
 
@@ -440,6 +460,7 @@ impl Engine {
             _ => {}
         }
         self.carry_digests(now);
+        self.look_for_guest(now);
         // Before the word that the guest is given up: who hears it may knock at once.
         self.tell_vacancy();
         self.flush();

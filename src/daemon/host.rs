@@ -259,7 +259,9 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address, Option<&str>))
     let (vacancy_sender, vacancy) = watch::channel(if guest.is_none() { Vacancy::Vacant } else { Vacancy::Taken });
     let (line_sender, line) = watch::channel(String::new());
     let manager = config.manager.clone();
+    let here = wire.clone();
     let engine = Engine::new(EngineParts {
+        unlearn: Box::new(move || here.unlearn()),
         name: config.name.clone(),
         listen: listener.local_address().unwrap_or_else(|_| config.listen.clone()),
         metrics: metrics_url.clone(),

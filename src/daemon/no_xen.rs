@@ -38,6 +38,10 @@ impl Wire {
         Self
     }
 
+    /// Nothing was learned.
+    #[expect(clippy::unused_self, reason = "the other one's shape")]
+    pub fn unlearn(&self) {}
+
     /// Drops what is sent.
     pub async fn carry(self, mut frames_out: Outgoing<NetworkFrame>) {
         while let Some((bytes, _)) = frames_out.recv().await {

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! [`Fabric`] decides (pure: ports are indexes); [`Switch`] carries. A port learns the source MAC of every frame
-//! it hands in, so the survivor's gratuitous ARP moves the guest's MAC to the survivor's port, as on the real thing.
+//! it hands in, so the survivor's gratuitous ARP moves the guest's MAC to the survivor's port, as on the real thing; and what
+//! was behind a port whose link went down is looked for everywhere.
 //!
 //! The trap: a primary that was only stopped, not killed, may wake after the takeover and speak with the guest's
 //! MAC. [`Switch::fence`] is for that: its frames are refused *before* learning, or one of them would steal the
@@ -73,6 +74,11 @@ impl Fabric {
         if let Some(fenced) = self.fenced.get_mut(port) {
             *fenced = true;
         }
+        self.forget(port);
+    }
+
+    /// The link of `port` is down: what was learned behind it may be anywhere now, and is looked for everywhere.
+    pub fn forget(&mut self, port: usize) {
         self.port_of_mac.retain(|_, behind| *behind != port);
     }
 
@@ -326,7 +332,9 @@ async fn serve_port(
             }
             (stream, _) = accept("a switch port's client", || listener.accept()) => newest = Some(stream),
         }
-        shared.lock().ports[port].stats.connected = false;
+        let mut guard = shared.lock();
+        guard.ports[port].stats.connected = false;
+        guard.fabric.forget(port);
     }
 }
 
@@ -414,6 +422,19 @@ mod tests {
         assert_eq!(fabric.port_of_mac.len(), MACS_MAX);
         assert_eq!(fabric.decide(1, &frame(mac(1), [2, 0, 0, 0, 0, 7])), Decision::Flood);
         assert_eq!(fabric.port_of_mac[&[2, 0, 0, 0, 0, 7]], 1, "a known address still moves");
+    }
+
+    #[test]
+    fn a_port_whose_link_is_down_is_forgotten() {
+        let mut fabric = fabric(3);
+        for port in [0, 1] {
+            fabric.decide(port, &frame(BROADCAST, mac(port as u8)));
+        }
+        fabric.forget(0);
+        assert_eq!(fabric.decide(2, &frame(mac(0), mac(9))), Decision::Flood);
+        assert_eq!(fabric.decide(2, &frame(mac(1), mac(9))), Decision::To(1));
+        fabric.decide(0, &frame(BROADCAST, mac(0)));
+        assert_eq!(fabric.decide(2, &frame(mac(0), mac(9))), Decision::To(0), "and learned again");
     }
 
     #[test]

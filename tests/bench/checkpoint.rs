@@ -124,6 +124,7 @@ impl Host {
         let (network_out, outgoing) = outbox();
         let engine = Engine::new(EngineParts {
             metrics: None,
+            unlearn: Box::new(|| ()),
             listen: Address::Unix("nowhere".into()),
             name: name.into(),
             guest,

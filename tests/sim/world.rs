@@ -340,10 +340,12 @@ impl World {
             Kind::Nothing => {}
             Kind::Kill => {
                 self.hosts[victim].crashed = true;
+                self.switch.retain(|_, port| *port != HOST_PORT + victim);
                 self.hang_up(victim, "killed");
             }
             Kind::Power => {
                 self.hosts[victim].crashed = true;
+                self.switch.retain(|_, port| *port != HOST_PORT + victim);
                 self.cut_tails(victim);
             }
             Kind::Freeze => (self.hosts[victim].frozen, lasts_us) = (true, fault.lasts_us),
@@ -443,7 +445,7 @@ impl World {
         let ports: Vec<usize> = match self.switch.get(&target) {
             _ if target[0] & 1 == 1 => (0..self.clients.len()).chain([HOST_PORT + A, HOST_PORT + B]).collect(),
             Some(port) => vec![*port],
-            None => return,
+            None => vec![HOST_PORT + A, HOST_PORT + B],
         };
         for port in ports.into_iter().filter(|port| *port != from) {
             if port < HOST_PORT {

@@ -101,6 +101,8 @@ pub struct EngineParts {
     pub network_in: mpsc::Receiver<Bytes>,
     /// Frames to the network.
     pub network_out: Outbox<NetworkFrame>,
+    /// Makes the network of this host forget where the guest is.
+    pub unlearn: Box<dyn Fn() + Send>,
     /// Whether this host can take a guest: read by the host when a peer knocks.
     pub vacancy: watch::Sender<Vacancy>,
     /// Where it is told what happens here.

@@ -14,11 +14,12 @@ mod load;
 
 use super::Clock;
 use super::staged::{Load, Staged};
-use super::survivor::{ANNOUNCE_FIRST, ANNOUNCE_ROUNDS, ANNOUNCE_STEP, Replay, Said, announcement};
+use super::survivor::{ANNOUNCE_FIRST, ANNOUNCE_ROUNDS, ANNOUNCE_STEP, Heard, Replay, Said, announcement};
 use crate::bitmap::Bitmap;
 use crate::carried::Carried;
 use crate::clock::Instant;
 use crate::colo::arbiter::{Answer, Ask};
+use crate::colo::heartbeat::Silence;
 use crate::colo::message::Message;
 use crate::colo::secondary::{Action, Config, Secondary, State};
 use crate::colo::stream::Item;
@@ -108,6 +109,9 @@ pub struct SecondarySide {
     announce: Option<(u32, Instant)>,
     inbound: VecDeque<(u64, Bytes)>,
     inbound_bytes: usize,
+    /// What the network brought for the guest, and when the primary was last heard, once it is lost.
+    heard: Heard,
+    silent_since: Option<Instant>,
     /// When the guest took over, until it has said something.
     took_over_at: Option<Instant>,
     /// What a guest that took over has not taken yet.
@@ -154,6 +158,8 @@ impl SecondarySide {
             announce: None,
             inbound: VecDeque::new(),
             inbound_bytes: 0,
+            heard: Heard::default(),
+            silent_since: None,
             took_over_at: None,
             replay: Replay::default(),
             said: Said::default(),
@@ -356,10 +362,13 @@ impl SecondarySide {
         }
     }
 
-    /// A frame came from the network. Before a takeover it is the primary's to answer.
+    /// A frame came from the network. Before a takeover it is the primary's to answer, if that is there.
     pub fn handle_network_frame(&mut self, now: Instant, frame: Bytes) {
-        if self.took_over() {
-            self.deliver(now, frame);
+        match self.machine.state() {
+            State::Exited(Exit::Alone) => self.deliver(now, frame),
+            State::Dismissed | State::Exited(_) => {}
+            _ if frame.starts_with(&self.mac) => self.heard.keep(now, frame),
+            _ => {}
         }
     }
 
@@ -402,6 +411,12 @@ impl SecondarySide {
         if loss != Loss::Requested && self.replicas.is_broken() {
             self.machine.give_way(GIVE_WAY);
         }
+        let silent = match loss {
+            Loss::Silent(Silence::Unheard(time) | Silence::Unconfirmed(time)) => time,
+            _ => Duration::ZERO,
+        };
+        let since_us = now.as_micros().saturating_sub(silent.as_micros() as u64);
+        self.silent_since.get_or_insert(Instant::from_micros(since_us));
         self.machine.handle_loss(now, loss);
         self.pump(now);
     }
@@ -546,6 +561,10 @@ impl SecondarySide {
         self.inbound_bytes = 0;
         // Those frames the primary had translated.
         self.rewriter.take_up(now, &carried);
+        let silent_since = self.silent_since.unwrap_or(now);
+        for frame in std::mem::take(&mut self.heard).since(silent_since, now) {
+            self.deliver(now, frame);
+        }
         self.end();
     }
 

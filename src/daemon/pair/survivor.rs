@@ -6,6 +6,9 @@
 //!                                     if it waited for it; in lock-step by this one since
 //! ```
 //!
+//! What clients said comes from two places: the primary sent it along as long as it could, and what clients repeated while
+//! it was silent the network may have brought here.
+//!
 //! Without the last two, a client would have to find out by its own timer, which it has doubled all the while it took
 //! to miss the primary. Everything here may reach its receiver twice: TCP knows that, and any network may do it. The
 //! trap: a guest with PV drivers takes no frame before it has connected its devices again.
@@ -30,6 +33,8 @@ const REPLAY_STEP: Duration = Duration::from_millis(10);
 const REPLAY_MAX_BYTES: usize = 16 << 20;
 /// Bytes of this guest's latest frames that are kept.
 const SAID_MAX_BYTES: usize = 1 << 20;
+/// Bytes of the latest frames of the network that are kept.
+const HEARD_MAX_BYTES: usize = 1 << 20;
 
 /// Frames for a guest that has just taken over.
 #[derive(Debug, Default)]
@@ -76,6 +81,32 @@ impl Replay {
             (self.frames, self.bytes) = (VecDeque::new(), 0);
         }
         self.due = (!self.frames.is_empty()).then(|| now + REPLAY_STEP);
+    }
+}
+
+/// What the network brought here for the guest while the primary was silent. A switch whose link to the primary is down no
+/// longer knows where the guest is, and asks everywhere.
+#[derive(Debug, Default)]
+pub(super) struct Heard {
+    frames: VecDeque<(Instant, Bytes)>,
+    bytes: usize,
+}
+
+impl Heard {
+    /// Keeps a frame, and forgets the oldest ones for it.
+    pub(super) fn keep(&mut self, now: Instant, frame: Bytes) {
+        self.bytes += frame.len();
+        self.frames.push_back((now, frame));
+        while self.bytes > HEARD_MAX_BYTES {
+            let Some((_, oldest)) = self.frames.pop_front() else { return };
+            self.bytes -= oldest.len();
+        }
+    }
+
+    /// The frames that came after the primary was last heard, and not long ago: those before it had itself.
+    pub(super) fn since(self, silent_since: Instant, now: Instant) -> impl Iterator<Item = Bytes> {
+        let fresh = move |at: Instant| at > silent_since && at + REPLAY_TIME > now;
+        self.frames.into_iter().filter(move |(at, _)| fresh(*at)).map(|(_, frame)| frame)
     }
 }
 

@@ -6,6 +6,7 @@ use super::secondary::{Effect as SecondaryEffect, SecondarySide};
 use crate::carried::Carried;
 use crate::clock::Instant;
 use crate::colo::arbiter::{Claim, Policy};
+use crate::colo::heartbeat::Silence;
 use crate::colo::hello::Mode;
 use crate::colo::stream::Item;
 use crate::colo::{Cause, Exit, Loss, primary, secondary};
@@ -403,4 +404,23 @@ fn a_survivor_says_again_what_waited_for_its_state_and_nothing_younger() {
         });
         assert_eq!(said.collect::<Vec<_>>(), [waits], "{mode:?}");
     }
+}
+
+#[test]
+fn a_survivor_is_given_what_the_network_brought_while_its_primary_was_silent() {
+    let mut pair = Pair::new(vec![Box::new(MemoryDisk::new(DISK_BYTES))]);
+    pair.write_and_checkpoint(100, 1);
+    let to = |mac: [u8; 6], ack: u32| {
+        let mut frame = Seg::data(7, b"").ack(ack).inbound().bytes().to_vec();
+        frame[..6].copy_from_slice(&mac);
+        Bytes::from(frame)
+    };
+    // Of an earlier time, which the primary had itself; of somebody else; and what a client repeated.
+    pair.b.handle_network_frame(at(4_000), to(MAC, 1000));
+    pair.b.handle_network_frame(at(16_000), to([2, 0, 0, 0, 0, 3], 2000));
+    pair.b.handle_network_frame(at(16_000), to(MAC, 3000));
+    pair.b.handle_loss(at(17_000), Loss::Silent(Silence::Unheard(Duration::from_secs(3))));
+    assert!(pair.b.took_over());
+    assert_eq!(reset_heard(&mut pair, 17_001), 3000);
+    assert!(pair.said.recv_timeout(Duration::from_millis(200)).is_err(), "and nothing else");
 }

@@ -66,6 +66,16 @@ impl Wire {
         }
     }
 
+    /// Makes the bridge that the guest's NIC is a port of forget what it has learned. A frame of the guest that it broadcast
+    /// has told the bridge that the guest is behind the uplink, and what comes from there for the guest is dropped then,
+    /// for as long as the bridge remembers (linux `net/bridge/br_sysfs_br.c`, `flush`).
+    pub fn unlearn(&self) {
+        let Some(device) = lock(&self.device).clone() else { return };
+        if let Err(error) = std::fs::write(&device.learned, "1") {
+            tracing::debug!(%error, path = %device.learned.display(), "the bridge forgets nothing");
+        }
+    }
+
     pub(super) fn plug(&self, name: &str) -> Result<Reader, GuestError> {
         let frames_in = self.frames_in.clone();
         // A full channel drops, as a full ring does.
@@ -149,6 +159,8 @@ type Lose = Box<dyn Fn(u64) + Send + Sync>;
 /// A network device of this host.
 struct Device {
     carrier: PathBuf,
+    /// What makes the bridge forget, of the port that is the network's end of the same cable.
+    learned: PathBuf,
     socket: PacketSocket,
     /// Something has been at its other end.
     connected: AtomicBool,
@@ -175,6 +187,7 @@ impl Device {
         })?;
         Ok(Self {
             carrier: Path::new("/sys/class/net").join(name).join("carrier"),
+            learned: Path::new("/sys/class/net").join(name.replacen("cn", "cb", 1)).join("master/bridge/flush"),
             socket,
             connected: AtomicBool::new(false),
             looked_at_us: AtomicU64::new(0),

@@ -393,7 +393,7 @@ fn a_survivor_says_again_what_waited_for_its_state_and_nothing_younger() {
         pair.a.handle_guest_frame(at(100), epoch, older.clone());
         pair.write_and_checkpoint(110, 1);
         pair.a.handle_guest_frame(at(120), epoch + 1, waits.clone());
-        assert_eq!(pair.left, [older.clone()], "it left with its checkpoint");
+        assert_eq!(pair.left, [older], "it left with its checkpoint");
         pair.write_and_checkpoint(130, 2);
         pair.a.handle_guest_frame(at(140), epoch + 2, younger);
         pair.b.handle_loss(at(200), Loss::Requested);

@@ -55,7 +55,7 @@ fn a_flush_that_is_under_way_keeps_nobody_but_another_flush() {
         primary.write(0, b"first").unwrap();
         replicas.seal().unwrap();
         let here = replicas.clone();
-        let applying = spawn(move || here.apply_round(|| {}));
+        let applying = spawn(move || here.apply_round());
         begins.recv().unwrap();
         // The primary writes, a checkpoint is made, the guest sees it, and takes over, all while the medium is waited for.
         primary.write(0, b"later").unwrap();

@@ -166,9 +166,10 @@ impl Mirrors {
 /// A base image, and where its record is kept.
 pub type Image = (Box<dyn Disk>, Box<dyn StateFile>);
 
-/// Guest B's disks.
+/// Guest B's disks, and the gate before them: whoever wants all of them holds it while they wait, and whoever copies slice
+/// by slice passes it between two. A lock goes to whoever comes first, and that would be the next slice.
 #[derive(Clone)]
-pub struct Replicas(Arc<[Arc<Mutex<Replica>>]>);
+pub struct Replicas(Arc<[Arc<Mutex<Replica>>]>, Arc<Mutex<()>>);
 
 impl Replicas {
     /// Replicas over bases that do not outlive them, in the order of the guest's disks, not started.
@@ -193,7 +194,7 @@ impl Replicas {
         let budget = config.budget();
         let members = Member::of(states, set).into_iter();
         let replica = |(base, member)| Arc::new(Mutex::new(Replica::over(base, member, budget.clone())));
-        Self(bases.into_iter().zip(members).map(replica).collect())
+        Self(bases.into_iter().zip(members).map(replica).collect(), Arc::default())
     }
 
     /// Each disk.
@@ -213,6 +214,7 @@ impl Replicas {
     }
 
     fn all(&self) -> Vec<MutexGuard<'_, Replica>> {
+        let _gate = lock(&self.1);
         self.0.iter().map(|replica| lock(replica)).collect()
     }
 
@@ -275,12 +277,9 @@ impl Replicas {
         if is_copied { self.end_round() } else { Ok(true) }
     }
 
-    /// The same for a whole round: true when there is more to do after it. `rest` is called between slices, and should last long
-    /// enough for who waits for a disk to get it: a lock goes to whoever comes, not to who waited longest.
-    pub fn apply_round(&self, rest: impl Fn()) -> Result<bool, OfDisk<DiskError>> {
-        while !self.copy_some(APPLY_SLICE_BYTES)? {
-            rest();
-        }
+    /// The same for a whole round: true when there is more to do after it.
+    pub fn apply_round(&self) -> Result<bool, OfDisk<DiskError>> {
+        while !self.copy_some(APPLY_SLICE_BYTES)? {}
         self.end_round()
     }
 

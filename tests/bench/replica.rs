@@ -36,9 +36,8 @@ type Failed = Box<dyn Error + Send + Sync>;
 const EXPORT: &str = "disk0";
 /// As of a guest's disk.
 const QUEUE_BYTES: u64 = 64 << 20;
-/// As a host has them: between two rounds of writing the replica, and between two slices of one.
+/// As a host has it, between two rounds of writing the replica.
 const APPLY_DELAY: Duration = Duration::from_millis(250);
-const APPLY_REST: Duration = Duration::from_micros(50);
 /// How long somebody with nothing to do waits.
 const IDLE: Duration = Duration::from_micros(200);
 
@@ -86,7 +85,7 @@ async fn secondary(socket: &Path, image: &Path) -> Result<(), Failed> {
         // As on a host. An error shows at the next checkpoint.
         loop {
             std::thread::sleep(APPLY_DELAY);
-            let _ = applied.apply_round(|| std::thread::sleep(APPLY_REST));
+            let _ = applied.apply_round();
         }
     });
     tokio::task::block_in_place(|| {

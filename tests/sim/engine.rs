@@ -253,7 +253,7 @@ impl World {
         if it.frozen {
             return self.after(APPLY_AGAIN_US, Event::Apply(host, replicas));
         }
-        let applied = replicas.apply_round(|| {}).map_err(|error| error.to_string());
+        let applied = replicas.apply_round().map_err(|error| error.to_string());
         self.input(host, Input::DiskApplied(replicas, applied));
     }
 

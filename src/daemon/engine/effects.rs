@@ -11,14 +11,11 @@ use crate::daemon::{engine_clock, fence};
 use crate::page::PAGE_SIZE;
 use crate::record;
 use bytes::Bytes;
-use std::time::Duration;
 
 /// Bytes that may wait for the packet link.
 const PACKETS_BACKLOG_BYTES: usize = 32 << 20;
 /// Bytes that may wait for the switch; beyond it frames are dropped, as a full NIC ring does.
 const NETWORK_BACKLOG_BYTES: usize = 16 << 20;
-/// Between two slices of writing replicas, for who waits for a disk.
-const APPLY_REST: Duration = Duration::from_micros(50);
 
 impl Engine {
     pub(super) fn emit(&mut self, frame: Bytes) {
@@ -99,8 +96,7 @@ impl Engine {
             Effect::ApplyDisk(replicas) => {
                 let done = self.applied_sender.clone();
                 self.parts.runtime.spawn_blocking(move || {
-                    let applied =
-                        replicas.apply_round(|| std::thread::sleep(APPLY_REST)).map_err(|error| error.to_string());
+                    let applied = replicas.apply_round().map_err(|error| error.to_string());
                     let _ = done.blocking_send((replicas, applied));
                 });
             }

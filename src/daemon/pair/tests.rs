@@ -141,7 +141,7 @@ impl Pair {
         self.b.handle_timeout(at(ms));
         while let Some(effect) = self.b.poll_effect() {
             if let SecondaryEffect::ApplyDisk(replicas) = effect {
-                let applied = replicas.apply_round(|| {}).map_err(|error| error.to_string());
+                let applied = replicas.apply_round().map_err(|error| error.to_string());
                 self.b.handle_disk_applied(at(ms), &replicas, applied);
             }
         }

@@ -231,12 +231,10 @@ impl Heartbeat {
         self.detection
     }
 
-    /// Since when the peer is suspected of being gone, when it is: nothing was heard of it for half of the time after which it
-    /// is lost. And when to ask again, while it is not.
-    #[allow(clippy::missing_errors_doc, reason = "both are answers")]
-    pub fn suspected(&self, now: Instant) -> Result<Instant, Instant> {
-        let due = self.heard_at + self.detection / 2;
-        if due <= now { Ok(self.heard_at) } else { Err(due) }
+    /// From when on the peer is suspected of being gone, unless something is heard: half of the time after which it is lost.
+    #[must_use]
+    pub fn suspected_at(&self) -> Instant {
+        self.heard_at + self.detection / 2
     }
 
     /// Whether the peer is lost at `now`.
@@ -297,11 +295,9 @@ mod tests {
         let (mut a, mut b) = pair();
         exchange(&mut a, &mut b, 0, true, true);
         exchange(&mut a, &mut b, 100, true, true);
-        assert_eq!(a.suspected(at(249)), Err(at(250)));
-        assert_eq!((a.suspected(at(250)), a.suspected(at(399))), (Ok(at(100)), Ok(at(100))));
-        assert_eq!(a.lost(at(399)), None);
+        assert_eq!((a.suspected_at(), a.lost(at(399))), (at(250), None));
         exchange(&mut a, &mut b, 399, true, true);
-        assert_eq!(a.suspected(at(400)), Err(at(549)));
+        assert_eq!(a.suspected_at(), at(549));
     }
 
     #[test]

@@ -143,8 +143,8 @@ pub struct Engine {
     live: Live,
     /// When the service manager is owed a sign of life.
     sign_due: Option<Instant>,
-    /// Since when the peer was silent that the network was made to look for the guest.
-    looked_for_since: Option<Instant>,
+    /// The latest suspicion for which the network was made to look for the guest.
+    looked_for: Option<Instant>,
     /// Whether the guest was stopped by an order.
     paused: bool,
     /// What was told last.
@@ -188,7 +188,7 @@ impl Engine {
             peer_left: None,
             live: Live::default(),
             sign_due: None,
-            looked_for_since: None,
+            looked_for: None,
             paused: false,
             moment: Moment::default(),
             telling: Telling::default(),
@@ -283,8 +283,7 @@ impl Engine {
         // The links tell nobody when they have drained, and the first copy waits for that.
         let copying = matches!(&self.role, Role::Primary(role) if role.side.wants_copy());
         let look_again = (copying && !self.links_take_more()).then(|| engine_clock() + Duration::from_millis(1));
-        let suspicion = self.suspected(engine_clock()).and_then(Result::err);
-        let own = [self.digests.poll_timeout(), self.sign_due, suspicion];
+        let own = [self.digests.poll_timeout(), self.sign_due, self.suspicion_due()];
         side.into_iter().chain(look_again).chain(own.into_iter().flatten()).min()
     }
 
@@ -302,18 +301,17 @@ impl Engine {
         }
     }
 
-    /// What a secondary's heartbeat suspects.
-    fn suspected(&self, now: Instant) -> Option<Result<Instant, Instant>> {
+    /// From when on a secondary suspects that its primary is gone, if nothing was done about that yet.
+    fn suspicion_due(&self) -> Option<Instant> {
         let links = self.links.as_ref().filter(|_| matches!(self.role, Role::Secondary(_)))?;
-        Some(lock(&links.heartbeat).suspected(now))
+        Some(lock(&links.heartbeat).suspected_at()).filter(|at| self.looked_for != Some(*at))
     }
 
     /// If the primary is gone, clients repeat what it did not answer; a bridge here that has learned the guest behind its uplink
     /// would drop that.
     fn look_for_guest(&mut self, now: Instant) {
-        let since = self.suspected(now).and_then(Result::ok);
-        if since.is_some() && since != self.looked_for_since {
-            self.looked_for_since = since;
+        if let Some(at) = self.suspicion_due().filter(|at| *at <= now) {
+            self.looked_for = Some(at);
             (self.parts.unlearn)();
         }
     }

@@ -14,7 +14,7 @@ mod load;
 
 use super::Clock;
 use super::staged::{Load, Staged};
-use super::survivor::{ANNOUNCE_FIRST, ANNOUNCE_ROUNDS, ANNOUNCE_STEP, Heard, Replay, Said, announcement};
+use super::survivor::{ANNOUNCE_FIRST, ANNOUNCE_ROUNDS, ANNOUNCE_STEP, Latest, Replay, announcement};
 use crate::bitmap::Bitmap;
 use crate::carried::Carried;
 use crate::clock::Instant;
@@ -109,15 +109,16 @@ pub struct SecondarySide {
     announce: Option<(u32, Instant)>,
     inbound: VecDeque<(u64, Bytes)>,
     inbound_bytes: usize,
-    /// What the network brought for the guest, and when the primary was last heard, once it is lost.
-    heard: Heard,
+    /// What the network brought for the guest, and when the primary was last heard, once it is lost. A switch whose link to the
+    /// primary is down no longer knows where the guest is, and asks everywhere.
+    heard: Latest,
     silent_since: Option<Instant>,
     /// When the guest took over, until it has said something.
     took_over_at: Option<Instant>,
     /// What a guest that took over has not taken yet.
     replay: Replay,
     /// What the primary's guest said before the last state, if it may not have left, and what this one has said since.
-    said: Said,
+    said: Latest,
     running: bool,
     generation: u64,
     error: Option<String>,
@@ -158,11 +159,11 @@ impl SecondarySide {
             announce: None,
             inbound: VecDeque::new(),
             inbound_bytes: 0,
-            heard: Heard::default(),
+            heard: Latest::default(),
             silent_since: None,
             took_over_at: None,
             replay: Replay::default(),
-            said: Said::default(),
+            said: Latest::default(),
             running: false,
             error: None,
             effects: VecDeque::new(),
@@ -323,7 +324,7 @@ impl SecondarySide {
             (State::Joining | State::Receiving, Item::Carried(carried)) => self.staged.carried = carried,
             (State::Joining | State::Receiving, Item::Output(output)) => {
                 if mutant::active(Mutant::RepeatUnowned) {
-                    self.said = Said::of(output.clone());
+                    output.iter().for_each(|frame| self.said.keep(now, frame.clone()));
                 }
                 self.staged.output = output;
             }
@@ -393,7 +394,7 @@ impl SecondarySide {
             _ => {
                 self.rewriter.from_guest(now, &mut frame);
                 let frame = Bytes::from(frame);
-                self.said.keep(frame.clone());
+                self.said.keep(now, frame.clone());
                 self.effects.push_back(Effect::ToPrimary { epoch, frame });
             }
         }
@@ -561,8 +562,9 @@ impl SecondarySide {
         self.inbound_bytes = 0;
         // Those frames the primary had translated.
         self.rewriter.take_up(now, &carried);
+        // What came before the primary fell silent it had itself.
         let silent_since = self.silent_since.unwrap_or(now);
-        for frame in std::mem::take(&mut self.heard).since(silent_since, now) {
+        for frame in std::mem::take(&mut self.heard).after(silent_since, now) {
             self.deliver(now, frame);
         }
         self.end();

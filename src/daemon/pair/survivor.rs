@@ -31,10 +31,8 @@ const REPLAY_TIME: Duration = Duration::from_secs(10);
 const REPLAY_STEP: Duration = Duration::from_millis(10);
 /// Bytes that wait for it.
 const REPLAY_MAX_BYTES: usize = 16 << 20;
-/// Bytes of this guest's latest frames that are kept.
-const SAID_MAX_BYTES: usize = 1 << 20;
-/// Bytes of the latest frames of the network that are kept.
-const HEARD_MAX_BYTES: usize = 1 << 20;
+/// Bytes of the latest frames that are kept of what the guest said, and of what the network brought.
+const LATEST_MAX_BYTES: usize = 1 << 20;
 
 /// Frames for a guest that has just taken over.
 #[derive(Debug, Default)]
@@ -84,60 +82,33 @@ impl Replay {
     }
 }
 
-/// What the network brought here for the guest while the primary was silent. A switch whose link to the primary is down no
-/// longer knows where the guest is, and asks everywhere.
+/// The latest frames of somebody, and when they came.
 #[derive(Debug, Default)]
-pub(super) struct Heard {
+pub(super) struct Latest {
     frames: VecDeque<(Instant, Bytes)>,
     bytes: usize,
 }
 
-impl Heard {
+impl Latest {
     /// Keeps a frame, and forgets the oldest ones for it.
     pub(super) fn keep(&mut self, now: Instant, frame: Bytes) {
         self.bytes += frame.len();
         self.frames.push_back((now, frame));
-        while self.bytes > HEARD_MAX_BYTES {
+        while self.bytes > LATEST_MAX_BYTES {
             let Some((_, oldest)) = self.frames.pop_front() else { return };
-            self.bytes -= oldest.len();
-        }
-    }
-
-    /// The frames that came after the primary was last heard, and not long ago: those before it had itself.
-    pub(super) fn since(self, silent_since: Instant, now: Instant) -> impl Iterator<Item = Bytes> {
-        let fresh = move |at: Instant| at > silent_since && at + REPLAY_TIME > now;
-        self.frames.into_iter().filter(move |(at, _)| fresh(*at)).map(|(_, frame)| frame)
-    }
-}
-
-/// The latest frames of the guest: the primary may have died before it let them go.
-#[derive(Debug, Default)]
-pub(super) struct Said {
-    frames: VecDeque<Bytes>,
-    bytes: usize,
-}
-
-impl Said {
-    /// What the primary's guest said.
-    pub(super) fn of(frames: Vec<Bytes>) -> Self {
-        let mut said = Self::default();
-        frames.into_iter().for_each(|frame| said.keep(frame));
-        said
-    }
-
-    /// Keeps a frame, and forgets the oldest ones for it.
-    pub(super) fn keep(&mut self, frame: Bytes) {
-        self.bytes += frame.len();
-        self.frames.push_back(frame);
-        while self.bytes > SAID_MAX_BYTES {
-            let Some(oldest) = self.frames.pop_front() else { return };
             self.bytes -= oldest.len();
         }
     }
 
     /// The frames, oldest first.
     pub(super) fn into_frames(self) -> impl Iterator<Item = Bytes> {
-        self.frames.into_iter()
+        self.frames.into_iter().map(|(_, frame)| frame)
+    }
+
+    /// Those that came after `since`, and not long ago.
+    pub(super) fn after(mut self, since: Instant, now: Instant) -> impl Iterator<Item = Bytes> {
+        self.frames.retain(|(at, _)| *at > since && *at + REPLAY_TIME > now);
+        self.into_frames()
     }
 }
 

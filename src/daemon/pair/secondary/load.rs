@@ -12,7 +12,7 @@ use crate::bitmap::Bitmap;
 use crate::clock::Instant;
 use crate::colo::Loss;
 use crate::daemon::pair::staged::Load;
-use crate::daemon::pair::survivor::Said;
+use crate::daemon::pair::survivor::Latest;
 use crate::hypervisor::DomainError;
 use crate::page::{BATCH_PAGES, PageBatch, Pfn};
 use std::sync::atomic::Ordering;
@@ -72,7 +72,8 @@ impl SecondarySide {
             return;
         }
         self.carried = staged.carried;
-        self.said = Said::of(staged.output);
+        self.said = Latest::default();
+        staged.output.into_iter().for_each(|frame| self.said.keep(now, frame));
         let pages = self.changed.iter().collect();
         self.changed.clear_all();
         self.load = Some(Load { begun: (self.clock)(), pages, done: 0, devices: staged.devices });

@@ -247,7 +247,7 @@ impl SecondarySide {
     pub fn handle_timeout(&mut self, now: Instant) {
         self.rewriter.handle_timeout(now);
         self.rewritten();
-        self.replay.handle_timeout(now, &mut *self.domain);
+        self.replay.handle_timeout(now, &mut |frame| self.domain.receive_frame(frame));
         if let Some((left, _)) = self.announce.filter(|(_, due)| *due <= now) {
             self.effects.push_back(Effect::ToNetwork(announcement(self.mac).into()));
             self.announce = (left > 1).then(|| (left - 1, now + ANNOUNCE_STEP));
@@ -389,6 +389,7 @@ impl SecondarySide {
                 }
                 self.rewriter.from_guest(now, &mut frame);
                 self.effects.push_back(Effect::ToNetwork(frame.into()));
+                self.replay.guest_is_heard(now, &mut |frame| self.domain.receive_frame(frame));
             }
             State::Dismissed | State::Exited(_) => {}
             _ => {
@@ -517,7 +518,7 @@ impl SecondarySide {
     fn deliver(&mut self, now: Instant, frame: Bytes) {
         let mut frame = frame.to_vec();
         if self.rewriter.from_network(now, &mut frame) == Forward::Now {
-            self.replay.give(now, frame, &mut *self.domain);
+            self.replay.give(now, frame, &mut |frame| self.domain.receive_frame(frame));
         }
         self.rewritten();
     }

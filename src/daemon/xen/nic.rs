@@ -8,7 +8,9 @@
 //! Two traps. The epoch of a frame must not be older than its emission: a reader takes a frame first and looks at the
 //! epoch then; a frame that waited in between counts as newer, and is only released later, and a suspend takes what is
 //! there itself, so that little counts as newer. And a vif whose guest has not connected takes every frame and drops
-//! it: only its carrier tells (linux `drivers/net/xen-netback/interface.c`, `xenvif_carrier_on`).
+//! it, and its carrier does not tell: the queue's thread raises it some milliseconds before the vif counts as connected
+//! (linux `drivers/net/xen-netback/rx.c`, `xenvif_queue_carrier_on`; `interface.c`, `xenvif_carrier_on`), just long enough
+//! to lose all that waited for a guest that takes over. The backend's state in xenstore is written after both.
 
 use crate::daemon::engine::NetworkFrame;
 use crate::daemon::engine_clock;
@@ -16,6 +18,7 @@ use crate::daemon::guest::{GuestError, GuestQueue};
 use crate::daemon::links::{Outgoing, lock};
 use crate::hypervisor::xen::Nic;
 use ::xen::packet::PacketSocket;
+use ::xen::{DomId, Store};
 use bytes::Bytes;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -30,8 +33,10 @@ const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(100);
 /// Frames taken at once.
 const READ_MAX: usize = 256;
-/// How often a device without a carrier is looked at.
-const CARRIER_LOOK_MICROS: u64 = 10_000;
+/// How often a vif is looked at that nothing was at the other end of yet.
+const CONNECTED_LOOK_MICROS: u64 = 2_000;
+/// `XenbusStateConnected` (xen `public/io/xenbus.h`).
+const XENBUS_CONNECTED: &str = "4";
 
 /// How long a reader leaves a device alone that is down.
 const DOWN_RETRY: Duration = Duration::from_millis(10);
@@ -90,7 +95,49 @@ impl Wire {
 /// The guest's end of its NIC.
 pub(super) struct GuestNic {
     vif: Arc<Device>,
+    connection: Connection,
     emulated: Option<Arc<Device>>,
+}
+
+/// Whether a guest's PV driver has ever been at the other end of its vif.
+struct Connection {
+    store: Mutex<Store>,
+    /// The backend's.
+    state: String,
+    carrier: PathBuf,
+    connected: AtomicBool,
+    /// When that was last looked for.
+    looked_at_us: AtomicU64,
+}
+
+impl Connection {
+    fn of(domid: u16) -> Result<Self, GuestError> {
+        let store = Store::open().map_err(|e| GuestError::Toolstack(format!("xenstore: {e}")))?;
+        // Where every backend of its first NIC is, of dom0's own ones.
+        let state = format!("{}/backend/vif/{domid}/0/state", store.domain_path(DomId(0)));
+        Ok(Self {
+            store: Mutex::new(store),
+            state,
+            carrier: format!("/sys/class/net/vif{domid}.0/carrier").into(),
+            connected: AtomicBool::new(false),
+            looked_at_us: AtomicU64::new(0),
+        })
+    }
+
+    fn is_there(&self) -> bool {
+        let now_us = engine_clock().as_micros();
+        let due = now_us >= self.looked_at_us.load(Ordering::Relaxed) + CONNECTED_LOOK_MICROS;
+        if due && !self.connected.load(Ordering::Relaxed) {
+            self.looked_at_us.store(now_us, Ordering::Relaxed);
+            // No carrier is a zero, and a device that is down an error. xenstored is asked only then: it has enough to do
+            // while devices connect.
+            let carrier = std::fs::read(&self.carrier).is_ok_and(|carrier| carrier.starts_with(b"1"));
+            let connected = carrier
+                && lock(&self.store).read(&self.state).is_ok_and(|state| state.as_deref() == Some(XENBUS_CONNECTED));
+            self.connected.store(connected, Ordering::Relaxed);
+        }
+        self.connected.load(Ordering::Relaxed)
+    }
 }
 
 impl GuestNic {
@@ -111,7 +158,7 @@ impl GuestNic {
         };
         let vif = open(format!("vif{domid}.0")).await?;
         let emulated = if emulated { Some(open(format!("vif{domid}.0-emu")).await?) } else { None };
-        Ok(Self { vif, emulated })
+        Ok(Self { vif, connection: Connection::of(domid)?, emulated })
     }
 
     /// Reads from now on, until what is returned is dropped.
@@ -129,7 +176,7 @@ impl std::fmt::Debug for GuestNic {
 
 impl Nic for GuestNic {
     fn send(&self, frame: &[u8]) -> bool {
-        let device = if self.vif.is_connected() { Some(&self.vif) } else { self.emulated.as_ref() };
+        let device = if self.connection.is_there() { Some(&self.vif) } else { self.emulated.as_ref() };
         device.is_some_and(|device| device.socket.send(frame).is_ok())
     }
 
@@ -162,10 +209,6 @@ struct Device {
     /// What makes the bridge forget, of the port that is the network's end of the same cable.
     learned: PathBuf,
     socket: PacketSocket,
-    /// Something has been at its other end.
-    connected: AtomicBool,
-    /// When that was last looked for.
-    looked_at_us: AtomicU64,
     /// Whoever reads holds it, so that what was read is also taken before the next reader sees nothing.
     take: Mutex<Take>,
     lose: Lose,
@@ -189,24 +232,10 @@ impl Device {
             carrier: Path::new("/sys/class/net").join(name).join("carrier"),
             learned: Path::new("/sys/class/net").join(name.replacen("cn", "cb", 1)).join("master/bridge/flush"),
             socket,
-            connected: AtomicBool::new(false),
-            looked_at_us: AtomicU64::new(0),
             take: Mutex::new(take),
             lose,
             lost: AtomicU64::new(0),
         })
-    }
-
-    fn is_connected(&self) -> bool {
-        let now_us = engine_clock().as_micros();
-        let due = now_us >= self.looked_at_us.load(Ordering::Relaxed) + CARRIER_LOOK_MICROS;
-        if due && !self.connected.load(Ordering::Relaxed) {
-            self.looked_at_us.store(now_us, Ordering::Relaxed);
-            // No carrier is a zero, and a device that is down an error.
-            let carrier = std::fs::read(&self.carrier).is_ok_and(|carrier| carrier.starts_with(b"1"));
-            self.connected.store(carrier, Ordering::Relaxed);
-        }
-        self.connected.load(Ordering::Relaxed)
     }
 
     /// Takes everything there is.

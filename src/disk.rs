@@ -4,10 +4,12 @@
 //! Two are here, siblings and both for use: [`MemoryDisk`] and [`FileDisk`]. `flush` reaches the medium
 //! (`fdatasync`), because an NBD FLUSH that only reaches the page cache is how acknowledged writes get lost.
 
+use crate::pool::Block;
 use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -125,6 +127,19 @@ pub trait Disk: Send {
     }
     /// Writes `bytes` at `offset`.
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError>;
+    /// The file in which these bytes lie, and where: whoever wants many of them may take them there.
+    fn lies_in(&self, offset: u64, len_bytes: u64) -> Option<(BorrowedFd<'_>, u64)> {
+        let _ = (offset, len_bytes);
+        None
+    }
+    /// Whether [`Self::write_block`] may spare a copy.
+    fn keeps_blocks(&self) -> bool {
+        false
+    }
+    /// Writes a block at `offset`. A disk that keeps it takes it when nothing can fail any more, and leaves an empty one.
+    fn write_block(&mut self, offset: u64, block: &mut Block) -> Result<(), DiskError> {
+        self.write(offset, block)
+    }
     /// Whether a write waits for nothing but memory now, as far as one can know.
     fn writes_in_memory(&self) -> bool {
         false
@@ -359,6 +374,10 @@ impl Disk for FileDisk {
             // Not known on this file system, or an error: whoever waits is told.
             Err(_) => self.read(offset, into).map(|()| true),
         }
+    }
+
+    fn lies_in(&self, offset: u64, len_bytes: u64) -> Option<(BorrowedFd<'_>, u64)> {
+        check_range(self.size_bytes, offset, len_bytes).is_ok().then_some((self.file.as_fd(), offset))
     }
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {

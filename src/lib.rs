@@ -37,6 +37,7 @@ pub mod image;
 pub mod mutant;
 pub mod nbd;
 pub mod page;
+pub mod pool;
 pub mod qmp;
 pub mod record;
 pub mod replica;

@@ -5,6 +5,7 @@
 //! woken for it. [`remote`] is the other end: somebody else's export, as a client. [`kernel`] makes
 //! the kernel one.
 
+mod aside;
 mod beside;
 pub mod export;
 pub mod kernel;

@@ -114,8 +114,11 @@ impl Nested {
         self.run("b", &host("b", &format!("--listen {PEER}"))).await?;
         let name = self.guest.name();
         super::say(format_args!("booting a {name} guest on host a"));
-        let guest =
-            format!("--listen 10.78.0.1:9740 --guest {name} --xen /lab/guests/{name}.cfg --disk-mib {DISK_MIB}");
+        // Its check of the processor's registers takes all the processor it gets, and on one that dom0 shares with it an answer
+        // of the arbiter waits for that: other tests look at registers.
+        let quiet = format!("sed 's/guest.port=80/& guest.registers=0/' /lab/guests/{name}.cfg >/run/{name}.cfg");
+        self.run("a", &quiet).await?;
+        let guest = format!("--listen 10.78.0.1:9740 --guest {name} --xen /run/{name}.cfg --disk-mib {DISK_MIB}");
         self.run("a", &host("a", &guest)).await?;
         let answered = client::wait_for_answer(self.edge.local_addr, BOOT_DEADLINE).await;
         answered.map_err(|why| PairError::Failed(format!("the guest does not answer: {why}")))

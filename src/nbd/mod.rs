@@ -20,6 +20,8 @@
 //! Source: NetworkBlockDevice/nbd `doc/proto.md`, sections "Fixed newstyle negotiation", "Transmission" and
 //! "Values".
 
+#[cfg(test)]
+mod block_tests;
 pub mod client;
 mod contexts;
 pub mod handshake;

@@ -7,30 +7,67 @@
 //! ```
 //!
 //! The trap: a simple reply cannot take its header back. So a disk is asked first and the header is written into the
-//! room kept for it; what a structured read has found out before it failed is thrown away too.
+//! room kept for it; what a structured read has found out before it failed is thrown away too. That holds for what is sent
+//! [`Aside`], too: the bytes are taken from the file before anything is said of them.
 //!
 //! Source: `doc/proto.md`, "Simple reply message", "Structured reply chunk message", "Structured reply types".
 
 use super::transmission::{Command, Request};
 use super::*;
 use crate::disk::{Disk, Extent};
+use crate::pool::Block;
+use std::io;
+use std::os::fd::BorrowedFd;
 
 /// Reads of at least so many bytes are asked first whether they begin in a hole: below, asking costs more than zeroes.
 const HOLES_FROM_BYTES: u32 = 64 << 10;
+/// Reads of at least so many bytes may go aside: below, copying costs less than the system calls.
+const ASIDE_FROM_BYTES: u32 = 64 << 10;
 /// Extents in one reply; a client asks again for what is left.
 const MAX_EXTENTS: usize = 1024;
 /// State bits of `base:allocation`.
 const STATE_HOLE: u64 = 1 << 0;
 const STATE_ZERO: u64 = 1 << 1;
 
+/// A way from a file to the client that does not lead through memory of ours. One piece at a time is on it, and is the end of
+/// what is to be sent.
+pub trait Aside: std::fmt::Debug + Send {
+    /// Takes `len_bytes` bytes from `offset` of `file`, if they need not be waited for; false if it did not.
+    fn take(&mut self, file: BorrowedFd<'_>, offset: u64, len_bytes: usize) -> bool;
+    /// Sends `before`, and then what was taken.
+    fn send(&mut self, before: &[u8]) -> io::Result<()>;
+}
+
 /// Replies that wait to be sent. It keeps its memory: what is handed out to be filled was zeroed once, not each time.
 #[derive(Debug, Default)]
 pub struct Replies {
     bytes: Vec<u8>,
     len: usize,
+    aside: Option<Box<dyn Aside>>,
+    /// What is to be sent ends with what went aside.
+    went_aside: bool,
 }
 
 impl Replies {
+    /// From now on, much may go aside.
+    pub fn open_aside(&mut self, aside: Box<dyn Aside>) {
+        self.aside = Some(aside);
+    }
+
+    /// Whether something has gone aside: no reply can follow it before it is sent.
+    #[must_use]
+    pub fn went_aside(&self) -> bool {
+        self.went_aside
+    }
+
+    /// Sends everything, what went aside last. Then [`Self::clear`] it.
+    pub fn send_aside(&mut self) -> io::Result<()> {
+        match &mut self.aside {
+            Some(aside) if self.went_aside => aside.send(&self.bytes[..self.len]),
+            _ => Ok(()),
+        }
+    }
+
     /// What is to be sent.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {
@@ -51,7 +88,7 @@ impl Replies {
 
     /// All of it was sent. More than `keep_bytes` of memory are given back.
     pub fn clear(&mut self, keep_bytes: usize) {
-        self.len = 0;
+        (self.len, self.went_aside) = (0, false);
         if self.bytes.len() > keep_bytes {
             self.bytes.truncate(keep_bytes);
             self.bytes.shrink_to(keep_bytes);
@@ -99,18 +136,38 @@ pub fn serve_now(request: &Request<'_>, framing: &Framing, disk: &mut dyn Disk, 
     respond(request, framing, disk, out, true)
 }
 
+/// Carries out a write whose bytes the disk may keep, as [`serve`] does others. When it is busy, the block is as it was.
+pub(super) fn serve_block(
+    cookie: u64,
+    offset: u64,
+    block: &mut Block,
+    framing: &Framing,
+    disk: &mut dyn Disk,
+    out: &mut Replies,
+) -> Served {
+    answer(Reply { framing, cookie, offset, now: false, out }, |reply| {
+        disk.write_block(offset, block)?;
+        reply.done();
+        Ok(true)
+    })
+}
+
 fn respond(request: &Request<'_>, framing: &Framing, disk: &mut dyn Disk, out: &mut Replies, now: bool) -> Served {
-    let start = out.len;
-    let mut reply = Reply { framing, cookie: request.cookie, offset: request.offset, now, out };
-    match reply.carry_out(&request.command, disk) {
+    let reply = Reply { framing, cookie: request.cookie, offset: request.offset, now, out };
+    answer(reply, |reply| reply.carry_out(&request.command, disk))
+}
+
+fn answer(mut reply: Reply<'_>, carry_out: impl FnOnce(&mut Reply<'_>) -> Result<bool, Failure>) -> Served {
+    let start = reply.out.len;
+    match carry_out(&mut reply) {
         Ok(true) => Served::Replied,
         Ok(false) => Served::Disconnect,
         Err(Failure::Disk(DiskError::Busy)) => {
-            out.len = start;
+            reply.out.len = start;
             Served::Busy
         }
         Err(Failure::Waits) => {
-            out.len = start;
+            reply.out.len = start;
             Served::Waits
         }
         Err(Failure::Disk(error)) => {
@@ -185,13 +242,18 @@ impl Reply<'_> {
             Command::Disconnect => return Ok(false),
             Command::Refused(errno, why) => return Err(Failure::Refused(errno, why)),
         }
+        self.done();
+        Ok(true)
+    }
+
+    /// It is done, and that is all there is to say.
+    fn done(&mut self) {
         if self.framing.extended {
             self.chunk(CHUNK_DONE, CHUNK_NONE, 0);
         } else {
             // Valid for all but reads and extents, and shorter.
             self.simple(None);
         }
-        Ok(true)
     }
 
     fn simple(&mut self, errno: Option<Errno>) {
@@ -225,7 +287,16 @@ impl Reply<'_> {
         self.out.put(why);
     }
 
+    /// The last thing of a reply.
     fn read(&mut self, disk: &mut dyn Disk, offset: u64, len_bytes: u32) -> Result<(), Failure> {
+        if len_bytes >= ASIDE_FROM_BYTES
+            && let Some(aside) = &mut self.out.aside
+            && let Some((file, at)) = disk.lies_in(offset, len_bytes.into())
+            && aside.take(file, at, len_bytes as usize)
+        {
+            self.out.went_aside = true;
+            return Ok(());
+        }
         let into = self.out.room(len_bytes as usize);
         if !self.now {
             disk.read(offset, into)?;

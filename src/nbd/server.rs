@@ -18,10 +18,11 @@
 //! both shrink again; a read of more than [`LATER_MAX_BYTES`] is not deferred.
 
 use super::handshake::{Encryption, Export, Handshake, Negotiated};
-use super::reply::{Replies, Served, serve, serve_now};
+use super::reply::{Aside, Replies, Served, serve, serve_block, serve_now};
 use super::transmission::{Command, Decoder, Request};
 use super::*;
 use crate::disk::Disk;
+use crate::pool::{Block, POOLED_FROM_BYTES, Pool};
 use bytes::BytesMut;
 
 /// Bytes of replies collected before they are sent: enough to make a system call cheap, and little enough that the
@@ -31,6 +32,8 @@ pub const REPLY_BATCH_BYTES: usize = 128 << 10;
 const READ_BYTES: usize = 64 << 10;
 /// How large the input begins. Memory that nothing arrives in is never touched.
 const INPUT_BYTES: usize = 1 << 20;
+/// What a buffer has beside a large payload: the headers before it.
+const BESIDE_BYTES: usize = 4096;
 /// Longest read that is deferred.
 pub const LATER_MAX_BYTES: u32 = 1 << 20;
 /// Buffers keep this much for a client that is quiet.
@@ -60,17 +63,25 @@ struct Input {
     bytes: Vec<u8>,
     start: usize,
     end: usize,
+    /// Where buffers that were given away come back to.
+    pool: Pool,
 }
 
 impl Input {
-    fn room(&mut self, wanted_bytes: usize) -> &mut [u8] {
+    /// Room for more, enough for what is wanted; of a large payload that is wanted alone, `exactly` that.
+    fn room(&mut self, wanted_bytes: usize, exactly: bool) -> &mut [u8] {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
             if self.bytes.len() > KEPT_BYTES && wanted_bytes <= KEPT_BYTES {
                 self.bytes = Vec::new();
             }
         }
-        let needed = wanted_bytes.saturating_sub(self.end - self.start).max(READ_BYTES);
+        let is_large = wanted_bytes >= POOLED_FROM_BYTES;
+        let missing = wanted_bytes.saturating_sub(self.end - self.start);
+        let needed = if is_large { missing } else { missing.max(READ_BYTES) };
+        if self.bytes.is_empty() {
+            self.bytes = self.pool.buffer(needed.max(INPUT_BYTES) + BESIDE_BYTES);
+        }
         if self.bytes.len() - self.end < needed {
             self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
@@ -78,7 +89,29 @@ impl Input {
                 self.bytes.resize((self.end + needed).max(INPUT_BYTES), 0);
             }
         }
-        &mut self.bytes[self.end..]
+        let room = &mut self.bytes[self.end..];
+        if is_large && exactly { &mut room[..missing] } else { room }
+    }
+
+    /// Whether the `len` bytes before the start are most of the buffer, and little is behind them.
+    fn can_lend(&self, len: usize) -> bool {
+        len >= POOLED_FROM_BYTES && len * 2 >= self.bytes.capacity() && (self.end - self.start) * 2 <= len
+    }
+
+    /// Lets `write` have these bytes as a block, and the buffer with them if it keeps it.
+    fn lend<T>(&mut self, len: usize, write: impl FnOnce(&mut Block) -> T) -> T {
+        let (start, end) = (self.start, self.end);
+        let mut next = self.pool.buffer(INPUT_BYTES + BESIDE_BYTES);
+        next[..end - start].copy_from_slice(&self.bytes[start..end]);
+        let mut block = self.pool.block(std::mem::take(&mut self.bytes), start - len..start);
+        let written = write(&mut block);
+        if block.is_empty() {
+            (self.bytes, self.start, self.end) = (next, 0, end - start);
+        } else {
+            self.bytes = block.into_buffer();
+            self.pool.give_back(next);
+        }
+        written
     }
 }
 
@@ -123,6 +156,8 @@ pub struct Server {
     export: Option<usize>,
     /// Whether the driver takes what waits.
     defers: bool,
+    /// Whether the disk may keep what is written.
+    keeps_blocks: bool,
     later: Option<Later>,
 }
 
@@ -137,6 +172,7 @@ impl Server {
             replies: Replies::default(),
             export: None,
             defers: false,
+            keeps_blocks: false,
             later: None,
         }
     }
@@ -157,12 +193,28 @@ impl Server {
             Phase::Transmission(decoder) => decoder.wants_bytes(),
             Phase::Handshake(_) => 0,
         };
-        self.input.room(wanted)
+        self.input.room(wanted, self.keeps_blocks)
     }
 
     /// That many bytes arrived.
     pub fn filled(&mut self, bytes: usize) {
         self.input.end = (self.input.end + bytes).min(self.input.bytes.len());
+    }
+
+    /// From now on, reads of much of a file need not pass through memory.
+    pub fn open_aside(&mut self, aside: Box<dyn Aside>) {
+        self.replies.open_aside(aside);
+    }
+
+    /// Whether what is to be sent ends with what [`Self::output`] does not show, and only [`Self::send_aside`] can send.
+    #[must_use]
+    pub fn went_aside(&self) -> bool {
+        self.replies.went_aside()
+    }
+
+    /// Sends all there is, that included; then say [`Self::sent`].
+    pub fn send_aside(&mut self) -> std::io::Result<()> {
+        self.replies.send_aside()
     }
 
     /// What is to be sent.
@@ -194,18 +246,29 @@ impl Server {
     /// Carries out what has arrived, once an export is chosen. After an error send what there is, and close.
     pub fn serve(&mut self, disk: &mut dyn Disk) -> Result<Next, NbdError> {
         let Phase::Transmission(decoder) = &mut self.phase else { return Ok(Next::Input) };
-        let mut rest = &self.input.bytes[self.input.start..self.input.end];
+        self.keeps_blocks = disk.keeps_blocks();
         loop {
-            let (place, before) = (decoder.place(), rest);
+            let (place, before) = (decoder.place(), self.input.start);
+            let mut rest = &self.input.bytes[before..self.input.end];
             let request = decoder.decode(&mut rest)?;
             self.input.start = self.input.end - rest.len();
             let Some(request) = request else {
                 return Ok(if self.replies.is_empty() { Next::Input } else { Next::Output });
             };
             let framing = decoder.framing();
-            let served = match deferrable(&request.command).filter(|_| self.defers) {
-                None => serve(&request, framing, disk, &mut self.replies),
-                Some(command) => match serve_now(&request, framing, disk, &mut self.replies) {
+            let block = match request.command {
+                Command::Write { offset, data, fua: false } if self.keeps_blocks && self.input.can_lend(data.len()) => {
+                    Some((request.cookie, offset, data.len()))
+                }
+                _ => None,
+            };
+            let served = match (block, deferrable(&request.command).filter(|_| self.defers)) {
+                (Some((cookie, offset, len)), _) => {
+                    let replies = &mut self.replies;
+                    self.input.lend(len, |block| serve_block(cookie, offset, block, framing, disk, replies))
+                }
+                (None, None) => serve(&request, framing, disk, &mut self.replies),
+                (None, Some(command)) => match serve_now(&request, framing, disk, &mut self.replies) {
                     Served::Waits => {
                         let request = Request { cookie: request.cookie, offset: request.offset, command };
                         self.later = Some(Later { request, framing: framing.clone() });
@@ -216,11 +279,11 @@ impl Server {
             };
             match served {
                 Served::Waits => return Ok(Next::Later),
-                Served::Replied if self.replies.len() < REPLY_BATCH_BYTES => {}
+                Served::Replied if self.replies.len() < REPLY_BATCH_BYTES && !self.replies.went_aside() => {}
                 Served::Replied => return Ok(Next::Output),
                 Served::Busy => {
                     decoder.rewind(place);
-                    self.input.start = self.input.end - before.len();
+                    self.input.start = before;
                     return Ok(if self.replies.is_empty() { Next::Busy } else { Next::Output });
                 }
                 Served::Disconnect => return Ok(Next::Closed),

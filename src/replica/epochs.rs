@@ -53,6 +53,7 @@ use super::records::Member;
 use super::state::{Standing, State, StateFile, Why};
 use crate::disk::{Disk, DiskError, Extent, Zeroing, check_range};
 use crate::mutant::{self, Mutant};
+use crate::pool::Block;
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::io;
@@ -239,6 +240,16 @@ impl Replica {
     /// A write of the primary: into the base during the initial copy, into pending after it.
     pub fn primary_write(&mut self, generation: u64, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         self.primary_put(generation, offset, Content::Data(bytes))
+    }
+
+    /// As [`Self::primary_write`]; what goes into memory as it is, is kept.
+    pub fn primary_write_block(&mut self, generation: u64, offset: u64, block: &mut Block) -> Result<(), DiskError> {
+        if self.stage != Stage::Running || self.check_primary(generation).is_err() {
+            return self.primary_write(generation, offset, block);
+        }
+        check_range(self.size_bytes(), offset, block.len() as u64)?;
+        let result = self.pending.write_block(offset, block);
+        self.latch("a write of the primary", result)
     }
 
     /// Zeroes of the primary, like [`Self::primary_write`].

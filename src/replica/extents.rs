@@ -24,6 +24,7 @@
 mod tests;
 
 use crate::disk::{Disk, DiskError, Extent as Described, Zeroing};
+use crate::pool::{Block, Pool};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::ops::Range;
@@ -36,6 +37,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 pub const MAX_EXTENT_BYTES: usize = 1 << 20;
 /// Longest extent of zeroes: where the disk below writes them by hand, one step of copying a layer down writes so many.
 pub const MAX_ZEROES_BYTES: u64 = 32 << 20;
+/// From this length on an extent is copied down as it is: to make one write of several saves less than it costs.
+const LARGE_EXTENT_BYTES: usize = 128 << 10;
 /// What an extent's place in the index is charged, beside its bytes.
 pub const EXTENT_COST_BYTES: u64 = 128;
 
@@ -95,6 +98,7 @@ pub struct Budget {
     spill_dir: Option<PathBuf>,
     memory_bytes: AtomicU64,
     spill_bytes: AtomicU64,
+    pool: Pool,
 }
 
 impl Budget {
@@ -103,7 +107,9 @@ impl Budget {
     #[must_use]
     pub fn new(memory_limit_bytes: u64, spill_dir: Option<PathBuf>, spill_limit_bytes: u64) -> Arc<Self> {
         let (memory_bytes, spill_bytes) = Default::default();
-        Arc::new(Self { memory_limit_bytes, spill_limit_bytes, spill_dir, memory_bytes, spill_bytes })
+        // Beside what layers use: what the next epoch will want again.
+        let pool = Pool::keeping((memory_limit_bytes / 4) as usize);
+        Arc::new(Self { memory_limit_bytes, spill_limit_bytes, spill_dir, memory_bytes, spill_bytes, pool })
     }
 
     /// Memory in use, the index included, in bytes.
@@ -138,7 +144,7 @@ impl Budget {
 
 #[derive(Debug)]
 enum Place {
-    Memory(Box<[u8]>),
+    Memory(Block),
     Spill { at: u64 },
     Zeroes { keep_allocated: bool },
 }
@@ -251,6 +257,19 @@ impl Overlay {
         Ok(())
     }
 
+    /// Writes at `offset`, and keeps the block itself if it becomes an extent as it is: an empty one is left then.
+    pub fn write_block(&mut self, offset: u64, block: &mut Block) -> Result<(), DiskError> {
+        let len = block.len();
+        let is_gap = matches!(self.pieces(offset, len as u64)[..], [Piece::Gap(_)]);
+        let fits = is_gap && len <= MAX_EXTENT_BYTES;
+        if !fits || !self.take(self.budget.data_limit_bytes(), EXTENT_COST_BYTES + len as u64) {
+            return self.write(offset, Content::Data(block));
+        }
+        self.bytes += len as u64;
+        self.extents.insert(offset, Extent { len, place: Place::Memory(std::mem::take(block)) });
+        Ok(())
+    }
+
     /// Writes only where the layer covers the range; each gap is handed to `below`. Needs no room: zeroes that are in
     /// the way of data are handed down first, and are a gap then.
     pub fn write_covered(
@@ -304,6 +323,13 @@ impl Overlay {
             Place::Memory(_) | Place::Spill { .. } => None,
         };
         let max_bytes = if zeroes.is_some() { MAX_ZEROES_BYTES as usize } else { max_bytes.min(MAX_EXTENT_BYTES) };
+        if let (Place::Memory(bytes), len) = (&first.place, first.len)
+            && len >= LARGE_EXTENT_BYTES
+        {
+            disk.write(start, bytes)?;
+            self.forget_first();
+            return Ok(len);
+        }
         let (mut run, mut len, mut count) = (Vec::new(), 0, 0);
         for (at, extent) in &self.extents {
             let same = match extent.place {
@@ -481,7 +507,7 @@ impl Overlay {
         let limit_bytes = self.budget.memory_limit_bytes;
         let len = bytes.len();
         if self.take(self.budget.data_limit_bytes(), EXTENT_COST_BYTES + len as u64) {
-            return Ok(Extent { len, place: Place::Memory(bytes.into()) });
+            return Ok(Extent { len, place: Place::Memory(self.budget.pool.copy(bytes)) });
         }
         if !self.take(limit_bytes, EXTENT_COST_BYTES) {
             return Err(no_space());

@@ -44,6 +44,7 @@ use super::extents::{Content, MAX_ZEROES_BYTES};
 use super::{FAST_HOLE, lock, zero_or_leave};
 use crate::bitmap::Bitmap;
 use crate::disk::{Disk, DiskError, Extent, Zeroing, check_range};
+use crate::pool::{Block, Pool};
 use bytes::Bytes;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -206,6 +207,7 @@ pub struct Mirror {
     /// The epoch of the last attach: the first checkpoint's.
     first_epoch: u64,
     next_seq: u64,
+    pool: Pool,
 }
 
 impl Mirror {
@@ -213,8 +215,8 @@ impl Mirror {
     /// a single larger write is taken when there is nothing else.
     #[must_use]
     pub fn new(local: Box<dyn Disk>, bound_bytes: u64) -> Self {
-        let (link, changes) = (Link::Detached, None);
-        Self { local, bound_bytes, link, changes, epoch: 0, allowed_epoch: 0, first_epoch: 0, next_seq: 0 }
+        let (link, changes, pool) = (Link::Detached, None, Pool::default());
+        Self { local, bound_bytes, link, changes, epoch: 0, allowed_epoch: 0, first_epoch: 0, next_seq: 0, pool }
     }
 
     /// Starts copying, first whatever the target has not. What an earlier link still held is dropped. The epoch goes
@@ -473,6 +475,16 @@ impl Mirror {
         }
     }
 
+    /// Whether it is to be queued then.
+    fn write_locally(&mut self, offset: u64, bytes: &[u8]) -> Result<bool, DiskError> {
+        let len_bytes = bytes.len() as u64;
+        check_range(self.local.size_bytes(), offset, len_bytes)?;
+        self.admit(len_bytes + ENTRY_COST_BYTES)?;
+        let result = self.local.write(offset, bytes);
+        self.written(offset, len_bytes, &result);
+        result.map(|()| matches!(self.link, Link::Attached(_)))
+    }
+
     /// After a local write. One that failed may have landed in part, so what the disk holds there now is unknown, and
     /// the link fails with it. One that was refused has done nothing.
     fn written(&mut self, offset: u64, len_bytes: u64, result: &Result<(), DiskError>) {
@@ -497,15 +509,22 @@ impl Disk for Mirror {
 
     /// Writes locally, then queues the copy.
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        let len_bytes = bytes.len() as u64;
-        check_range(self.local.size_bytes(), offset, len_bytes)?;
-        self.admit(len_bytes + ENTRY_COST_BYTES)?;
-        let result = self.local.write(offset, bytes);
-        self.written(offset, len_bytes, &result);
-        if result.is_ok() && matches!(self.link, Link::Attached(_)) {
-            self.queue(offset, Payload::Data(Bytes::copy_from_slice(bytes)));
+        if self.write_locally(offset, bytes)? {
+            self.queue(offset, Payload::Data(self.pool.share(bytes)));
         }
-        result
+        Ok(())
+    }
+
+    fn keeps_blocks(&self) -> bool {
+        matches!(self.link, Link::Attached(_))
+    }
+
+    /// The same; the block itself is what is sent.
+    fn write_block(&mut self, offset: u64, block: &mut Block) -> Result<(), DiskError> {
+        if self.write_locally(offset, block)? {
+            self.queue(offset, Payload::Data(Bytes::from_owner(std::mem::take(block))));
+        }
+        Ok(())
     }
 
     /// Flushes the local disk. The other host's copy is as good as its last checkpoint, flushed or not.
@@ -555,6 +574,12 @@ impl Disk for MirrorHandle {
     }
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         lock(&self.0).write(offset, bytes)
+    }
+    fn keeps_blocks(&self) -> bool {
+        lock(&self.0).keeps_blocks()
+    }
+    fn write_block(&mut self, offset: u64, block: &mut Block) -> Result<(), DiskError> {
+        lock(&self.0).write_block(offset, block)
     }
     fn flush(&mut self) -> Result<(), DiskError> {
         lock(&self.0).flush()

@@ -19,6 +19,7 @@ use crate::say;
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader};
 use std::net::TcpListener;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -321,6 +322,10 @@ impl Disk for Served {
     fn read_now(&mut self, offset: u64, into: &mut [u8]) -> Result<bool, DiskError> {
         let at = self.at(offset, into.len() as u64)?;
         self.disk.read_now(at, into)
+    }
+
+    fn lies_in(&self, offset: u64, len_bytes: u64) -> Option<(BorrowedFd<'_>, u64)> {
+        self.disk.lies_in(self.at(offset, len_bytes).ok()?, len_bytes)
     }
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {

@@ -10,6 +10,7 @@
 //!
 //! Source for the limits: `doc/proto.md`, "Security considerations".
 
+use super::aside::Pipe;
 use super::beside::Beside;
 use super::{BUSY_RETRY, HANDSHAKE_DEADLINE, ServeError};
 use crate::daemon::address::widen;
@@ -17,12 +18,13 @@ use crate::daemon::links::lock;
 use crate::disk::{Disk, DiskError};
 use crate::nbd::handshake::{Encryption, Export};
 use crate::nbd::server::{Next, Server};
-use rustix::net::{RecvFlags, recv};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -104,12 +106,19 @@ impl Stream {
 
     /// What is there already; `WouldBlock` when nothing is.
     fn read_now(&self, into: &mut [u8]) -> io::Result<usize> {
-        let flags = RecvFlags::DONTWAIT;
-        let (bytes, _) = match self {
-            Self::Tcp(stream) => recv(stream, into, flags)?,
-            Self::Unix(stream) => recv(stream, into, flags)?,
-        };
-        Ok(bytes)
+        Ok(recv(self, into, RecvFlags::DONTWAIT)?.0)
+    }
+
+    /// Sends all of `bytes`, and says that more follows.
+    pub(super) fn send_more(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match send(self, bytes, SendFlags::MORE | SendFlags::NOSIGNAL) {
+                Ok(sent) => bytes = &bytes[sent..],
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn shutdown(&self) {
@@ -118,6 +127,15 @@ impl Stream {
             Self::Tcp(stream) => stream.shutdown(Shutdown::Both),
             Self::Unix(stream) => stream.shutdown(Shutdown::Both),
         };
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Unix(stream) => stream.as_fd(),
+        }
     }
 }
 
@@ -348,7 +366,7 @@ pub fn serve_all(listener: &Listener, service: &Arc<Service>, running: &Running)
 
 /// Whether there are no descriptors left, here or in the whole system.
 fn is_crowded(error: &io::Error) -> bool {
-    let crowded = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE];
+    let crowded = [Errno::MFILE, Errno::NFILE];
     crowded.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
@@ -361,7 +379,7 @@ fn serve_client(stream: Stream, service: &Service, served: &mut bool) -> Result<
     transport.stream().set_write_timeout(Some(HANDSHAKE_DEADLINE))?;
     let index = loop {
         let next = server.negotiate();
-        send(&mut transport, &mut server)?;
+        speak(&mut transport, &mut server)?;
         match (next?, server.export()) {
             (_, Some(index)) => break index,
             (Next::Closed, None) => return Ok(()),
@@ -398,15 +416,16 @@ fn serve_client(stream: Stream, service: &Service, served: &mut bool) -> Result<
             // Only one thread at a time can know where the cipher is.
             Transport::Tls(_) => None,
         };
-        if beside.is_some() {
+        if let Transport::Plain(stream) = &transport {
             server.defer();
+            server.open_aside(Box::new(Pipe::to(stream.try_clone()?)));
         }
         let mut quick = false;
         loop {
             let next = server.serve(&mut *disk);
             {
                 let _speaking = beside.as_ref().map(Beside::speak);
-                send(&mut transport, &mut server)?;
+                speak(&mut transport, &mut server)?;
             }
             match next? {
                 Next::Output | Next::StartTls => {}
@@ -426,11 +445,13 @@ fn serve_client(stream: Stream, service: &Service, served: &mut bool) -> Result<
     })
 }
 
-fn send(transport: &mut Transport, server: &mut Server) -> io::Result<()> {
-    if !server.output().is_empty() {
+fn speak(transport: &mut Transport, server: &mut Server) -> io::Result<()> {
+    if server.went_aside() {
+        server.send_aside()?;
+    } else if !server.output().is_empty() {
         transport.write_all(server.output())?;
-        server.sent();
     }
+    server.sent();
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 use super::Replica;
 use crate::disk::{Disk, DiskError, Extent, Zeroing};
+use crate::pool::Block;
 use crate::replica::extents::{Content, Overlay};
 use crate::replica::{FAST_HOLE, lock, zero_or_leave};
 use std::collections::VecDeque;
@@ -119,6 +120,12 @@ impl Disk for PrimaryView {
     }
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         lock(&self.replica).primary_write(self.generation, offset, bytes)
+    }
+    fn keeps_blocks(&self) -> bool {
+        true
+    }
+    fn write_block(&mut self, offset: u64, block: &mut Block) -> Result<(), DiskError> {
+        lock(&self.replica).primary_write_block(self.generation, offset, block)
     }
     /// Unless somebody writes to the image now, or what comes goes to a spill file.
     fn writes_in_memory(&self) -> bool {

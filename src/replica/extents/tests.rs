@@ -40,11 +40,18 @@ proptest! {
         let budget = Budget::new(memory_bytes, Some(dir.path().into()), 400);
         let mut overlay = Overlay::new(&budget);
         let (mut model, mut covered) = (vec![0; SIZE], vec![false; SIZE]);
+        let pool = Pool::default();
         for (offset, len, byte) in writes {
             let range = offset as usize..(offset as usize + len).min(SIZE);
             let bytes = vec![byte.unwrap_or(0); range.len()];
             let zeroes = Content::Zeroes { len_bytes: range.len() as u64, keep_allocated: len % 2 == 0 };
-            let result = overlay.write(offset, if byte.is_some() { Content::Data(&bytes) } else { zeroes });
+            let mut block = pool.copy(&bytes);
+            let result = match byte {
+                Some(_) if len % 3 == 0 => overlay.write_block(offset, &mut block),
+                Some(_) => overlay.write(offset, Content::Data(&bytes)),
+                None => overlay.write(offset, zeroes),
+            };
+            prop_assert!(block[..] == bytes || block.is_empty() && result.is_ok());
             let byte = byte.unwrap_or(0);
             for (at, (model, covered)) in model.iter_mut().zip(&mut covered).enumerate() {
                 // A refused write may have landed in part, but never outside its range.
@@ -84,6 +91,25 @@ fn a_long_write_becomes_several_extents_and_a_rewrite_makes_none() {
     let used = budget.memory_bytes();
     overlay.write(6, data(&vec![2; 2 * MAX_EXTENT_BYTES])).unwrap();
     assert_eq!((overlay.ranges().count(), budget.memory_bytes()), (3, used));
+}
+
+#[test]
+fn a_block_is_kept_where_nothing_was_and_copied_where_something_is() {
+    let budget = Budget::new(2 << 20, None, 0);
+    let mut overlay = Overlay::new(&budget);
+    let pool = Pool::default();
+    let mut block = pool.copy(&[1; MAX_EXTENT_BYTES]);
+    let at = block.as_ptr();
+    overlay.write_block(0, &mut block).unwrap();
+    let Place::Memory(kept) = &overlay.extents[&0].place else { panic!("not in memory") };
+    assert!(block.is_empty() && kept.as_ptr() == at);
+    assert_eq!(budget.memory_bytes(), EXTENT_COST_BYTES + MAX_EXTENT_BYTES as u64, "charged as any");
+    let mut again = pool.copy(&[2; MAX_EXTENT_BYTES]);
+    overlay.write_block(4096, &mut again).unwrap();
+    assert_eq!((again.len(), overlay.ranges().count()), (MAX_EXTENT_BYTES, 2));
+    let mut long = pool.copy(&vec![3; MAX_EXTENT_BYTES + 1]);
+    overlay.write_block(8 << 20, &mut long).unwrap_err();
+    assert_eq!(long.len(), MAX_EXTENT_BYTES + 1, "no room, and it is the caller's still");
 }
 
 #[test]

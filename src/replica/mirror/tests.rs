@@ -184,12 +184,22 @@ proptest! {
         mirror.write(5, b"before").unwrap();
         model[5..11].copy_from_slice(b"before");
         mirror.attach(holding(if blank { Holds::Zeroes } else { Holds::Anything }));
+        let pool = Pool::default();
         let mut marked: Option<(u64, Vec<u8>)> = None;
         for op in ops.into_iter().chain([Op::Checkpoint, Op::Checkpoint]) {
             match op {
                 Op::Write(at, len, byte) => {
                     let range = at..(at + len).min(SIZE);
-                    match mirror.write(at as u64, &vec![byte; range.len()]) {
+                    // As a block of its own, or as bytes that somebody else goes on using.
+                    let mut block = pool.copy(&vec![byte; range.len()]);
+                    let attached = mirror.keeps_blocks();
+                    let written = match len % 2 {
+                        0 => mirror.write_block(at as u64, &mut block),
+                        _ => mirror.write(at as u64, &block),
+                    };
+                    let kept = block.is_empty() && !range.is_empty();
+                    prop_assert_eq!(kept, written.is_ok() && attached && len % 2 == 0 && !range.is_empty());
+                    match written {
                         Ok(()) => model[range].fill(byte),
                         Err(error) => prop_assert!(matches!(error, DiskError::Busy), "{}", error),
                     }

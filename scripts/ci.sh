@@ -17,7 +17,7 @@ readonly CI_SECONDS=${XEN_COLO_CI_SECONDS:-4300}
 # 76-remus-colo (three to six minutes each), 30-hvm (the demos boot that guest too), 45-save (ten minutes), 60-on-xen, and
 # 90-hvm-reload (eight minutes).
 readonly NESTED_FIRST=(10-hosts 20-pvh 50-power-cut 70-protect)
-readonly NESTED_LAST=(72-signals 40-hotplug-errors 80-refusals 78-back 73-signals-hvm)
+readonly NESTED_LAST=(72-signals 40-hotplug-errors 80-refusals 78-back 73-signals-hvm 85-two-releases)
 FEATURES=(--features xen)
 
 passed=0

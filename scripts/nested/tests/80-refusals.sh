@@ -143,8 +143,6 @@ else
 	host a 'xl destroy shadowed 2>/dev/null; true'
 fi
 
-echo "SKIP: tools and hypervisor of two releases: the lab has one; xen/src/interface.rs tests the comparison"
-
 # Protected, let go, protected again, and then it is needed.
 start_host a "--listen 10.78.0.1:9740 --guest pvh --xen /etc/xen/guests/pvh.cfg --disk-mib 16"
 wait_until 200 said a pvh GUEST-READY || die "pvh did not get ready"

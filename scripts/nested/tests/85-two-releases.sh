@@ -23,8 +23,8 @@ fetch() {
 	package=$(apt apt-cache pkgnames xen-hypervisor-4 | grep -E '^xen-hypervisor-[0-9.]+-amd64$' | grep -v -F 4.17 | sort -V | tail -n 1)
 	[[ -n $package ]] || return 1
 	echo "the hypervisor of $package"
-	(cd "$LATER" && apt apt-get download "$package" && dpkg-deb -x "$package"_*.deb root) || return 1
-	zcat "$LATER"/root/boot/xen-*.gz >"$LATER/xen.elf"
+	(cd "$LATER" && apt apt-get download "$package" && dpkg-deb -x "$package"_*.deb unpacked) || return 1
+	zcat "$LATER"/unpacked/boot/xen-*.gz >"$LATER/xen.elf"
 }
 
 if [[ ! -s $LATER/xen.elf ]]; then

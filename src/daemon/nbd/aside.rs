@@ -64,8 +64,17 @@ impl Pipe {
         })
     }
 
-    /// Fills the empty pipe, unless it is too small. After an error what is in it is anything.
-    fn fill(&mut self, file: BorrowedFd<'_>, mut offset: u64, len_bytes: usize) -> io::Result<bool> {
+    /// Fills the empty pipe, unless it is too small.
+    fn fill(&mut self, file: BorrowedFd<'_>, offset: u64, len_bytes: usize) -> io::Result<bool> {
+        let filled = self.splice_in(file, offset, len_bytes);
+        if filled.is_err() {
+            // With what is in it.
+            self.ends = None;
+        }
+        filled
+    }
+
+    fn splice_in(&mut self, file: BorrowedFd<'_>, mut offset: u64, len_bytes: usize) -> io::Result<bool> {
         let ends = self.ends()?;
         let pages = (offset + len_bytes as u64).div_ceil(PAGE_BYTES) - offset / PAGE_BYTES;
         if pages * PAGE_BYTES > ends.room_bytes {
@@ -109,8 +118,6 @@ impl Aside for Pipe {
             Ok(false) => false,
             Err(error) => {
                 tracing::debug!(%error, len_bytes, "read the ordinary way");
-                // With what is in it.
-                self.ends = None;
                 self.failures += 1;
                 false
             }
@@ -195,7 +202,6 @@ mod tests {
         }
         // Once with something in the pipe already: a file that got shorter behind its last byte's back.
         assert!(pipe.fill(file.as_fd(), 3 * MIB as u64 - 4096, 8192).is_err());
-        pipe.ends = None;
         assert!(pipe.take(file.as_fd(), 4096, 64 << 10));
         pipe.send(b"").unwrap();
         let mut got = vec![0; 64 << 10];

@@ -120,7 +120,10 @@ fn what_is_kept_and_what_is_copied_is_what_was_sent() {
         // What was kept is no buffer that later bytes came into.
         for (offset, block) in &disk.kept {
             let first = u64::from(block[0]);
-            assert!(block.iter().zip(0_u64..).all(|(byte, at)| *byte == (at * 31 + first) as u8), "seed {seed}, {offset}");
+            assert!(
+                block.iter().zip(0_u64..).all(|(byte, at)| *byte == (at * 31 + first) as u8),
+                "seed {seed}, {offset}"
+            );
         }
     }
 }

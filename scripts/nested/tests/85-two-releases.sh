@@ -34,7 +34,7 @@ fi
 
 nested down
 XEN_ELF=$LATER/xen.elf nested up a
-release=$(host a 'xenver=$(cat /sys/hypervisor/version/major).$(cat /sys/hypervisor/version/minor); echo $xenver')
+release=$(host a 'cat /sys/hypervisor/version/major /sys/hypervisor/version/minor | paste -sd.')
 holds "the hypervisor is not the tools' ($release)" test "$release" != 4.17
 said=$(host a 'xl-colo check' 2>&1 || true)
 echo "$said"

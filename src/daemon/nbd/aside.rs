@@ -53,8 +53,12 @@ pub(super) struct Pipe {
 }
 
 impl Pipe {
-    pub(super) fn to(socket: Stream) -> Self {
-        Self { socket, ends: None, taken_bytes: 0, failures: 0 }
+    /// To the other end of a Unix socket. A TCP connection takes pages in pieces of its own, and was no faster: 0.8 to 1.1 times.
+    pub(super) fn to(socket: &Stream) -> io::Result<Option<Self>> {
+        Ok(match socket {
+            Stream::Unix(_) => Some(Self { socket: socket.try_clone()?, ends: None, taken_bytes: 0, failures: 0 }),
+            Stream::Tcp(_) => None,
+        })
     }
 
     fn ends(&mut self) -> io::Result<&Ends> {
@@ -157,7 +161,8 @@ mod tests {
     /// A file of three MiB in which no two places look alike.
     fn image(dir: &tempfile::TempDir) -> (PathBuf, Vec<u8>) {
         let path = dir.path().join("disk.img");
-        let bytes: Vec<u8> = (0..3 * MIB as u32 / 4).flat_map(|word| word.wrapping_mul(0x9e37_79b1).to_le_bytes()).collect();
+        let bytes: Vec<u8> =
+            (0..3 * MIB as u32 / 4).flat_map(|word| word.wrapping_mul(0x9e37_79b1).to_le_bytes()).collect();
         std::fs::write(&path, &bytes).unwrap();
         (path, bytes)
     }
@@ -168,7 +173,7 @@ mod tests {
         let (path, bytes) = image(&dir);
         let file = File::open(path).unwrap();
         let (here, mut there) = UnixStream::pair().unwrap();
-        let mut pipe = Pipe::to(Stream::Unix(here));
+        let mut pipe = Pipe::to(&Stream::Unix(here)).unwrap().unwrap();
         for (offset, len) in [(0, 64 << 10), (4095, 100_001), (12_345, MIB - 20_000), (2 * MIB, MIB), (0, 64 << 10)] {
             assert!(pipe.take(file.as_fd(), offset as u64, len), "{len} bytes at {offset}");
             assert!(!pipe.take(file.as_fd(), 0, 1), "one piece at a time");
@@ -194,7 +199,7 @@ mod tests {
         let (path, bytes) = image(&dir);
         let file = File::open(path).unwrap();
         let (here, mut there) = UnixStream::pair().unwrap();
-        let mut pipe = Pipe::to(Stream::Unix(here));
+        let mut pipe = Pipe::to(&Stream::Unix(here)).unwrap().unwrap();
         for _ in 0..5 {
             assert!(!pipe.take(file.as_fd(), 0, 3 * MIB), "longer than a pipe");
             assert!(!pipe.take(file.as_fd(), 2 * MIB as u64, 2 * MIB), "over its end");

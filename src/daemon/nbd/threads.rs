@@ -418,7 +418,9 @@ fn serve_client(stream: Stream, service: &Service, served: &mut bool) -> Result<
         };
         if let Transport::Plain(stream) = &transport {
             server.defer();
-            server.open_aside(Box::new(Pipe::to(stream.try_clone()?)));
+            if let Some(aside) = Pipe::to(stream)? {
+                server.open_aside(Box::new(aside));
+            }
         }
         let mut quick = false;
         loop {

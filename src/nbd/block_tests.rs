@@ -15,6 +15,12 @@ struct Keeper {
     asked: u32,
 }
 
+impl Keeper {
+    fn new() -> Self {
+        Self { disk: MemoryDisk::new(SIZE_BYTES), kept: Vec::new(), asked: 0 }
+    }
+}
+
 impl Disk for Keeper {
     fn size_bytes(&self) -> u64 {
         SIZE_BYTES as u64
@@ -57,6 +63,19 @@ impl Noise {
     }
 }
 
+/// A server whose client has chosen its export.
+fn negotiated() -> Server {
+    let mut server = Server::new(vec![Export::new("disk", SIZE_BYTES as u64)], Encryption::None);
+    let hello = b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x04disk";
+    server.room()[..hello.len()].copy_from_slice(hello);
+    server.filled(hello.len());
+    while server.export().is_none() {
+        let _ = server.negotiate().unwrap();
+        server.sent();
+    }
+    server
+}
+
 fn put(stream: &mut Vec<u8>, flags: u16, cookie: u64, offset: usize, data: &[u8]) {
     stream.extend(REQUEST_MAGIC.to_be_bytes());
     stream.extend([flags.to_be_bytes(), CMD_WRITE.to_be_bytes()].concat());
@@ -93,15 +112,7 @@ fn what_is_kept_and_what_is_copied_is_what_was_sent() {
     let sizes = [1, 512, 4096, 65_536, 300_000, 524_288, 600_000, 1 << 20, (1 << 20) + 512, 2 << 20];
     for seed in 1..=40 {
         let mut noise = Noise(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
-        let mut server = Server::new(vec![Export::new("disk", SIZE_BYTES as u64)], Encryption::None);
-        let hello = b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x04disk";
-        server.room()[..hello.len()].copy_from_slice(hello);
-        server.filled(hello.len());
-        while server.export().is_none() {
-            let _ = server.negotiate().unwrap();
-            server.sent();
-        }
-        let mut disk = Keeper { disk: MemoryDisk::new(SIZE_BYTES), kept: Vec::new(), asked: 0 };
+        let (mut server, mut disk) = (negotiated(), Keeper::new());
         let (mut model, mut stream, mut wanted) = (vec![0; SIZE_BYTES], Vec::new(), Vec::new());
         for cookie in 0..40_u64 {
             let len = sizes[noise.below(sizes.len())];
@@ -126,4 +137,29 @@ fn what_is_kept_and_what_is_copied_is_what_was_sent() {
             );
         }
     }
+}
+
+/// A buffer comes back as large as it was, and stays if a request has begun in it. What is behind a write in it may be more than a
+/// new one has room for.
+#[test]
+fn much_behind_a_write_finds_room() {
+    const MIB: usize = 1 << 20;
+    let (mut server, mut disk) = (negotiated(), Keeper::new());
+    let mut send = |stream: &[u8]| {
+        let said = converse(&mut server, &mut disk, stream, || usize::MAX);
+        // Nobody keeps anything for long.
+        disk.kept.clear();
+        said.len() / 16
+    };
+    let write = |lens: &[usize]| {
+        let mut stream = Vec::new();
+        lens.iter().for_each(|len| put(&mut stream, 0, 1, 0, &vec![*len as u8; *len]));
+        stream
+    };
+    assert_eq!(send(&write(&[MIB])), 1, "copied");
+    assert_eq!(send(&write(&[7 * MIB])), 1, "kept, and its large buffer given back");
+    let (last, many) = (write(&[MIB]), write(&[4 * MIB, 4 * MIB]));
+    let (begun, rest) = many.split_at(10);
+    assert_eq!(send(&[&last, begun].concat()), 1, "kept, and the large buffer is next");
+    assert_eq!(send(&rest[..6 * MIB - 100_000]), 1, "one, and much of another");
 }

@@ -101,7 +101,7 @@ impl Input {
     /// Lets `write` have these bytes as a block, and the buffer with them if it keeps it.
     fn lend<T>(&mut self, len: usize, write: impl FnOnce(&mut Block) -> T) -> T {
         let (start, end) = (self.start, self.end);
-        let mut next = self.pool.buffer(INPUT_BYTES + BESIDE_BYTES);
+        let mut next = self.pool.buffer((end - start).max(INPUT_BYTES) + BESIDE_BYTES);
         next[..end - start].copy_from_slice(&self.bytes[start..end]);
         let mut block = self.pool.block(std::mem::take(&mut self.bytes), start - len..start);
         let written = write(&mut block);

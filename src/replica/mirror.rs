@@ -475,7 +475,7 @@ impl Mirror {
         }
     }
 
-    /// Whether it is to be queued then.
+    /// Writes to the local disk only; whether a copy is to be queued then.
     fn write_locally(&mut self, offset: u64, bytes: &[u8]) -> Result<bool, DiskError> {
         let len_bytes = bytes.len() as u64;
         check_range(self.local.size_bytes(), offset, len_bytes)?;

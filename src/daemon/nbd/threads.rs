@@ -412,16 +412,16 @@ fn serve_client(stream: Stream, service: &Service, served: &mut bool) -> Result<
     std::thread::scope(|scope| {
         // Ends before the scope does, which waits for those who work for it.
         let mut beside = match &transport {
-            Transport::Plain(stream) => Some(Beside::new(stream.try_clone()?, scope, &open)),
+            Transport::Plain(stream) => {
+                server.defer();
+                if let Some(aside) = Pipe::to(stream)? {
+                    server.open_aside(Box::new(aside));
+                }
+                Some(Beside::new(stream.try_clone()?, scope, &open))
+            }
             // Only one thread at a time can know where the cipher is.
             Transport::Tls(_) => None,
         };
-        if let Transport::Plain(stream) = &transport {
-            server.defer();
-            if let Some(aside) = Pipe::to(stream)? {
-                server.open_aside(Box::new(aside));
-            }
-        }
         let mut quick = false;
         loop {
             let next = server.serve(&mut *disk);

@@ -104,7 +104,6 @@ struct Connection {
     store: Mutex<Store>,
     /// The backend's.
     state: String,
-    carrier: PathBuf,
     connected: AtomicBool,
     /// When that was last looked for.
     looked_at_us: AtomicU64,
@@ -115,23 +114,17 @@ impl Connection {
         let store = Store::open().map_err(|e| GuestError::Toolstack(format!("xenstore: {e}")))?;
         // Where every backend of its first NIC is, of dom0's own ones.
         let state = format!("{}/backend/vif/{domid}/0/state", store.domain_path(DomId(0)));
-        Ok(Self {
-            store: Mutex::new(store),
-            state,
-            carrier: format!("/sys/class/net/vif{domid}.0/carrier").into(),
-            connected: AtomicBool::new(false),
-            looked_at_us: AtomicU64::new(0),
-        })
+        Ok(Self { store: Mutex::new(store), state, connected: AtomicBool::new(false), looked_at_us: AtomicU64::new(0) })
     }
 
-    fn is_there(&self) -> bool {
+    fn is_there(&self, vif: &Device) -> bool {
         let now_us = engine_clock().as_micros();
         let due = now_us >= self.looked_at_us.load(Ordering::Relaxed) + CONNECTED_LOOK_MICROS;
         if due && !self.connected.load(Ordering::Relaxed) {
             self.looked_at_us.store(now_us, Ordering::Relaxed);
             // No carrier is a zero, and a device that is down an error. xenstored is asked only then: it has enough to do
             // while devices connect.
-            let carrier = std::fs::read(&self.carrier).is_ok_and(|carrier| carrier.starts_with(b"1"));
+            let carrier = std::fs::read(&vif.carrier).is_ok_and(|carrier| carrier.starts_with(b"1"));
             let connected = carrier
                 && lock(&self.store).read(&self.state).is_ok_and(|state| state.as_deref() == Some(XENBUS_CONNECTED));
             self.connected.store(connected, Ordering::Relaxed);
@@ -176,7 +169,7 @@ impl std::fmt::Debug for GuestNic {
 
 impl Nic for GuestNic {
     fn send(&self, frame: &[u8]) -> bool {
-        let device = if self.connection.is_there() { Some(&self.vif) } else { self.emulated.as_ref() };
+        let device = if self.connection.is_there(&self.vif) { Some(&self.vif) } else { self.emulated.as_ref() };
         device.is_some_and(|device| device.socket.send(frame).is_ok())
     }
 

@@ -4,11 +4,11 @@
 #
 # target/bench/nbd.json has every cell: operations per second of each server (medians over the rounds), and ours over the
 # best of the others, the median of the rounds' ratios. Aim: 1.5 in every cell.
-# ROUNDS (3), CELL_SECONDS (1), CELLS (a regular expression: which cells).
+# ROUNDS (3), CELL_SECONDS (1), CELLS (a regular expression: which cells), XL_COLO (a build of the program).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly BINARY=target/release/xl-colo
+readonly BINARY=${XL_COLO:-target/release/xl-colo}
 readonly ROUNDS=${ROUNDS:-3} CELL_SECONDS=${CELL_SECONDS:-1} CELLS=${CELLS:-.}
 readonly SIZE_MIB=256
 readonly SERVERS=(xl-colo qemu-nbd nbdkit-file nbdkit-memory)
@@ -21,7 +21,7 @@ readonly SHAPES=(randread:4k:1:1 randread:4k:32:1 randread:4k:64:1 randread:4k:1
 for tool in fio qemu-nbd nbdkit nbdinfo; do
 	command -v "$tool" >/dev/null || { echo "SKIP: $tool is not installed; scripts/install-deps.sh does it" >&2; exit 77; }
 done
-cargo build --release --quiet
+[[ -n ${XL_COLO:-} ]] || cargo build --release --quiet
 
 # Memory, so that the servers are measured and not a medium.
 dir=$(mktemp -d -p /dev/shm)

@@ -7,8 +7,8 @@
 //!                    in place │gap│ in place                        the gap becomes extent 4
 //! ```
 //!
-//! A write goes in place where an extent is, and becomes a new extent in the gaps. So no data is ever split, the
-//! spill file holds no garbage, and a layer is never larger than the disk. New extents live in memory while the
+//! A write goes in place where an extent is, and becomes a new extent in the gaps; a block that is all of one takes its
+//! place. So no data is ever split, the spill file holds no garbage, and a layer is never larger than the disk. New extents live in memory while the
 //! [`Budget`] lasts and are appended to an unlinked spill file after that.
 //!
 //! Zeroes are extents without bytes: a guest that discards its whole disk fills no memory here, and what is copied down
@@ -260,9 +260,19 @@ impl Overlay {
     /// Writes at `offset`, and keeps the block itself if it becomes an extent as it is: an empty one is left then.
     pub fn write_block(&mut self, offset: u64, block: &mut Block) -> Result<(), DiskError> {
         let len = block.len();
-        let is_gap = matches!(self.pieces(offset, len as u64)[..], [Piece::Gap(_)]);
-        let fits = is_gap && len <= MAX_EXTENT_BYTES;
-        if !fits || !self.take(self.budget.data_limit_bytes(), EXTENT_COST_BYTES + len as u64) {
+        let is_gap = match self.pieces(offset, len as u64)[..] {
+            [Piece::Gap(_)] => len <= MAX_EXTENT_BYTES,
+            // What it replaces as a whole goes, and costs as much.
+            [Piece::Extent { start, .. }] if start == offset => match self.extents.get_mut(&start) {
+                Some(Extent { len: old_len, place: Place::Memory(old) }) if *old_len == len => {
+                    *old = std::mem::take(block);
+                    return Ok(());
+                }
+                _ => false,
+            },
+            _ => false,
+        };
+        if !is_gap || !self.take(self.budget.data_limit_bytes(), EXTENT_COST_BYTES + len as u64) {
             return self.write(offset, Content::Data(block));
         }
         self.bytes += len as u64;

@@ -94,7 +94,7 @@ fn a_long_write_becomes_several_extents_and_a_rewrite_makes_none() {
 }
 
 #[test]
-fn a_block_is_kept_where_nothing_was_and_copied_where_something_is() {
+fn a_block_is_kept_where_nothing_or_just_as_much_was_and_copied_where_something_else_is() {
     let budget = Budget::new(2 << 20, None, 0);
     let mut overlay = Overlay::new(&budget);
     let pool = Pool::default();
@@ -107,6 +107,17 @@ fn a_block_is_kept_where_nothing_was_and_copied_where_something_is() {
     let mut again = pool.copy(&[2; MAX_EXTENT_BYTES]);
     overlay.write_block(4096, &mut again).unwrap();
     assert_eq!((again.len(), overlay.ranges().count()), (MAX_EXTENT_BYTES, 2));
+    let (used_bytes, mut over) = (budget.memory_bytes(), pool.copy(&[3; MAX_EXTENT_BYTES]));
+    let at = over.as_ptr();
+    overlay.write_block(0, &mut over).unwrap();
+    let Place::Memory(kept) = &overlay.extents[&0].place else { panic!("not in memory") };
+    assert!(over.is_empty() && kept.as_ptr() == at && kept.iter().all(|byte| *byte == 3));
+    assert_eq!((budget.memory_bytes(), overlay.bytes()), (used_bytes, MAX_EXTENT_BYTES as u64 + 4096));
+    let mut short = pool.copy(&[4; 4096]);
+    overlay.write_block(0, &mut short).unwrap();
+    let mut image = [0; 8192];
+    overlay.read(0, &mut image, &mut zeroes).unwrap();
+    assert_eq!((short.len(), &image[4095..4097]), (4096, &[4, 3][..]), "a part, in place");
     let mut long = pool.copy(&vec![3; MAX_EXTENT_BYTES + 1]);
     overlay.write_block(8 << 20, &mut long).unwrap_err();
     assert_eq!(long.len(), MAX_EXTENT_BYTES + 1, "no room, and it is the caller's still");

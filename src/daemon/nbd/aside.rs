@@ -5,7 +5,8 @@
 //!            └ before a word is said of them: what fails here is read the ordinary way, which says why
 //! ```
 //!
-//! What would have to be waited for does not go this way: [`super::beside`] is for that. Only both ends of a read are looked
+//! Whether that is faster is a matter of the machine, and measured: `choice.rs`. What would have to be waited for does not go this
+//! way: [`super::beside`] is for that. Only both ends of a read are looked
 //! for in memory, since what was read or written together is mostly there together.
 //!
 //! The traps: what is on its way is the file's pages and not what was in them, so a write that is carried out before the client
@@ -13,8 +14,12 @@
 //! that overlap (`doc/proto.md`, "Ordering of messages and writes"). And a pipe counts pages: bytes that do not begin with one need one
 //! more.
 
+mod choice;
+
 use super::threads::Stream;
+use crate::daemon::engine_clock;
 use crate::nbd::reply::Aside;
+use choice::Choice;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 use std::io::{self, IoSliceMut};
@@ -50,13 +55,17 @@ pub(super) struct Pipe {
     ends: Option<Ends>,
     taken_bytes: usize,
     failures: u32,
+    choice: Choice,
 }
 
 impl Pipe {
     /// To the other end of a Unix socket. A TCP connection takes pages in pieces of its own, and was no faster: 0.8 to 1.1 times.
     pub(super) fn to(socket: &Stream) -> io::Result<Option<Self>> {
         Ok(match socket {
-            Stream::Unix(_) => Some(Self { socket: socket.try_clone()?, ends: None, taken_bytes: 0, failures: 0 }),
+            Stream::Unix(_) => {
+                let (socket, choice) = (socket.try_clone()?, Choice::default());
+                Some(Self { socket, ends: None, taken_bytes: 0, failures: 0, choice })
+            }
             Stream::Tcp(_) => None,
         })
     }
@@ -111,7 +120,7 @@ impl Aside for Pipe {
         if self.taken_bytes > 0 || self.failures >= FAILURES_MAX {
             return false;
         }
-        if !is_in_memory(file, offset) || !is_in_memory(file, last) {
+        if !self.choice.next(engine_clock(), len_bytes) || !is_in_memory(file, offset) || !is_in_memory(file, last) {
             return false;
         }
         match self.fill(file, offset, len_bytes) {

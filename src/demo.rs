@@ -170,10 +170,12 @@ async fn protect<W: World>(args: &DemoArgs, pair: &W) -> Result<(), PairError> {
 async fn kill_one<W: World>(args: &DemoArgs, pair: &mut W) -> Result<u8, PairError> {
     let live = Arc::new(Live::default());
     let (stop, stopped) = watch::channel(false);
-    // An emulated machine is slow, and its guest's disk small.
-    let (short_connections_parallel, pause_between_ms, keys_max) =
-        if args.nested.is_some() { (1, 50, 2_000) } else { (4, 4, 100_000) };
-    let config = ClientConfig { short_connections_parallel, pause_between_ms, keys_max, seed: unix_us() };
+    let config = ClientConfig::of_the_demo(unix_us());
+    let config = match args.nested {
+        // An emulated machine is slow, and its guest's disk small.
+        Some(_) => ClientConfig { short_connections_parallel: 1, pause_between_ms: 50, keys_max: 2_000, ..config },
+        None => config,
+    };
     let load = tokio::spawn(client::run(pair.address(), stopped, config, live.clone()));
     say(format_args!("a guest runs on host a; a client works on it through {}", pair.address()));
     protect(args, pair).await?;

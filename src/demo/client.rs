@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! one long connection    PUT /k/long-0, GET an earlier key, GET /, PUT /k/long-1, …   must live through it all
-//! some short workers     connect, PUT /k/short-<worker>-<n>, close                    may fail, and try again
+//! some short workers     connect, PUT /k/short-<worker>-<n>, close; in the end GET    may fail, and try again
 //!        │
 //!        └─▶ Ledger: the writes that were acknowledged ──▶ verify(): each of them read back over new connections
 //! ```
@@ -32,6 +32,9 @@ use http::{Connection, Reply};
 /// A value's length, in bytes.
 const VALUE_BYTES: std::ops::RangeInclusive<u64> = 100..=2000;
 
+/// What each client of the embedded demo waits between two requests, in milliseconds.
+pub const PAUSE_MS: u64 = 4;
+
 /// How long a short worker waits before it tries a failed write again.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
@@ -56,6 +59,14 @@ pub struct ClientConfig {
     pub keys_max: u64,
     /// What values follow from, together with the key.
     pub seed: u64,
+}
+
+impl ClientConfig {
+    /// The load of the embedded demo.
+    #[must_use]
+    pub const fn of_the_demo(seed: u64) -> Self {
+        Self { short_connections_parallel: 4, pause_between_ms: PAUSE_MS, keys_max: 100_000, seed }
+    }
 }
 
 /// Figures the demo may read while the load runs. Shared; all methods take `&self`.
@@ -289,14 +300,7 @@ impl Client {
             if self.paused().await {
                 break;
             }
-            let known = self.report.ledger.names.len() as u64;
-            if let Some(at) = noise.next().checked_rem(known).and_then(|at| usize::try_from(at).ok()) {
-                let name = self.report.ledger.names[at].clone();
-                let reply = self.get(&mut connection, &format!("/k/{name}")).await?;
-                if reply.is_success() && reply.body != value_of(self.config.seed, &name) {
-                    self.report.fail(|| format!("GET /k/{name} gave other bytes than were acknowledged"));
-                }
-            }
+            self.read_back(&mut connection, &mut noise).await?;
             if self.paused().await {
                 break;
             }
@@ -308,17 +312,23 @@ impl Client {
         Ok(())
     }
 
-    /// A connection for each write; a failed write is tried again until it gets an answer.
+    /// A connection for each write, and for each read when there are no more keys; what failed is tried again until it gets
+    /// an answer.
     async fn run_short(mut self, worker: usize) -> ClientReport {
+        let mut noise = Noise(self.config.seed ^ worker as u64);
         let mut n = 0_u64;
         while !self.paused().await {
-            if !self.take_key() {
-                break;
+            let name = self.take_key().then(|| format!("short-{worker}-{n}"));
+            if name.is_some() {
+                n += 1;
+                self.report.unknown_writes += 1;
             }
-            let name = format!("short-{worker}-{n}");
-            n += 1;
-            self.report.unknown_writes += 1;
-            while let Err(error) = self.put_alone(&name).await {
+            loop {
+                let answered = match &name {
+                    Some(name) => self.put_alone(name).await,
+                    None => self.read_back_alone(&mut noise).await,
+                };
+                let Err(error) = answered else { break };
                 tracing::debug!(name, %error, "a short connection failed");
                 if self.stopped_within(RETRY_PAUSE).await {
                     return self.report;
@@ -328,6 +338,27 @@ impl Client {
             }
         }
         self.report
+    }
+
+    /// Reads a key that was acknowledged, if there is one.
+    async fn read_back(&mut self, connection: &mut Connection, noise: &mut Noise) -> Result<(), HttpError> {
+        let known = self.report.ledger.names.len() as u64;
+        let Some(at) = noise.next().checked_rem(known).and_then(|at| usize::try_from(at).ok()) else { return Ok(()) };
+        let name = self.report.ledger.names[at].clone();
+        let reply = self.get(connection, &format!("/k/{name}")).await?;
+        if reply.is_success() && reply.body != value_of(self.config.seed, &name) {
+            self.report.fail(|| format!("GET /k/{name} gave other bytes than were acknowledged"));
+        }
+        Ok(())
+    }
+
+    async fn read_back_alone(&mut self, noise: &mut Noise) -> Result<(), HttpError> {
+        let mut connection = Connection::open(self.addr).await?;
+        connection.close_after_reply();
+        match self.report.ledger.names.is_empty() {
+            true => self.get(&mut connection, "/").await.map(drop),
+            false => self.read_back(&mut connection, noise).await,
+        }
     }
 
     async fn put_alone(&mut self, name: &str) -> Result<(), HttpError> {

@@ -16,6 +16,7 @@ struct Store {
     /// Cut only these many times.
     cuts_left: Mutex<usize>,
     status: Option<u16>,
+    connections: AtomicU64,
 }
 
 async fn serve(store: Arc<Store>) -> SocketAddr {
@@ -23,6 +24,7 @@ async fn serve(store: Arc<Store>) -> SocketAddr {
     let addr = listener.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
+            store.connections.fetch_add(1, Relaxed);
             tokio::spawn(converse(stream, store.clone()));
         }
     });
@@ -143,11 +145,15 @@ async fn a_refusal_is_no_acknowledgement_and_keys_are_bounded() {
     assert!(report.ledger.names.is_empty() && report.refused > 0 && report.connection_kept);
     assert!(!report.failures.is_empty() && report.failures.len() <= 4 * TEXTS_MAX);
 
-    let addr = serve(Arc::default()).await;
-    let live = Arc::new(Live::default());
-    let report = run_for(addr, ClientConfig { keys_max: 7, ..config() }, &live, 100).await;
-    assert_eq!(report.ledger.names.len(), 7);
-    assert!(live.replies() > 14, "reads go on");
+    for keys_max in [0, 7] {
+        let store = Arc::new(Store::default());
+        let addr = serve(store.clone()).await;
+        let live = Arc::new(Live::default());
+        let report = run_for(addr, ClientConfig { keys_max, ..config() }, &live, 100).await;
+        assert_eq!((report.ledger.names.len() as u64, report.unknown_writes), (keys_max, 0));
+        assert!(live.replies() > 14 && report.refused == 0, "reads go on: {report:?}");
+        assert!(store.connections.load(Relaxed) > 14, "over short connections too");
+    }
 }
 
 #[tokio::test]

@@ -60,6 +60,8 @@ pub enum Mutant {
     FlushCoversLater,
     /// The last of a stretch of TCP bytes is not compared.
     OverlookByte,
+    /// Segments of the same place are taken for the same.
+    OverlookPair,
     /// TCP bytes are compared only when both guests cut them alike.
     CutMatters,
     /// An explained datagram leaves before older ones of its flow.
@@ -84,6 +86,22 @@ pub enum Mutant {
     ForgetHalfClosed,
     /// A full table of connections is emptied.
     WipeWhenFull,
+    /// A frame that was explained leaves twice.
+    LeaveTwice,
+    /// What waits for an epoch that has not begun is lost when all may leave.
+    LoseLater,
+    /// A translated segment keeps the checksum it had.
+    LeaveSum,
+    /// A client is told that guest A's acknowledgement is both guests'.
+    TellOwnAck,
+    /// A client is offered guest A's window, however small guest B's is.
+    OfferOwnWindow,
+    /// A client is told of blocks that guest A does not have.
+    TellAllBlocks,
+    /// A client is told of guest A's echo of its clock.
+    TellOwnEcho,
+    /// An acknowledgement that was made has no checksum.
+    LeaveUnsummed,
 }
 
 impl Mutant {
@@ -131,6 +149,12 @@ impl Mutant {
         Self::ForgetHalfClosed,
         Self::WipeWhenFull,
     ];
+    /// Those of the acknowledgements that the comparator makes, which their own tests catch.
+    pub const OF_TELLING: [Self; 5] =
+        [Self::TellOwnAck, Self::OfferOwnWindow, Self::TellAllBlocks, Self::TellOwnEcho, Self::LeaveUnsummed];
+    /// Those that the fuzzer's own oracles catch, and no comparison of a decoder with itself: by target.
+    pub const OF_FUZZING: [(&'static str, Self); 3] =
+        [("comparator", Self::LeaveTwice), ("comparator", Self::LoseLater), ("rewriter", Self::LeaveSum)];
 }
 
 #[cfg(feature = "mutants")]

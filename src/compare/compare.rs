@@ -178,28 +178,28 @@ struct Later {
 /// The comparator of one guest NIC.
 #[derive(Debug)]
 pub struct Comparator {
-    config: Config,
+    pub(super) config: Config,
     /// The only epoch whose frames are compared: one more than the last that ended.
-    epoch: u64,
+    pub(super) epoch: u64,
     /// Epochs in which nothing is compared: what the primary says waits for checkpoints alone.
     buffered: Range<u64>,
     /// The highest epoch seen on a frame of the primary.
-    primary_epoch: u64,
+    pub(super) primary_epoch: u64,
     /// By arrival.
     held: Line<Held>,
-    next_number: u64,
+    pub(super) next_number: u64,
     later: VecDeque<Later>,
-    flows: Table,
+    pub(super) flows: Table,
     /// Of the primary, of the secondary.
     fragments: [Reassembler; 2],
     /// Frames that a flow has just explained: empty between calls.
     explained: Vec<u32>,
-    outputs: VecDeque<Output>,
+    pub(super) outputs: VecDeque<Output>,
     asked: Option<u64>,
-    stats: Stats,
+    pub(super) stats: Stats,
 }
 
-fn cost_bytes(frame: &Bytes) -> usize {
+pub(super) fn cost_bytes(frame: &Bytes) -> usize {
     frame.len() + FRAME_OVERHEAD_BYTES
 }
 
@@ -338,7 +338,7 @@ impl Comparator {
     pub fn release_all(&mut self) {
         self.release_held();
         for later in std::mem::take(&mut self.later) {
-            if later.primary {
+            if later.primary && !mutant::active(Mutant::LoseLater) {
                 self.release(later.frame);
             }
         }
@@ -359,7 +359,7 @@ impl Comparator {
         Stats { flows: self.flows.len(), ..self.stats }
     }
 
-    fn buffers(&self) -> bool {
+    pub(super) fn buffers(&self) -> bool {
         self.buffered.contains(&self.epoch)
     }
 
@@ -554,6 +554,9 @@ impl Comparator {
             flow.record.compared_bytes += held.frame.len() as u64;
         }
         self.stats.compared += 1;
+        if mutant::active(Mutant::LeaveTwice) {
+            self.release(held.frame.clone());
+        }
         self.release(held.frame);
     }
 
@@ -584,7 +587,7 @@ impl Comparator {
 }
 
 /// What an IP packet says, and in which flow. `bytes` are what its ranges are offsets in.
-fn said(ip: Ip, bytes: &[u8]) -> (FlowKey, Said) {
+pub(super) fn said(ip: Ip, bytes: &[u8]) -> (FlowKey, Said) {
     let key = FlowKey::of(&ip);
     match ip.transport {
         Transport::Tcp(tcp) => (key, Said::Segment(tcp)),

@@ -34,6 +34,17 @@ pub(super) enum Said {
     Identity,
 }
 
+impl Said {
+    /// Whether two guests may have said the same, as far as headers tell: of a connection, in the middle of it.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Segment(ours), Self::Segment(theirs)) => ours.is_like(theirs),
+            (Self::Datagram(_), Self::Datagram(_)) => true,
+            _ => false,
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Kind {
     Tcp(Box<TcpFlow>),
@@ -121,6 +132,25 @@ impl Connection {
             _ => Ok(()),
         };
         self.settle(verdict)
+    }
+
+    /// Whether a frame of the primary's waits, or all are to wait.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.stuck || self.held > 0
+    }
+
+    /// Takes what both guests said, which is alike, and lies in these bytes. `false`: something waits or is not the same, and
+    /// nothing was taken.
+    pub(super) fn pair(&mut self, (ours, our_bytes): (&Said, &[u8]), (theirs, their_bytes): (&Said, &[u8])) -> bool {
+        match (&mut self.kind, ours, theirs) {
+            (Kind::Tcp(flow), Said::Segment(ours), Said::Segment(theirs)) => {
+                flow.pair((ours, our_bytes), (theirs, their_bytes))
+            }
+            (Kind::Datagrams(flow), Said::Datagram(ours), Said::Datagram(theirs)) => {
+                flow.pair(&our_bytes[ours.clone()], &their_bytes[theirs.clone()])
+            }
+            _ => false,
+        }
     }
 
     /// What a client is to be told when the secondary says this: `tcp.rs`. Of a flow that is stuck nothing is known of it.

@@ -27,6 +27,7 @@
 use super::checksum::ones_sum;
 use super::options::{SACK, TIMESTAMPS, options};
 use super::packet::{Ip, Packet, Tcp, Transport, be16, be32};
+use crate::mutant::{self, Mutant};
 use core::net::IpAddr;
 use std::time::Duration;
 
@@ -66,7 +67,10 @@ impl Told {
         let header = bytes.get(tcp.options.clone())?;
         let window = be16(bytes, tcp.header_at + WINDOW_AT)?;
         let echo = timestamps(header).and_then(|at| be32(header, at + 6));
-        let has = |block: &&[u8]| be32(block, 4).is_some_and(|end| (end.wrapping_sub(ours) as i32) <= 0);
+        let has = |block: &&[u8]| {
+            mutant::active(Mutant::TellAllBlocks)
+                || be32(block, 4).is_some_and(|end| (end.wrapping_sub(ours) as i32) <= 0)
+        };
         let blocks = options(header).filter(|(kind, ..)| *kind == SACK);
         let blocks = blocks.flat_map(|(_, at, length)| header[at + 2..at + length].chunks_exact(BLOCK_BYTES));
         let blocks = blocks.filter(has).take(BLOCKS_MAX).collect::<Vec<_>>().concat();
@@ -98,7 +102,9 @@ pub(super) fn acknowledgement(frame: &[u8], vnet_header_bytes: usize, told: &Tol
     if let Some(at) = timestamps(header) {
         segment.extend([NOP, NOP]);
         segment.extend(&header[at..at + TIMESTAMPS_BYTES]);
-        if let (Some(echo), at) = (told.echo, segment.len() - 4) {
+        if let (Some(echo), at) = (told.echo, segment.len() - 4)
+            && !mutant::active(Mutant::TellOwnEcho)
+        {
             segment[at..].copy_from_slice(&echo.to_be_bytes());
         }
     }
@@ -106,10 +112,13 @@ pub(super) fn acknowledgement(frame: &[u8], vnet_header_bytes: usize, told: &Tol
         segment.extend([NOP, NOP, SACK, 2 + told.blocks.len() as u8]);
         segment.extend(&told.blocks);
     }
-    segment[ACK_AT..ACK_AT + 4].copy_from_slice(&told.ack.to_be_bytes());
+    if !mutant::active(Mutant::TellOwnAck) {
+        segment[ACK_AT..ACK_AT + 4].copy_from_slice(&told.ack.to_be_bytes());
+    }
     segment[OFFSET_AT] = (segment.len() as u8 / 4) << 4;
     segment[FLAGS_AT] = Tcp::ACK;
-    let window = be16(&segment, WINDOW_AT)?.min(told.window);
+    let own = be16(&segment, WINDOW_AT)?;
+    let window = if mutant::active(Mutant::OfferOwnWindow) { own } else { own.min(told.window) };
     segment[WINDOW_AT..WINDOW_AT + 2].copy_from_slice(&window.to_be_bytes());
     // Checksum, and urgent pointer.
     segment[CHECKSUM_AT..TCP_HEADER_BYTES].fill(0);
@@ -118,7 +127,7 @@ pub(super) fn acknowledgement(frame: &[u8], vnet_header_bytes: usize, told: &Tol
         IpAddr::V6(address) => ones_sum(sum, &address.octets()),
     });
     sum = ones_sum(ones_sum(sum, &[0, TCP]), &(segment.len() as u16).to_be_bytes());
-    let sum = !ones_sum(sum, &segment) as u16;
+    let sum = if mutant::active(Mutant::LeaveUnsummed) { 0 } else { !ones_sum(sum, &segment) as u16 };
     segment[CHECKSUM_AT..CHECKSUM_AT + 2].copy_from_slice(&sum.to_be_bytes());
 
     let mut made = frame.get(..tcp.header_at)?.to_vec();

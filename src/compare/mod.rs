@@ -29,6 +29,7 @@ pub mod neighbour;
 pub mod notify;
 mod options;
 pub mod packet;
+mod pair;
 mod ranges;
 mod record;
 pub mod rewriter;

@@ -216,6 +216,12 @@ impl Tcp {
     pub fn has(&self, flag: u8) -> bool {
         self.flags & flag != 0
     }
+
+    /// Whether two segments are of the middle of a connection, and of the same place in it as far as their headers say.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        let middle = |segment: &Self| segment.has(Self::ACK) && !segment.has(Self::SYN | Self::FIN | Self::RST);
+        middle(self) && middle(other) && self.seq == other.seq && self.payload.len() == other.payload.len()
+    }
 }
 
 pub(super) fn be16(bytes: &[u8], at: usize) -> Option<u16> {

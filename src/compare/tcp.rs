@@ -349,6 +349,28 @@ impl TcpFlow {
         Ok(())
     }
 
+    /// Takes segments that are alike (`pair.rs`) if nothing else is to be considered, of which all was new and is explained now.
+    pub(super) fn pair(&mut self, (ours, our_bytes): (&Tcp, &[u8]), (theirs, their_bytes): (&Tcp, &[u8])) -> bool {
+        let (start, said) = (self.stretch(ours.seq), &self.secondary);
+        let quiet = self.held.is_empty() && said.pieces.is_empty() && said.flag_since.is_none() && said.fin.is_none();
+        let ack = later(self.shown.ack, later(said.ack, Some(theirs.ack)));
+        let explained = ack.is_some_and(|ack| !after(ours.ack, ack));
+        if !quiet || said.rst || self.opened != said.syn || !explained {
+            return false;
+        }
+        let shown = &self.shown.bytes;
+        let is_new = shown.end_of(start).is_none() && shown.next_start(start).is_none();
+        let same = our_bytes[ours.payload.clone()] == their_bytes[theirs.payload.clone()];
+        if !is_new || !(same || mutant::active(Mutant::OverlookPair)) {
+            return false;
+        }
+        self.shown.bytes.insert(start, start + ours.payload.len() as i64);
+        self.shown.ack = later(self.shown.ack, Some(ours.ack));
+        self.secondary.ack = later(self.secondary.ack, Some(theirs.ack));
+        (self.spoke, self.secondary.spoke, self.near) = (true, true, Some(start));
+        true
+    }
+
     /// Compares the secondary's bytes with the segment that waits for just them; how many they were. What can be compared
     /// where it lies is neither copied nor kept. Whatever is not so simple is left to [`TcpFlow::drain`].
     fn meet(&mut self, at: i64, theirs: &[u8]) -> usize {

@@ -261,3 +261,14 @@ fn a_virtio_net_header_of_the_comparator_s_is_one_of_the_acknowledgement_s() {
     t.wait(2900);
     assert_eq!(t.asked, [(0, Cause::Aged)], "and guest A's own ages as before");
 }
+
+#[test]
+fn the_tables_see_every_planted_bug() {
+    for mutant in Mutant::OF_TELLING {
+        mutant::plant(Some(mutant));
+        let tables = [an_acknowledgement_is_of_both_guests, what_guest_b_says_counts_as_far_as_guest_a_has_it];
+        let caught = tables.iter().filter(|table| std::panic::catch_unwind(table).is_err()).count();
+        mutant::plant(None);
+        assert!(caught > 0, "{mutant:?}");
+    }
+}

@@ -128,7 +128,8 @@ impl Segment {
 
     fn put(&self, frame: &mut [u8], at: usize, value: u32) {
         let Some(segment) = frame.get_mut(self.tcp.header_at..self.tcp.payload.end) else { return };
-        if !self.partial_checksum || mutant::active(Mutant::SumPartial) {
+        let follows = !self.partial_checksum || mutant::active(Mutant::SumPartial);
+        if follows && !mutant::active(Mutant::LeaveSum) {
             tcp_replace(segment, at, value);
         } else if let Some(word) = segment.get_mut(at..at + 4) {
             word.copy_from_slice(&value.to_be_bytes());

@@ -94,6 +94,14 @@ impl Intake {
         Ok(Taken::Some)
     }
 
+    /// The block that a frame or its message is a slice of, and where in it that begins.
+    pub(in crate::daemon) fn block_of(&self, bytes: &[u8]) -> Option<(&Bytes, usize)> {
+        self.lent.iter().find_map(|block| {
+            let at = (bytes.as_ptr() as usize).checked_sub(block.as_ptr() as usize)?;
+            (at + bytes.len() <= block.len()).then_some((block, at))
+        })
+    }
+
     fn split(&mut self, mut each: impl FnMut(Frame)) -> Result<(), WireError> {
         // The rest of a long message: nothing can be taken yet.
         if let Some(head) = Head::read(&self.buffer, self.vnet)?
@@ -204,6 +212,7 @@ mod tests {
                     }
                 });
                 let (mut intake, mut got, mut most_lent) = (Intake::new(vnet.is_some()), Vec::new(), 0);
+                let mut found = 0;
                 loop {
                     let mut here = Vec::new();
                     match intake.read(&far, |frame| here.push(frame)).unwrap() {
@@ -216,6 +225,10 @@ mod tests {
                     }
                     most_lent = most_lent.max(intake.lent.len());
                     for (n, frame) in here.iter().enumerate().map(|(n, frame)| (got.len() + n, frame)) {
+                        if let Some((block, at)) = intake.block_of(&frame.bytes) {
+                            assert_eq!(block[at..at + frame.bytes.len()].as_ptr(), frame.bytes.as_ptr());
+                            found += 1;
+                        }
                         assert_eq!(frame.bytes, frames[n], "frame {n}");
                         assert_eq!(frame.message, vnet.map_or(vec![], |_| message(&frames[n], vnet)), "frame {n}");
                     }
@@ -223,6 +236,8 @@ mod tests {
                 }
                 writer.join().unwrap();
                 assert_eq!(got.len(), frames.len());
+                assert!(found > 0 && (keep || found == frames.len()), "{found} frames have a block");
+                assert_eq!(intake.block_of(b"elsewhere"), None);
                 assert!(most_lent <= LENT_MAX, "{most_lent} blocks are lent");
                 assert!(!keep || got.iter().zip(&frames).all(|(got, frame)| got == frame), "what is kept stays");
                 drop(got);

@@ -1,8 +1,12 @@
 //! Frames towards `outdev`, kept until they are written whole.
 //!
-//! Small frames are copied together, large ones are written from where they are, all with one call. When the peer is
-//! lost in the middle of a frame the next one gets that frame from its beginning. What the system had taken from us
-//! is lost with the peer: nothing in the protocol says what arrived.
+//! ```text
+//!   block it came in:   [len│frame][len│frame][len│frame]     in a row: one slice of the block, words and all
+//!   elsewhere, small:   copied behind one another             elsewhere, large: its length, and itself where it is
+//! ```
+//!
+//! All are written with one call. When the peer is lost in the middle of a frame the next one gets that frame from its
+//! beginning. What the system had taken from us is lost with the peer: nothing in the protocol says what arrived.
 
 use super::port::Socket;
 use crate::compare::wire::Head;
@@ -11,10 +15,13 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 
+const LENGTH_BYTES: usize = 4;
 /// With so much waiting, no input is read.
 const FULL_BYTES: usize = 1 << 20;
 /// Up to here a frame is copied.
 const COPY_BYTES: usize = 4096;
+/// From here on a message of a block is not copied. Behind one that is not, any is not.
+const RUN_FROM_BYTES: usize = 512;
 /// Frames are copied together up to here.
 const PIECE_BYTES: usize = 128 << 10;
 /// Slices in one call.
@@ -26,6 +33,8 @@ enum Piece {
     Many(Vec<u8>),
     /// One message: its length, unless the bytes have it, and its bytes.
     One(Option<[u8; 4]>, Bytes),
+    /// Whole messages, one behind the other in the block they came in.
+    Run(Bytes, Range<usize>),
 }
 
 impl Piece {
@@ -33,6 +42,7 @@ impl Piece {
         match self {
             Self::Many(bytes) => [&[], bytes],
             Self::One(length, bytes) => [length.as_ref().map_or(&[], |length| &length[..]), bytes],
+            Self::Run(block, range) => [&[], &block[range.clone()]],
         }
     }
 
@@ -71,6 +81,33 @@ impl Outbox {
             many.extend_from_slice(length.as_ref().map_or(&[], |length| &length[..]));
             many.extend_from_slice(&bytes);
         }
+    }
+
+    /// Adds a frame as [`Self::push`] does, without a copy if it is a part of `block`, where it begins at `at`, and the
+    /// length that belongs in front of it is there.
+    pub(in crate::daemon) fn push_of(&mut self, bytes: Bytes, block: Option<(&Bytes, usize)>) {
+        let words_bytes = if self.vnet { 0 } else { LENGTH_BYTES };
+        match block {
+            Some((block, at)) if bytes.len() >= RUN_FROM_BYTES && at >= words_bytes => {
+                let range = at - words_bytes..at + bytes.len();
+                self.waiting_bytes += range.len();
+                self.pieces.push_back(Piece::Run(block.clone(), range));
+            }
+            _ => self.push(bytes),
+        }
+    }
+
+    /// Adds a frame that lies just behind what was added last; false if it lies elsewhere.
+    pub(in crate::daemon) fn extend(&mut self, bytes: &[u8]) -> bool {
+        let words_bytes = if self.vnet { 0 } else { LENGTH_BYTES };
+        let Some(Piece::Run(block, run)) = self.pieces.back_mut() else { return false };
+        let (at, end) = (run.end + words_bytes, run.end + words_bytes + bytes.len());
+        let follows = block.get(at..end).is_some_and(|behind| behind.as_ptr() == bytes.as_ptr());
+        if follows {
+            self.waiting_bytes += end - run.end;
+            run.end = end;
+        }
+        follows
     }
 
     pub(in crate::daemon) fn is_empty(&self) -> bool {
@@ -135,8 +172,10 @@ impl Outbox {
     pub(in crate::daemon) fn clear(&mut self) {
         let end = self.under_way().end;
         self.pieces.truncate(usize::from(end > 0));
-        if let Some(Piece::Many(many)) = self.pieces.front_mut() {
-            many.truncate(end);
+        match self.pieces.front_mut() {
+            Some(Piece::Many(many)) => many.truncate(end),
+            Some(Piece::Run(_, run)) => run.end = run.start + end,
+            _ => {}
         }
         self.waiting_bytes = end - self.written_bytes;
         self.advance(0);
@@ -150,22 +189,22 @@ impl Outbox {
 
     /// Where in the first piece the message begins and ends that is written in part; where the next begins, if none is.
     fn under_way(&self) -> Range<usize> {
-        let mut at = 0;
-        match self.pieces.front() {
-            // What is in a piece was framed here, so there is a message at every step.
-            Some(Piece::Many(many)) => {
-                while at < self.written_bytes
-                    && let Ok(Some(head)) = Head::read(&many[at..], self.vnet)
-                {
-                    let end = at + head.message_bytes();
-                    if end > self.written_bytes {
-                        return at..end;
-                    }
-                    at = end;
-                }
-            }
+        let first = match self.pieces.front() {
+            Some(Piece::Many(many)) => many,
+            Some(Piece::Run(block, run)) => &block[run.clone()],
             Some(one) if self.written_bytes > 0 => return 0..one.len_bytes(),
-            _ => {}
+            _ => return 0..0,
+        };
+        let mut at = 0;
+        // What is in a piece was found to be framed, so there is a message at every step.
+        while at < self.written_bytes
+            && let Ok(Some(head)) = Head::read(&first[at..], self.vnet)
+        {
+            let end = at + head.message_bytes();
+            if end > self.written_bytes {
+                return at..end;
+            }
+            at = end;
         }
         at..at
     }
@@ -220,6 +259,82 @@ mod tests {
         assert_eq!(at, sent.len());
         assert!(peers > 5, "{peers} peers for {total_bytes} bytes: none was lost in the middle");
         assert_eq!(outbox.waiting_bytes(), 0);
+    }
+
+    /// Frames as an intake has them: slices of one block, behind their lengths.
+    fn block(frames: &[Vec<u8>]) -> (Bytes, Vec<Bytes>) {
+        let wire = frames.iter().flat_map(|frame| [&(frame.len() as u32).to_be_bytes()[..], frame].concat());
+        let block = Bytes::from_iter(wire);
+        let mut at = 0;
+        let slice = |frame: &Vec<u8>| {
+            at += 4 + frame.len();
+            block.slice(at - frame.len()..at)
+        };
+        (block.clone(), frames.iter().map(slice).collect())
+    }
+
+    fn leave(outbox: &mut Outbox, block: &Bytes, frame: &Bytes) {
+        if !outbox.extend(frame) {
+            let at = frame.as_ptr() as usize - block.as_ptr() as usize;
+            outbox.push_of(frame.clone(), Some((block, at)));
+        }
+    }
+
+    #[test]
+    fn what_came_in_a_row_leaves_as_one_piece_and_what_did_not_as_it_was_told_to() {
+        let sent: Vec<_> = (0..200).map(|n| vec![n as u8; [1448, 60, 600, 1448, 10_000][n % 5]]).collect();
+        let (block, slices) = block(&sent);
+        let mut outbox = Outbox::new(false);
+        slices.iter().for_each(|frame| leave(&mut outbox, &block, frame));
+        assert_eq!((outbox.pieces.len(), outbox.waiting_bytes()), (1, block.len()));
+        assert_eq!(outbox.pieces[0].parts()[1].as_ptr(), block.as_ptr(), "not a copy");
+        // Out of order, and one twice: each where it belongs.
+        let mut outbox = Outbox::new(false);
+        let order: Vec<_> = (0..200).map(|n| if n % 7 == 0 { (n * 13) % 200 } else { n }).collect();
+        order.iter().for_each(|n| leave(&mut outbox, &block, &slices[*n]));
+        outbox.push(Bytes::from_static(b"made"));
+        leave(&mut outbox, &block, &slices[0]);
+        let wire: Vec<u8> = outbox.pieces.iter().flat_map(Piece::parts).flatten().copied().collect();
+        assert_eq!(wire.len(), outbox.waiting_bytes());
+        let expected = order.iter().map(|n| sent[*n].clone()).chain([b"made".to_vec(), sent[0].clone()]);
+        assert_eq!(frames(&wire), expected.collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn in_a_row_too_a_lost_peer_s_last_frame_is_sent_again_whole_and_what_waits_is_dropped() {
+        let sent: Vec<_> = (0..2000).map(|n| vec![n as u8; 600 + n]).collect();
+        let (block, slices) = block(&sent);
+        for clears in [false, true] {
+            let mut outbox = Outbox::new(false);
+            slices.iter().for_each(|frame| leave(&mut outbox, &block, frame));
+            let mut got = Vec::new();
+            while !outbox.is_empty() {
+                let (near, mut far) = UnixStream::pair().unwrap();
+                near.set_nonblocking(true).unwrap();
+                let mut near = Socket::Unix(near);
+                assert!(outbox.write(&mut near).unwrap());
+                let mut heard = Vec::new();
+                if clears {
+                    outbox.clear();
+                    let reader = std::thread::spawn(move || far.read_to_end(&mut heard).map(|_| heard));
+                    while !outbox.is_empty() {
+                        outbox.write(&mut near).unwrap();
+                    }
+                    drop(near);
+                    heard = reader.join().unwrap().unwrap();
+                    let whole: usize = frames(&heard).iter().map(|frame| 4 + frame.len()).sum();
+                    assert_eq!(heard.len(), whole, "cut to whole frames");
+                } else {
+                    drop(near);
+                    far.read_to_end(&mut heard).unwrap();
+                    outbox.begin_again();
+                }
+                got.extend(frames(&heard));
+            }
+            assert_eq!(outbox.waiting_bytes(), 0);
+            assert_eq!(got, sent[..got.len()]);
+            assert_eq!(got.len() < sent.len(), clears);
+        }
     }
 
     #[test]

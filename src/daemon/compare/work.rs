@@ -1,7 +1,7 @@
 //! The thread that reads, compares and writes.
 //!
 //! ```text
-//!   loop:  new peers, orders ─▶ primary_in, unless something is full ─▶ secondary_in ─▶ notify_dev ─▶ time
+//!   loop:  new peers, orders ─▶ primary_in, unless something is full ─▶ secondary_in ─▶ both judged ─▶ notify_dev ─▶ time
 //!          ─▶ outputs ─▶ outdev ─▶ nothing moved? wait
 //! ```
 //!
@@ -23,7 +23,7 @@ use crate::daemon::engine_clock;
 use crate::daemon::status::{FLOWS_MAX, Flow};
 use bytes::{Bytes, BytesMut};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -85,6 +85,8 @@ pub(super) struct Work<R> {
     epoch: u64,
     primary: Intake,
     secondary: Intake,
+    /// The primary's frames that were read and not judged: empty between two turns.
+    ahead: VecDeque<Bytes>,
     outbox: Outbox,
     /// The messages of the primary's frames, with `vnet`, by where the frames lie.
     messages: Option<HashMap<usize, Bytes>>,
@@ -116,6 +118,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             epoch: 0,
             primary: Intake::new(vnet),
             secondary: Intake::new(vnet),
+            ahead: VecDeque::new(),
             outbox: Outbox::new(vnet),
             messages: vnet.then(HashMap::new),
             header_bytes: 0,
@@ -143,8 +146,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             }
             let mut moved = false;
             if !self.outbox.is_full() {
-                moved |= self.comparator.ready() && self.read_primary();
-                moved |= self.read_secondary(false);
+                moved |= self.read_both();
             }
             moved |= self.read_notify();
             if self.comparator.poll_timeout().is_some_and(|at| at <= engine_clock()) {
@@ -174,27 +176,44 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
         }
     }
 
-    fn read_primary(&mut self) -> bool {
-        let Self { comparator, messages, header_bytes, epoch, .. } = self;
-        let now = engine_clock();
+    /// Reads what both guests have said. What comes in one order is judged in pairs, which is the cheapest; once something of
+    /// the secondary's has to be kept it does not, and all of the primary's comes first, so that no more needs to be.
+    fn read_both(&mut self) -> bool {
+        let mut ahead = std::mem::take(&mut self.ahead);
+        let mut moved = self.comparator.ready() && self.read_primary(|_, frame| ahead.push_back(frame));
+        let (epoch, now) = (self.epoch, engine_clock());
+        moved |= self.read_secondary(|comparator, frame| {
+            if let Some(first) = ahead.pop_front() {
+                match comparator.handle_pair(epoch, first, &frame) {
+                    None => return,
+                    Some(first) => comparator.handle_primary(now, epoch, first),
+                }
+            }
+            comparator.handle_secondary(now, epoch, frame);
+            if comparator.stats().currently_secondary_bytes > 0 {
+                ahead.drain(..).for_each(|frame| comparator.handle_primary(now, epoch, frame));
+            }
+        });
+        ahead.drain(..).for_each(|frame| self.comparator.handle_primary(now, epoch, frame));
+        self.ahead = ahead;
+        moved
+    }
+
+    fn read_primary(&mut self, mut each: impl FnMut(&mut Comparator, Bytes)) -> bool {
+        let Self { comparator, messages, header_bytes, .. } = self;
         read(&mut self.ports[PRIMARY_IN], &mut self.primary, |frame| {
             if let Some(messages) = messages {
                 let words_and_header_bytes = frame.message.len() - frame.bytes.len();
                 *header_bytes = words_and_header_bytes.saturating_sub(WORDS_BYTES).min(HEADER_MAX_BYTES);
                 messages.insert(frame.bytes.as_ptr() as usize, frame.message);
             }
-            comparator.handle_primary(now, *epoch, frame.bytes);
+            each(comparator, frame.bytes);
         })
     }
 
-    fn read_secondary(&mut self, stale: bool) -> bool {
-        let Self { comparator, epoch, .. } = self;
-        let now = engine_clock();
-        read(&mut self.ports[SECONDARY_IN], &mut self.secondary, |frame| {
-            if !stale {
-                comparator.handle_secondary(now, *epoch, frame.bytes);
-            }
-        })
+    fn read_secondary(&mut self, mut each: impl FnMut(&mut Comparator, Bytes)) -> bool {
+        let comparator = &mut self.comparator;
+        read(&mut self.ports[SECONDARY_IN], &mut self.secondary, |frame| each(comparator, frame.bytes))
     }
 
     fn read_notify(&mut self) -> bool {
@@ -215,12 +234,15 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
     /// Both guests stand still, and the secondary is what the primary was: nothing either has said waits any longer.
     fn checkpoint(&mut self) {
         for _ in 0..DRAIN_READS {
-            if self.outbox.is_full() || !self.comparator.ready() || !self.read_primary() {
+            let (epoch, now) = (self.epoch, engine_clock());
+            let room = !self.outbox.is_full() && self.comparator.ready();
+            if !room || !self.read_primary(|comparator, frame| comparator.handle_primary(now, epoch, frame)) {
                 break;
             }
         }
         for _ in 0..DRAIN_READS {
-            if !self.read_secondary(true) {
+            // What the secondary had said is void.
+            if !self.read_secondary(|_, _| {}) {
                 break;
             }
         }
@@ -238,14 +260,21 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
         while let Some(output) = self.comparator.poll_output() {
             match output {
                 Output::Release(frame) => match &mut self.messages {
-                    None => self.outbox.push(frame),
+                    None => self.leave(frame),
                     Some(messages) => match messages.remove(&(frame.as_ptr() as usize)) {
-                        Some(message) => self.outbox.push(message),
+                        Some(message) => self.leave(message),
                         None => self.made(&frame),
                     },
                 },
                 Output::Diverged { cause, flow, .. } => self.diverged(&asked_by(cause, flow)),
             }
+        }
+    }
+
+    fn leave(&mut self, bytes: Bytes) {
+        if !self.outbox.extend(&bytes) {
+            let block = self.primary.block_of(&bytes);
+            self.outbox.push_of(bytes, block);
         }
     }
 

@@ -1,0 +1,71 @@
+//! Both guests' frames at once, when they say the same: nothing is queued to be taken out again at once.
+//!
+//! ```text
+//!   A ─┬─▶ alike? ── yes ─▶ A leaves              as handle_primary(A), handle_secondary(B) would have it
+//!   B ─┘          └─ no ──▶ A back to the caller, and nothing has been done
+//! ```
+//!
+//! This is how two guests in lock-step mostly are: a segment in the middle of a connection, of which nothing else waits. All
+//! else, whatever it is, goes the long way. The trap is a second opinion: what is decided here must be what the long way
+//! decides, and a property test holds one against the other.
+
+use super::FlowKey;
+use super::compare::{self, Comparator, Output};
+use super::connection::Said;
+use super::packet::Packet;
+use bytes::Bytes;
+
+/// What a frame says that is a whole IP packet, and in which flow.
+fn said(frame: &[u8], vnet_header_bytes: usize) -> Option<(FlowKey, Said)> {
+    match Packet::parse_behind(frame, vnet_header_bytes) {
+        Packet::Ip(ip) => Some(compare::said(ip, frame)),
+        _ => None,
+    }
+}
+
+impl Comparator {
+    /// Takes a frame that the primary emitted in `epoch` and one of the secondary's of the same epoch, if they say the same and
+    /// nothing is in the way: the primary's leaves then. If not it comes back, for [`Comparator::handle_primary`], and
+    /// the other one is for [`Comparator::handle_secondary`].
+    pub fn handle_pair(&mut self, epoch: u64, primary: Bytes, secondary: &Bytes) -> Option<Bytes> {
+        if epoch != self.epoch || self.buffers() || self.is_full_with(&primary, secondary) {
+            return Some(primary);
+        }
+        let header_bytes = self.config.vnet_header_bytes;
+        let (Some((key, ours)), Some((other_key, theirs))) =
+            (said(&primary, header_bytes), said(secondary, header_bytes))
+        else {
+            return Some(primary);
+        };
+        if key != other_key || !ours.is_like(&theirs) {
+            return Some(primary);
+        }
+        let Some(at) = self.flows.find(key, &ours) else { return Some(primary) };
+        let Some(flow) = self.flows.get_mut(at).filter(|flow| !flow.is_waiting()) else { return Some(primary) };
+        if !flow.pair((&ours, &primary), (&theirs, secondary)) {
+            return Some(primary);
+        }
+        flow.record.compared += 1;
+        flow.record.compared_bytes += primary.len() as u64;
+        self.flows.settle(at);
+        self.primary_epoch = self.primary_epoch.max(epoch);
+        self.next_number += 1;
+        self.stats.secondary += 1;
+        self.stats.compared += 1;
+        self.stats.released += 1;
+        self.outputs.push_back(Output::Release(primary));
+        None
+    }
+
+    /// Whether either frame would reach a bound by itself.
+    fn is_full_with(&self, primary: &Bytes, secondary: &Bytes) -> bool {
+        let (ours, theirs) = (compare::cost_bytes(primary), compare::cost_bytes(secondary));
+        let (config, stats) = (&self.config, &self.stats);
+        stats.currently_held_bytes + ours >= config.max_queue_bytes
+            || stats.currently_secondary_bytes + theirs > config.max_queue_bytes
+            || ours.max(theirs) > config.max_flow_bytes
+    }
+}
+
+#[cfg(test)]
+mod tests;

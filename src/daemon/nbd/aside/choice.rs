@@ -102,7 +102,7 @@ mod tests {
         for _ in 0..reads {
             let aside = choice.next(*now, LEN_BYTES);
             count += u32::from(aside);
-            *now = *now + Duration::from_micros(micros[usize::from(!aside)]);
+            *now += Duration::from_micros(micros[usize::from(!aside)]);
         }
         count
     }
@@ -122,7 +122,7 @@ mod tests {
         let (mut choice, mut now) = (Choice::default(), Instant::ZERO);
         assert!(aside(&mut choice, &mut now, 100, [700, 430]) < 50);
         for _ in 0..100 {
-            now = now + Duration::from_secs(1);
+            now += Duration::from_secs(1);
             // A read after each silence, of which the silence is no part.
             assert!(aside(&mut choice, &mut now, 30, [700, 430]) <= 2 * TRIAL_READS);
         }
@@ -139,7 +139,7 @@ mod tests {
             let len_bytes = if n % 3 == 0 { 1 << 20 } else { 64 << 10 };
             let aside = choice.next(now, len_bytes);
             went += u32::from(aside);
-            now = now + Duration::from_micros(len_bytes as u64 / 4096 * if aside { 1 } else { 2 });
+            now += Duration::from_micros(len_bytes as u64 / 4096 * if aside { 1 } else { 2 });
         }
         assert!(went > 1800, "{went}");
     }

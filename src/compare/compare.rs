@@ -25,6 +25,8 @@
 //! turns false: the driver then leaves frames in the guest's own queue. Guest B's frames may be dropped at any time:
 //! the worst is that something is not explained. Sources: `net/colo-compare.c`, `docs/colo-proxy.txt`.
 
+mod pair;
+
 use super::connection::{FRAME_OVERHEAD_BYTES, Said};
 use super::fragments::Reassembler;
 use super::key::FlowKey;
@@ -178,28 +180,28 @@ struct Later {
 /// The comparator of one guest NIC.
 #[derive(Debug)]
 pub struct Comparator {
-    pub(super) config: Config,
+    config: Config,
     /// The only epoch whose frames are compared: one more than the last that ended.
-    pub(super) epoch: u64,
+    epoch: u64,
     /// Epochs in which nothing is compared: what the primary says waits for checkpoints alone.
     buffered: Range<u64>,
     /// The highest epoch seen on a frame of the primary.
-    pub(super) primary_epoch: u64,
+    primary_epoch: u64,
     /// By arrival.
     held: Line<Held>,
-    pub(super) next_number: u64,
+    next_number: u64,
     later: VecDeque<Later>,
-    pub(super) flows: Table,
+    flows: Table,
     /// Of the primary, of the secondary.
     fragments: [Reassembler; 2],
     /// Frames that a flow has just explained: empty between calls.
     explained: Vec<u32>,
-    pub(super) outputs: VecDeque<Output>,
+    outputs: VecDeque<Output>,
     asked: Option<u64>,
-    pub(super) stats: Stats,
+    stats: Stats,
 }
 
-pub(super) fn cost_bytes(frame: &Bytes) -> usize {
+fn cost_bytes(frame: &Bytes) -> usize {
     frame.len() + FRAME_OVERHEAD_BYTES
 }
 
@@ -359,7 +361,7 @@ impl Comparator {
         Stats { flows: self.flows.len(), ..self.stats }
     }
 
-    pub(super) fn buffers(&self) -> bool {
+    fn buffers(&self) -> bool {
         self.buffered.contains(&self.epoch)
     }
 
@@ -550,8 +552,7 @@ impl Comparator {
         if let Some(flow) = held.flow.and_then(|at| self.flows.get_mut(at)) {
             flow.held -= 1;
             flow.held_bytes -= cost_bytes(&held.frame);
-            flow.record.compared += 1;
-            flow.record.compared_bytes += held.frame.len() as u64;
+            flow.record.compare(&held.frame);
         }
         self.stats.compared += 1;
         if mutant::active(Mutant::LeaveTwice) {
@@ -587,7 +588,7 @@ impl Comparator {
 }
 
 /// What an IP packet says, and in which flow. `bytes` are what its ranges are offsets in.
-pub(super) fn said(ip: Ip, bytes: &[u8]) -> (FlowKey, Said) {
+fn said(ip: Ip, bytes: &[u8]) -> (FlowKey, Said) {
     let key = FlowKey::of(&ip);
     match ip.transport {
         Transport::Tcp(tcp) => (key, Said::Segment(tcp)),

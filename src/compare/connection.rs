@@ -134,15 +134,11 @@ impl Connection {
         self.settle(verdict)
     }
 
-    /// Whether a frame of the primary's waits, or all are to wait.
-    pub(super) fn is_waiting(&self) -> bool {
-        self.stuck || self.held > 0
-    }
-
     /// Takes what both guests said, which is alike, and lies in these bytes. `false`: something waits or is not the same, and
     /// nothing was taken.
     pub(super) fn pair(&mut self, (ours, our_bytes): (&Said, &[u8]), (theirs, their_bytes): (&Said, &[u8])) -> bool {
         match (&mut self.kind, ours, theirs) {
+            _ if self.stuck || self.held > 0 => false,
             (Kind::Tcp(flow), Said::Segment(ours), Said::Segment(theirs)) => {
                 flow.pair((ours, our_bytes), (theirs, their_bytes))
             }

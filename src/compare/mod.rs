@@ -29,7 +29,6 @@ pub mod neighbour;
 pub mod notify;
 mod options;
 pub mod packet;
-mod pair;
 mod ranges;
 mod record;
 pub mod rewriter;

@@ -43,6 +43,12 @@ pub(super) struct Record {
 }
 
 impl Record {
+    /// A frame of the primary leaves that the secondary explained.
+    pub(super) fn compare(&mut self, frame: &[u8]) {
+        self.compared += 1;
+        self.compared_bytes += frame.len() as u64;
+    }
+
     /// The flow diverged. Once an epoch counts: what follows a first difference proves nothing.
     pub(super) fn diverge(&mut self, epoch: u64, cause: Cause) {
         let since = match self.last {

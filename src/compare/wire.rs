@@ -21,7 +21,8 @@ use thiserror::Error;
 /// The largest frame: QEMU's NET_BUFSIZE.
 pub const MAX_FRAME_BYTES: usize = 69_632;
 
-const LENGTH_BYTES: usize = 4;
+/// The word in front of every message.
+pub const LENGTH_BYTES: usize = 4;
 const EPOCH_BYTES: usize = 8;
 
 /// A stream whose message boundaries are lost.

@@ -12,7 +12,7 @@
 
 use std::io;
 
-use crate::compare::wire;
+use crate::compare::wire::{self, LENGTH_BYTES};
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
@@ -25,8 +25,6 @@ const BATCH_BYTES: usize = 256 * 1024;
 
 /// One read asks the socket for this much, so that a burst of small frames costs one system call.
 const READ_BYTES: usize = 64 * 1024;
-
-const LENGTH_BYTES: usize = 4;
 
 /// Why a framed stream ended badly.
 #[derive(Debug, thiserror::Error)]

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! A write goes in place where an extent is, and becomes a new extent in the gaps; a block that is all of one takes its
-//! place. So no data is ever split, the spill file holds no garbage, and a layer is never larger than the disk. New extents live in memory while the
-//! [`Budget`] lasts and are appended to an unlinked spill file after that.
+//! place. So no data is ever split, the spill file holds no garbage, and a layer is never larger than the disk. New
+//! extents live in memory while the [`Budget`] lasts and are appended to an unlinked spill file after that.
 //!
 //! Zeroes are extents without bytes: a guest that discards its whole disk fills no memory here, and what is copied down
 //! is a hole. Only they are split, by data that is written into them.

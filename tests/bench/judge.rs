@@ -4,8 +4,8 @@
 //!   A, A, A… (a batch) ─▶ Comparator ◀─ B, B, B…       then the same batch is taken out; the stream goes on
 //! ```
 //!
-//! `cargo bench --bench judge` prints a line a cell; CELLS, part of a name, chooses some. The frames of both guests are built beforehand, a hundred batches
-//! at a time, in buffers of their own, so that nothing is compared with itself.
+//! `cargo bench --bench judge` prints a line a cell; CELLS, part of a name, chooses some. The frames of both guests are built
+//! beforehand, a hundred batches at a time, in buffers of their own, so that nothing is compared with itself.
 #![forbid(unsafe_code)]
 
 use bytes::Bytes;

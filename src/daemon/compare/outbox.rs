@@ -9,13 +9,12 @@
 //! beginning. What the system had taken from us is lost with the peer: nothing in the protocol says what arrived.
 
 use super::port::Socket;
-use crate::compare::wire::Head;
+use crate::compare::wire::{Head, LENGTH_BYTES};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 
-const LENGTH_BYTES: usize = 4;
 /// With so much waiting, no input is read.
 const FULL_BYTES: usize = 1 << 20;
 /// Up to here a frame is copied.
@@ -83,31 +82,31 @@ impl Outbox {
         }
     }
 
-    /// Adds a frame as [`Self::push`] does, without a copy if it is a part of `block`, where it begins at `at`, and the
-    /// length that belongs in front of it is there.
-    pub(in crate::daemon) fn push_of(&mut self, bytes: Bytes, block: Option<(&Bytes, usize)>) {
+    /// As [`Self::push`], without a copy where that pays: if the frame lies just behind what was added last, or in a block,
+    /// at this place, with the length that belongs in front of it.
+    pub(in crate::daemon) fn push_of<'a>(
+        &mut self,
+        bytes: Bytes,
+        block_of: impl FnOnce(&[u8]) -> Option<(&'a Bytes, usize)>,
+    ) {
         let words_bytes = if self.vnet { 0 } else { LENGTH_BYTES };
-        match block {
-            Some((block, at)) if bytes.len() >= RUN_FROM_BYTES && at >= words_bytes => {
-                let range = at - words_bytes..at + bytes.len();
-                self.waiting_bytes += range.len();
-                self.pieces.push_back(Piece::Run(block.clone(), range));
+        let message_bytes = words_bytes + bytes.len();
+        if let Some(Piece::Run(block, run)) = self.pieces.back_mut() {
+            let behind = block.get(run.end + words_bytes..run.end + message_bytes);
+            if behind.is_some_and(|behind| behind.as_ptr() == bytes.as_ptr()) {
+                self.waiting_bytes += message_bytes;
+                run.end += message_bytes;
+                return;
             }
-            _ => self.push(bytes),
         }
-    }
-
-    /// Adds a frame that lies just behind what was added last; false if it lies elsewhere.
-    pub(in crate::daemon) fn extend(&mut self, bytes: &[u8]) -> bool {
-        let words_bytes = if self.vnet { 0 } else { LENGTH_BYTES };
-        let Some(Piece::Run(block, run)) = self.pieces.back_mut() else { return false };
-        let (at, end) = (run.end + words_bytes, run.end + words_bytes + bytes.len());
-        let follows = block.get(at..end).is_some_and(|behind| behind.as_ptr() == bytes.as_ptr());
-        if follows {
-            self.waiting_bytes += end - run.end;
-            run.end = end;
+        let block = if bytes.len() >= RUN_FROM_BYTES { block_of(&bytes) } else { None };
+        match block.and_then(|(block, at)| Some((block, at.checked_sub(words_bytes)?))) {
+            Some((block, begin)) => {
+                self.waiting_bytes += message_bytes;
+                self.pieces.push_back(Piece::Run(block.clone(), begin..begin + message_bytes));
+            }
+            None => self.push(bytes),
         }
-        follows
     }
 
     pub(in crate::daemon) fn is_empty(&self) -> bool {
@@ -274,10 +273,8 @@ mod tests {
     }
 
     fn leave(outbox: &mut Outbox, block: &Bytes, frame: &Bytes) {
-        if !outbox.extend(frame) {
-            let at = frame.as_ptr() as usize - block.as_ptr() as usize;
-            outbox.push_of(frame.clone(), Some((block, at)));
-        }
+        let at = frame.as_ptr() as usize - block.as_ptr() as usize;
+        outbox.push_of(frame.clone(), |_| Some((block, at)));
     }
 
     #[test]

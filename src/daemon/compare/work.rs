@@ -85,8 +85,6 @@ pub(super) struct Work<R> {
     epoch: u64,
     primary: Intake,
     secondary: Intake,
-    /// The primary's frames that were read and not judged: empty between two turns.
-    ahead: VecDeque<Bytes>,
     outbox: Outbox,
     /// The messages of the primary's frames, with `vnet`, by where the frames lie.
     messages: Option<HashMap<usize, Bytes>>,
@@ -118,7 +116,6 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             epoch: 0,
             primary: Intake::new(vnet),
             secondary: Intake::new(vnet),
-            ahead: VecDeque::new(),
             outbox: Outbox::new(vnet),
             messages: vnet.then(HashMap::new),
             header_bytes: 0,
@@ -179,7 +176,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
     /// Reads what both guests have said. What comes in one order is judged in pairs, which is the cheapest; once something of
     /// the secondary's has to be kept it does not, and all of the primary's comes first, so that no more needs to be.
     fn read_both(&mut self) -> bool {
-        let mut ahead = std::mem::take(&mut self.ahead);
+        let mut ahead = VecDeque::new();
         let mut moved = self.comparator.ready() && self.read_primary(|_, frame| ahead.push_back(frame));
         let (epoch, now) = (self.epoch, engine_clock());
         moved |= self.read_secondary(|comparator, frame| {
@@ -190,12 +187,11 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
                 }
             }
             comparator.handle_secondary(now, epoch, frame);
-            if comparator.stats().currently_secondary_bytes > 0 {
+            if !ahead.is_empty() && comparator.stats().currently_secondary_bytes > 0 {
                 ahead.drain(..).for_each(|frame| comparator.handle_primary(now, epoch, frame));
             }
         });
         ahead.drain(..).for_each(|frame| self.comparator.handle_primary(now, epoch, frame));
-        self.ahead = ahead;
         moved
     }
 
@@ -272,10 +268,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
     }
 
     fn leave(&mut self, bytes: Bytes) {
-        if !self.outbox.extend(&bytes) {
-            let block = self.primary.block_of(&bytes);
-            self.outbox.push_of(bytes, block);
-        }
+        self.outbox.push_of(bytes, |bytes| self.primary.block_of(bytes));
     }
 
     /// A frame that the comparator has made. It is finished, which a header of zeroes says.

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! A read that goes aside spares the server a copy, and leaves it to the client to fetch what no cache holds. Which of the
-//! two is waited for is a matter of the machine: aside was 1.75 times as fast on one, and 0.7 times on another. So it is
-//! measured: the time from one read to the next, for as long as the client keeps asking, is what both ends need
+//! two is waited for is a matter of the machine: aside was 1.75 times as fast on one; on another it kept a client at 0.7 times
+//! nbdkit's rate, which copies. So it is measured: the time from one read to the next, for as long as the client keeps asking, is what both ends need
 //! together.
 //!
 //! The trap: what a read leaves in the socket is paid for by the next, so the first ones of a run are not counted. And a

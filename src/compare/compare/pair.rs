@@ -9,19 +9,9 @@
 //! else, whatever it is, goes the long way. The trap is a second opinion: what is decided here must be what the long way
 //! decides, and a property test holds one against the other.
 
-use super::FlowKey;
-use super::compare::{self, Comparator, Output};
-use super::connection::Said;
-use super::packet::Packet;
+use super::{Comparator, cost_bytes, said};
+use crate::compare::packet::Packet;
 use bytes::Bytes;
-
-/// What a frame says that is a whole IP packet, and in which flow.
-fn said(frame: &[u8], vnet_header_bytes: usize) -> Option<(FlowKey, Said)> {
-    match Packet::parse_behind(frame, vnet_header_bytes) {
-        Packet::Ip(ip) => Some(compare::said(ip, frame)),
-        _ => None,
-    }
-}
 
 impl Comparator {
     /// Takes a frame that the primary emitted in `epoch` and one of the secondary's of the same epoch, if they say the same and
@@ -31,35 +21,31 @@ impl Comparator {
         if epoch != self.epoch || self.buffers() || self.is_full_with(&primary, secondary) {
             return Some(primary);
         }
-        let header_bytes = self.config.vnet_header_bytes;
-        let (Some((key, ours)), Some((other_key, theirs))) =
-            (said(&primary, header_bytes), said(secondary, header_bytes))
-        else {
+        let parse = |frame| Packet::parse_behind(frame, self.config.vnet_header_bytes);
+        let (Packet::Ip(our_ip), Packet::Ip(their_ip)) = (parse(&primary), parse(secondary)) else {
             return Some(primary);
         };
+        let ((key, ours), (other_key, theirs)) = (said(our_ip, &primary), said(their_ip, secondary));
         if key != other_key || !ours.is_like(&theirs) {
             return Some(primary);
         }
         let Some(at) = self.flows.find(key, &ours) else { return Some(primary) };
-        let Some(flow) = self.flows.get_mut(at).filter(|flow| !flow.is_waiting()) else { return Some(primary) };
+        let Some(flow) = self.flows.get_mut(at) else { return Some(primary) };
         if !flow.pair((&ours, &primary), (&theirs, secondary)) {
             return Some(primary);
         }
-        flow.record.compared += 1;
-        flow.record.compared_bytes += primary.len() as u64;
+        flow.record.compare(&primary);
         self.flows.settle(at);
         self.primary_epoch = self.primary_epoch.max(epoch);
-        self.next_number += 1;
         self.stats.secondary += 1;
         self.stats.compared += 1;
-        self.stats.released += 1;
-        self.outputs.push_back(Output::Release(primary));
+        self.release(primary);
         None
     }
 
     /// Whether either frame would reach a bound by itself.
     fn is_full_with(&self, primary: &Bytes, secondary: &Bytes) -> bool {
-        let (ours, theirs) = (compare::cost_bytes(primary), compare::cost_bytes(secondary));
+        let (ours, theirs) = (cost_bytes(primary), cost_bytes(secondary));
         let (config, stats) = (&self.config, &self.stats);
         stats.currently_held_bytes + ours >= config.max_queue_bytes
             || stats.currently_secondary_bytes + theirs > config.max_queue_bytes

@@ -1,11 +1,11 @@
 //! The short way says what the long way says.
 
-use super::super::properties::Dice;
-use super::super::testing::{Seg, tagged, udp};
-use super::super::{Config, Stats};
-use super::*;
+use super::super::{Comparator, Config, Output, Stats};
 use crate::clock::Instant;
+use crate::compare::properties::Dice;
+use crate::compare::testing::{Seg, tagged, udp};
 use crate::mutant::{Mutant, plant};
+use bytes::Bytes;
 use proptest::prelude::*;
 use std::time::Duration;
 

@@ -381,6 +381,7 @@ fn every_file_is_compiled() {
             "tests/bench/compare.rs",
             "tests/bench/demo.rs",
             "tests/bench/judge.rs",
+            "tests/bench/nbd_limit.rs",
             "tests/bench/replica.rs",
         ],
     ));

@@ -1,0 +1,139 @@
+//! What no NBD server can be faster than by much: it answers without a disk. `scripts/bench.sh nbd` measures it beside the
+//! servers, so that a cell shows how much of it is the client's own time.
+//!
+//! ```text
+//!   READ   header + the same megabyte, from memory                    one copy, the kernel's
+//!   WRITE  payload into the same megabyte ─▶ header                   one copy, the kernel's
+//! ```
+//!
+//! Its first argument is `unix:PATH` or an address. A thread a connection; simple replies, of which those to requests that
+//! came together leave together. Who has nothing to do stays awake for a while, as our server does.
+//!
+//! It speaks as much of the protocol as libnbd needs, and trusts its client: it is for nothing but this.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a bench that cannot go on ends")]
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+use std::io::{self, IoSlice, Read, Write};
+use std::net::TcpListener;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
+
+const SIZE_BYTES: u64 = 256 << 20;
+const BLOCK_MAX_BYTES: usize = 1 << 20;
+const AWAKE: Duration = Duration::from_micros(50);
+const REQUEST_BYTES: usize = 28;
+const REPLY_MAGIC: [u8; 4] = 0x6744_6698_u32.to_be_bytes();
+const OPTION_REPLY_MAGIC: [u8; 8] = 0x3_e889_0455_65a9_u64.to_be_bytes();
+/// Of options: go, and what replies to it or to others.
+const GO: u32 = 7;
+const ACK: u32 = 1;
+const INFO: u32 = 3;
+const UNSUPPORTED: u32 = 0x8000_0001;
+/// There are flags, a flush and more than one connection is one disk.
+const EXPORT_FLAGS: u16 = 1 | 1 << 2 | 1 << 8;
+/// Of requests.
+const READ: u16 = 0;
+const WRITE: u16 = 1;
+const DISCONNECT: u16 = 2;
+
+trait Socket: Read + Write + AsFd + Send + 'static {}
+impl<T: Read + Write + AsFd + Send + 'static> Socket for T {}
+
+/// Until the client has the export.
+fn handshake(socket: &mut impl Socket) -> io::Result<()> {
+    socket.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
+    socket.read_exact(&mut [0; 4])?;
+    loop {
+        let mut head = [0; 16];
+        socket.read_exact(&mut head)?;
+        let [option, data_bytes] = [8, 12].map(|at| u32::from_be_bytes(head[at..at + 4].try_into().unwrap()));
+        io::copy(&mut socket.take(data_bytes.into()), &mut io::sink())?;
+        let reply = |kind: u32, data: &[u8]| {
+            let [option, kind, len] = [option, kind, data.len() as u32].map(u32::to_be_bytes);
+            [&OPTION_REPLY_MAGIC[..], &option, &kind, &len, data].concat()
+        };
+        if option != GO {
+            socket.write_all(&reply(UNSUPPORTED, &[]))?;
+            continue;
+        }
+        let export = [&[0; 2][..], &SIZE_BYTES.to_be_bytes(), &EXPORT_FLAGS.to_be_bytes()].concat();
+        return socket.write_all(&[reply(INFO, &export), reply(ACK, &[])].concat());
+    }
+}
+
+/// Reads what is there, awake for a while and then asleep.
+fn read_some(socket: &mut impl Socket, into: &mut [u8]) -> io::Result<usize> {
+    let begun = Instant::now();
+    while begun.elapsed() < AWAKE {
+        match recv(&*socket, &mut *into, RecvFlags::DONTWAIT) {
+            Err(Errno::AGAIN) => std::thread::yield_now(),
+            read => return Ok(read?.0),
+        }
+    }
+    socket.read(into)
+}
+
+fn serve(mut socket: impl Socket) -> io::Result<()> {
+    handshake(&mut socket)?;
+    let (mut input, mut filled) = (vec![0; 64 << 10], 0);
+    let (mut block, mut headers) = (vec![0xaa; BLOCK_MAX_BYTES], Vec::new());
+    loop {
+        let read_bytes = read_some(&mut socket, &mut input[filled..])?;
+        if read_bytes == 0 {
+            return Ok(());
+        }
+        filled += read_bytes;
+        let (mut at, mut payloads) = (0, Vec::new());
+        headers.clear();
+        while filled - at >= REQUEST_BYTES {
+            let request = &input[at..at + REQUEST_BYTES];
+            at += REQUEST_BYTES;
+            let len_bytes = u32::from_be_bytes(request[24..].try_into().unwrap()) as usize;
+            headers.extend([&REPLY_MAGIC[..], &[0; 4], &request[8..16]].concat());
+            payloads.push(0);
+            match u16::from_be_bytes(request[6..8].try_into().unwrap()) {
+                READ => *payloads.last_mut().unwrap() = len_bytes,
+                WRITE => {
+                    let here_bytes = len_bytes.min(filled - at);
+                    block[..here_bytes].copy_from_slice(&input[at..at + here_bytes]);
+                    at += here_bytes;
+                    socket.read_exact(&mut block[here_bytes..len_bytes])?;
+                }
+                DISCONNECT => return Ok(()),
+                _ => {}
+            }
+        }
+        input.copy_within(at..filled, 0);
+        filled -= at;
+        let parts: Vec<[&[u8]; 2]> =
+            headers.chunks(16).zip(payloads).map(|(header, bytes)| [header, &block[..bytes]]).collect();
+        for parts in parts.chunks(256) {
+            let mut slices: Vec<IoSlice<'_>> = parts.as_flattened().iter().map(|part| IoSlice::new(part)).collect();
+            let mut left = &mut slices[..];
+            while !left.is_empty() {
+                let written = socket.write_vectored(left)?;
+                IoSlice::advance_slices(&mut left, written);
+            }
+        }
+    }
+}
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+    let [at] = &words[..] else { return eprintln!("scripts/bench.sh nbd starts this") };
+    if let Some(path) = at.strip_prefix("unix:") {
+        for socket in UnixListener::bind(path).unwrap().incoming() {
+            let socket = socket.unwrap();
+            std::thread::spawn(move || serve(socket));
+        }
+    } else {
+        for socket in TcpListener::bind(at).unwrap().incoming() {
+            let socket = socket.unwrap();
+            socket.set_nodelay(true).unwrap();
+            std::thread::spawn(move || serve(socket));
+        }
+    }
+}

@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 /// How long a connection attempt may take.
@@ -67,8 +67,37 @@ impl fmt::Display for Address {
 }
 
 /// An open byte stream of either family.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {
+    /// Moves it to the runtime that this is called in: it is that one's thread that learns first of what has come.
+    ///
+    /// # Errors
+    /// The system's.
+    fn here(self: Box<Self>) -> io::Result<Link>;
+}
+
+impl Stream for TcpStream {
+    fn here(self: Box<Self>) -> io::Result<Link> {
+        Ok(Box::new(Self::from_std(self.into_std()?)?))
+    }
+}
+
+impl Stream for UnixStream {
+    fn here(self: Box<Self>) -> io::Result<Link> {
+        Ok(Box::new(Self::from_std(self.into_std()?)?))
+    }
+}
+
+impl Stream for exec::Exec {
+    fn here(self: Box<Self>) -> io::Result<Link> {
+        Ok(self)
+    }
+}
+
+impl Stream for DuplexStream {
+    fn here(self: Box<Self>) -> io::Result<Link> {
+        Ok(self)
+    }
+}
 
 /// A connection.
 pub type Link = Box<dyn Stream>;

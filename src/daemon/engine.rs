@@ -213,15 +213,19 @@ impl Engine {
         self.after(engine_clock());
         while !self.stopping {
             let input = self.select().await;
+            let is_frame = matches!(input, Input::SecondaryOrMirrored(..) | Input::Network(_) | Input::GuestFrames);
             self.span().in_scope(|| {
                 self.check_lease();
-                let is_frame = matches!(input, Input::SecondaryOrMirrored(..) | Input::Network(_) | Input::GuestFrames);
                 self.apply(input);
                 if is_frame {
                     self.take_waiting_frames();
                 }
                 self.after(engine_clock());
             });
+            if is_frame {
+                // What moves the frames runs on this thread.
+                tokio::task::yield_now().await;
+            }
         }
         self.guest_left_alone()
     }
@@ -246,7 +250,7 @@ impl Engine {
                 Some(applied) = self.applied.recv() => Input::DiskApplied(applied),
                 () = frames => Input::GuestFrames,
                 Some(frame) = self.parts.network_in.recv() => Input::Network(frame),
-                () = std::future::ready(()), if busy => Input::Work,
+                () = tokio::task::yield_now(), if busy => Input::Work,
                 () = sleep => Input::Deadline,
                 else => Input::Closed,
             };
@@ -268,7 +272,7 @@ impl Engine {
             () = frames => Input::GuestFrames,
             Some(frame) = self.parts.network_in.recv() => Input::Network(frame),
             Some(input) = self.parts.host.recv() => Input::Host(Box::new(input)),
-            () = std::future::ready(()), if busy => Input::Work,
+            () = tokio::task::yield_now(), if busy => Input::Work,
             () = sleep => Input::Deadline,
             else => Input::Closed,
         }
@@ -298,21 +302,6 @@ impl Engine {
             Role::Primary(role) => role.side.wants_copy() && self.links_take_more(),
             Role::Secondary(role) => role.side.is_loading(),
             Role::Empty | Role::Running(_) => false,
-        }
-    }
-
-    /// From when on a secondary suspects that its primary is gone, if nothing was done about that yet.
-    fn suspicion_due(&self) -> Option<Instant> {
-        let links = self.links.as_ref().filter(|_| matches!(self.role, Role::Secondary(_)))?;
-        Some(lock(&links.heartbeat).suspected_at()).filter(|at| self.looked_for != Some(*at))
-    }
-
-    /// If the primary is gone, clients repeat what it did not answer; a bridge here that has learned the guest behind its uplink
-    /// would drop that.
-    fn look_for_guest(&mut self, now: Instant) {
-        if let Some(at) = self.suspicion_due().filter(|at| *at <= now) {
-            self.looked_for = Some(at);
-            (self.parts.unlearn)();
         }
     }
 

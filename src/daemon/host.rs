@@ -50,6 +50,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// How long a hello or a welcome may take.
@@ -210,6 +211,8 @@ struct Shared {
     vacancy: watch::Receiver<Vacancy>,
     host: mpsc::Sender<HostInput>,
     wire: Wire,
+    /// What is between packets and the engine runs on its thread: to wake another for each would take longer than either does.
+    engine: Handle,
 }
 
 /// Runs a host until it is told to stop. `ready` is called when its sockets are open, with where peers connect and where
@@ -284,17 +287,12 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address, Option<&str>))
         runtime: tokio::runtime::Handle::current(),
     });
     let (engine_ended, engine_end) = oneshot::channel();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(HostError::Thread)?;
+    let beside_engine = runtime.handle().clone();
     std::thread::Builder::new()
         .name("engine".into())
         .spawn(move || {
-            let left = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-                Ok(runtime) => runtime.block_on(engine.run()),
-                Err(error) => {
-                    tracing::error!(%error, "no runtime for the engine");
-                    None
-                }
-            };
-            let _ = engine_ended.send(left);
+            let _ = engine_ended.send(runtime.block_on(engine.run()));
         })
         .map_err(HostError::Thread)?;
 
@@ -304,12 +302,12 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address, Option<&str>))
     tokio::spawn(control::serve(control, control_sender.clone(), history.clone()));
     metrics.map(|metrics| tokio::spawn(metrics.serve(control_sender.clone(), history.clone())));
     if let Some(net) = config.net.clone() {
-        tokio::spawn(switch_port(net, network_sender, network_outgoing));
+        beside_engine.spawn(switch_port(net, network_sender, network_outgoing));
     } else {
-        tokio::spawn(wire.clone().carry(network_outgoing));
+        beside_engine.spawn(wire.clone().carry(network_outgoing));
     }
     let (configuration, disks) = (config.configuration.clone(), config.disks.clone());
-    let shared = Arc::new(Shared { config, vacancy, host: host_sender, wire });
+    let shared = Arc::new(Shared { config, vacancy, host: host_sender, wire, engine: beside_engine });
     // Before anybody is told that it runs, and may order its end.
     let signals = Signals::new().map_err(HostError::Signals)?;
     let address = listener.local_address().unwrap_or_else(|_| shared.config.listen.clone());
@@ -436,7 +434,7 @@ async fn knock(shared: &Shared, order: &ToProtect) -> Result<(), String> {
     let sent_pages =
         welcome.has(PAGE_DELTAS).then(|| SentPages::new(usize::try_from(delta_pages).unwrap_or(usize::MAX)));
     let side = Side::Primary { packets, nbd, sent_pages, hashes };
-    let mut links = links::start(stream, heartbeat_link, heartbeat, side);
+    let mut links = links::start(stream, heartbeat_link, heartbeat, side, &shared.engine);
     links.digests = welcome.has(PACKET_DIGESTS).then(|| Key::of_session(session));
     let claim = Claim { guest: guest.to_owned(), expected: generation, holder: config.name.clone() };
     let mut machine = primary::Config::new(protect.mode, claim);

@@ -35,6 +35,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 
@@ -254,9 +255,10 @@ fn invalid(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
-/// Starts the tasks of one side.
+/// Starts the tasks of one side: those that carry packets on `engine`'s runtime, since to wake another thread for a packet takes
+/// longer than the packet does, and all others on this one, where they need not wait for the engine.
 #[must_use]
-pub fn start(stream: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Side) -> Links {
+pub fn start(stream: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Side, engine: &Handle) -> Links {
     let (lost_sender, lost) = mpsc::channel(8);
     let (stream_sender, stream_in) = mpsc::channel(STREAM_IN_ITEMS);
     let (stream_out, stream_outgoing) = outbox();
@@ -267,7 +269,9 @@ pub fn start(stream: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Sid
     let (heartbeat, said) = (voice.heartbeat.clone(), voice.said.clone());
     let lease = heartbeat.clone();
     let lease = Box::new(move || lock(&lease).lost(engine_clock()).is_none());
-    let ends = |times| Ends { outgoing, to: packets_sender, told, times, lease };
+    let here = Handle::current();
+    let elsewhere = here.clone();
+    let ends = |times| Ends { outgoing, to: packets_sender, told, times, lease, elsewhere };
     let (disk_sender, disk_in) = mpsc::channel(PACKETS_IN);
     let mut disk_out = Vec::new();
     let (hash_sender, hashes_in) = mpsc::channel(HASHES_IN);
@@ -275,21 +279,21 @@ pub fn start(stream: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Sid
     let [stream_bytes, disk_bytes, received_bytes, disk_link_losses, disk_links_down] =
         std::array::from_fn(|_| Arc::new(AtomicU64::new(0)));
     let mut tasks = Vec::new();
-    let mut spawn = |what: &'static str, task: LinkTask| {
+    let mut spawn_on = |runtime: &Handle, what: &'static str, task: LinkTask| {
         let lost = lost_sender.clone();
-        tasks.push(tokio::spawn(async move { report(lost, what, task.await).await }));
+        tasks.push(runtime.spawn(async move { report(lost, what, task.await).await }));
     };
 
     let (stream_read, stream_write) = tokio::io::split(stream);
     match side {
         Side::Primary { packets, nbd, sent_pages, hashes } => {
-            spawn("packet link", Box::pin(packets::carry(packets, ends(Times::PRIMARY))));
+            spawn_on(engine, "packet link", Box::pin(packets::carry(packets, ends(Times::PRIMARY))));
             for (disk, link, count) in hashes {
-                spawn("hash link", Box::pin(hashes::read(link, disk, count, hash_sender.clone())));
+                spawn_on(&here, "hash link", Box::pin(hashes::read(link, disk, count, hash_sender.clone())));
             }
             let writing = write_stream(stream_write, stream_outgoing, sent_pages, recycle, stream_bytes.clone());
-            spawn("checkpoint stream", Box::pin(writing));
-            spawn("checkpoint stream", Box::pin(read_messages(stream_read, stream_sender)));
+            spawn_on(&here, "checkpoint stream", Box::pin(writing));
+            spawn_on(&here, "checkpoint stream", Box::pin(read_messages(stream_read, stream_sender)));
             for (disk, connect) in nbd.into_iter().enumerate() {
                 let (out, outgoing) = outbox();
                 disk_out.push(out);
@@ -299,17 +303,21 @@ pub fn start(stream: Link, heartbeat_link: Link, heartbeat: Heartbeat, side: Sid
                     losses: disk_link_losses.clone(),
                     down: disk_links_down.clone(),
                 };
-                spawn("disk link", Box::pin(disk::forward(connect, disk_name(disk), outgoing, acks, counters)));
+                spawn_on(
+                    &here,
+                    "disk link",
+                    Box::pin(disk::forward(connect, disk_name(disk), outgoing, acks, counters)),
+                );
             }
         }
         Side::Secondary { packets: (link, later), nr_pages, nbd, hashes } => {
-            spawn("packet link", Box::pin(packets::serve(link, later, ends(Times::SECONDARY))));
-            hashes.into_iter().for_each(|hashes| spawn("hash link", hashes));
+            spawn_on(engine, "packet link", Box::pin(packets::serve(link, later, ends(Times::SECONDARY))));
+            hashes.into_iter().for_each(|hashes| spawn_on(&here, "hash link", hashes));
             let writing = write_stream(stream_write, stream_outgoing, None, recycle, stream_bytes.clone());
-            spawn("checkpoint stream", Box::pin(writing));
+            spawn_on(&here, "checkpoint stream", Box::pin(writing));
             let received = received_bytes.clone();
-            spawn("checkpoint stream", Box::pin(read_items(stream_read, nr_pages, stream_sender, received)));
-            nbd.into_iter().for_each(|server| spawn("disk link", server));
+            spawn_on(&here, "checkpoint stream", Box::pin(read_items(stream_read, nr_pages, stream_sender, received)));
+            nbd.into_iter().for_each(|server| spawn_on(&here, "disk link", server));
         }
     }
     let beating = beat(heartbeat_link, voice, lost_sender);

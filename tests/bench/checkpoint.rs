@@ -216,8 +216,9 @@ impl Pair {
         };
         let (packets, nr_pages) = ((packets_b, later), guest.geometry.nr_pages);
         let side_b = Side::Secondary { packets, nr_pages, nbd: vec![server], hashes: vec![] };
-        let links_a = links::start(stream_a, beats_a, beats(), side_a);
-        let links_b = links::start(stream_b, beats_b, beats(), side_b);
+        let here = tokio::runtime::Handle::current();
+        let links_a = links::start(stream_a, beats_a, beats(), side_a, &here);
+        let links_b = links::start(stream_b, beats_b, beats(), side_b, &here);
 
         let claim = |holder: &str| Claim { guest: name.into(), expected: GENERATION, holder: holder.into() };
         let mut config_a = primary::Config::new(Mode::Colo, claim("a"));

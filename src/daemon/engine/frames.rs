@@ -5,6 +5,7 @@ use crate::clock::Instant;
 use crate::colo::Cause;
 use crate::daemon::engine_clock;
 use crate::daemon::guest::GuestQueue;
+use crate::daemon::links::lock;
 use std::sync::Arc;
 
 /// Inputs of one kind applied before the next select.
@@ -75,6 +76,21 @@ impl Engine {
                     }
                 }
             }
+        }
+    }
+
+    /// From when on a secondary suspects that its primary is gone, if nothing was done about that yet.
+    pub(super) fn suspicion_due(&self) -> Option<Instant> {
+        let links = self.links.as_ref().filter(|_| matches!(self.role, Role::Secondary(_)))?;
+        Some(lock(&links.heartbeat).suspected_at()).filter(|at| self.looked_for != Some(*at))
+    }
+
+    /// If the primary is gone, clients repeat what it did not answer; a bridge here that has learned the guest behind its uplink
+    /// would drop that.
+    pub(super) fn look_for_guest(&mut self, now: Instant) {
+        if let Some(at) = self.suspicion_due().filter(|at| *at <= now) {
+            self.looked_for = Some(at);
+            (self.parts.unlearn)();
         }
     }
 }

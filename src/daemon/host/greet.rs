@@ -270,7 +270,7 @@ fn join(shared: &Shared, session: Session) -> Option<(HostInput, Begun)> {
     let (place, later) = mpsc::channel(1);
     let packets = (packets, later);
     let side = Side::Secondary { packets, nr_pages: word.geometry.nr_pages, nbd: servers, hashes };
-    let mut links = links::start(stream, beats, heartbeat, side);
+    let mut links = links::start(stream, beats, heartbeat, side, &shared.engine);
     links.digests = word.wants(PACKET_DIGESTS).then(|| Key::of_session(word.session));
     let claim = Claim { guest: word.guest.clone(), expected: generation, holder: shared.config.name.clone() };
     let mut config = secondary::Config::new(word.mode, claim);

@@ -11,7 +11,8 @@
 //! Without one for [`PATIENCE`] the link has ended, and with it the pair.
 //!
 //! A connection that is silent is broken too: each side sends an empty frame every half second, so one over which
-//! nothing comes for three carries nothing. The heartbeat cannot tell: it has a connection of its own.
+//! nothing comes for three carries nothing. The heartbeat cannot tell: it has a connection of its own. The link runs on the
+//! engine's thread, and an engine may be busy for long (a domain that is loaded): what is said every half second is not.
 //!
 //! Who was asleep must not reach a survivor: no connection is made once the lease of the heartbeat is over, before the
 //! engine has come to know that it is.
@@ -27,9 +28,12 @@ use super::{Outgoing, invalid};
 use crate::compare::wire;
 use bytes::{Bytes, BytesMut};
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::mpsc;
+use tokio::runtime::Handle;
+use tokio::sync::{Mutex, mpsc};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 /// How long things may take.
@@ -74,6 +78,8 @@ pub(super) struct Ends {
     pub(super) told: mpsc::Sender<Told>,
     pub(super) times: Times,
     pub(super) lease: Lease,
+    /// A runtime that is not the engine's, for what must go on while the engine is busy.
+    pub(super) elsewhere: Handle,
 }
 
 /// Whether the peer is still believed to be there.
@@ -147,26 +153,30 @@ async fn dial(connect: &mut Connect, ends: &Ends, lost: &str) -> io::Result<Link
 
 /// Moves packets both ways over one connection. `Ok`: the engine is gone.
 async fn exchange(link: Link, ends: &mut Ends) -> io::Result<()> {
-    let (read, write) = tokio::io::split(link);
-    let (mut writing_bytes, times) = (0, ends.times);
+    let (read, write) = tokio::io::split(link.here()?);
+    let write = Arc::new(Mutex::new(write));
+    // Ends with this.
+    let mut pulsing = JoinSet::new();
+    pulsing.spawn_on(pulse(write.clone(), ends.times.pulse), &ends.elsewhere);
+    let mut writing_bytes = 0;
     let ended = tokio::select! {
-        ended = receive(read, &ends.to, times) => ended,
-        ended = send(write, &mut ends.outgoing, times, &mut writing_bytes) => ended,
+        ended = receive(read, &ends.to, ends.times.silence) => ended,
+        ended = send(&write, &mut ends.outgoing, &mut writing_bytes) => ended,
     };
     // What was being written is lost, and waits no more.
     ends.outgoing.written(writing_bytes);
     ended
 }
 
-async fn receive(mut read: ReadHalf<Link>, to: &mpsc::Sender<Tagged>, times: Times) -> io::Result<()> {
+async fn receive(mut read: ReadHalf<Link>, to: &mpsc::Sender<Tagged>, silence: Duration) -> io::Result<()> {
     let (mut decoder, mut input) = (wire::TaggedDecoder::default(), BytesMut::new());
     loop {
         input.reserve(FRAME_BYTES_MAX);
-        match timeout(times.silence, read.read_buf(&mut input)).await {
+        match timeout(silence, read.read_buf(&mut input)).await {
             Ok(Ok(0)) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the peer")),
             Ok(read) => _ = read?,
             Err(_) => {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, format!("nothing came for {:?}", times.silence)));
+                return Err(io::Error::new(io::ErrorKind::TimedOut, format!("nothing came for {silence:?}")));
             }
         }
         while let Some((epoch, frame)) = decoder.decode(&mut input).map_err(invalid)? {
@@ -177,21 +187,15 @@ async fn receive(mut read: ReadHalf<Link>, to: &mpsc::Sender<Tagged>, times: Tim
     }
 }
 
-async fn send(
-    mut write: WriteHalf<Link>,
-    outgoing: &mut Outgoing<Tagged>,
-    times: Times,
-    writing_bytes: &mut usize,
-) -> io::Result<()> {
+/// Nothing else is written while one of the two who write is in the middle of a frame.
+type Writing = Mutex<WriteHalf<Link>>;
+
+async fn send(write: &Writing, outgoing: &mut Outgoing<Tagged>, writing_bytes: &mut usize) -> io::Result<()> {
     let mut buffer = BytesMut::new();
     loop {
-        let mut next = match timeout(times.pulse, outgoing.recv()).await {
-            Ok(Some(next)) => Some(next),
-            Ok(None) => return Ok(()),
-            Err(_) => {
-                wire::encode_tagged(0, &[], &mut buffer).map_err(invalid)?;
-                None
-            }
+        let mut next = match outgoing.recv().await {
+            Some(next) => Some(next),
+            None => return Ok(()),
         };
         // What waits leaves in one write, as long as that stays small.
         while let Some((bytes, (epoch, frame))) = next.take() {
@@ -199,9 +203,21 @@ async fn send(
             wire::encode_tagged(epoch, &frame, &mut buffer).map_err(invalid)?;
             next = if buffer.len() < FRAME_BYTES_MAX { outgoing.try_recv() } else { None };
         }
-        write.write_all(&buffer).await?;
+        write.lock().await.write_all(&buffer).await?;
         buffer.clear();
         outgoing.written(std::mem::take(writing_bytes));
+    }
+}
+
+/// Says every now and then that the connection carries something. When it does not, the others find out.
+async fn pulse(write: Arc<Writing>, every: Duration) {
+    let mut nothing = BytesMut::new();
+    while wire::encode_tagged(0, &[], &mut nothing).is_ok() {
+        sleep(every).await;
+        if write.lock().await.write_all(&nothing).await.is_err() {
+            return;
+        }
+        nothing.clear();
     }
 }
 
@@ -210,10 +226,8 @@ mod tests {
     use super::super::outbox;
     use super::*;
     use crate::daemon::nbd::remote::{self, Dialling};
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use tokio::io::DuplexStream;
-    use tokio::sync::Mutex;
 
     /// A side's ends, and what its engine holds of them.
     struct Engine {
@@ -234,7 +248,8 @@ mod tests {
         let (out, outgoing) = outbox();
         let (to, packets) = mpsc::channel(8);
         let (tell, told) = mpsc::channel(8);
-        (Ends { outgoing, to, told: tell, times, lease: Box::new(|| true) }, Engine { out, packets, told })
+        let ends = Ends { outgoing, to, told: tell, times, lease: Box::new(|| true), elsewhere: Handle::current() };
+        (ends, Engine { out, packets, told })
     }
 
     fn frame(n: u8) -> Tagged {

@@ -134,17 +134,14 @@ impl Connection {
         self.settle(verdict)
     }
 
-    /// Takes what both guests said, which is alike, and lies in these bytes. `false`: something waits or is not the same, and
-    /// nothing was taken.
-    pub(super) fn pair(&mut self, (ours, our_bytes): (&Said, &[u8]), (theirs, their_bytes): (&Said, &[u8])) -> bool {
+    /// Takes what both guests said, which is alike, and lies in these bytes; without bytes it is the same. `false`: something
+    /// waits or is not the same, and nothing was taken.
+    pub(super) fn pair(&mut self, ours: &Said, theirs: &Said, bytes: Option<(&[u8], &[u8])>) -> bool {
         match (&mut self.kind, ours, theirs) {
             _ if self.stuck || self.held > 0 => false,
-            (Kind::Tcp(flow), Said::Segment(ours), Said::Segment(theirs)) => {
-                flow.pair((ours, our_bytes), (theirs, their_bytes))
-            }
-            (Kind::Datagrams(flow), Said::Datagram(ours), Said::Datagram(theirs)) => {
-                flow.pair(&our_bytes[ours.clone()], &their_bytes[theirs.clone()])
-            }
+            (Kind::Tcp(flow), Said::Segment(ours), Said::Segment(theirs)) => flow.pair(ours, theirs, bytes),
+            (Kind::Datagrams(flow), Said::Datagram(ours), Said::Datagram(theirs)) => flow
+                .pair(bytes.map(|(our_bytes, their_bytes)| (&our_bytes[ours.clone()], &their_bytes[theirs.clone()]))),
             _ => false,
         }
     }

@@ -350,7 +350,7 @@ impl TcpFlow {
     }
 
     /// Takes segments that are alike (`pair.rs`) if nothing else is to be considered, of which all was new and is explained now.
-    pub(super) fn pair(&mut self, (ours, our_bytes): (&Tcp, &[u8]), (theirs, their_bytes): (&Tcp, &[u8])) -> bool {
+    pub(super) fn pair(&mut self, ours: &Tcp, theirs: &Tcp, bytes: Option<(&[u8], &[u8])>) -> bool {
         let (start, said) = (self.stretch(ours.seq), &self.secondary);
         let quiet = self.held.is_empty() && said.pieces.is_empty() && said.flag_since.is_none() && said.fin.is_none();
         let ack = later(self.shown.ack, later(said.ack, Some(theirs.ack)));
@@ -360,7 +360,9 @@ impl TcpFlow {
         }
         let shown = &self.shown.bytes;
         let is_new = shown.end_of(start).is_none() && shown.next_start(start).is_none();
-        let same = our_bytes[ours.payload.clone()] == their_bytes[theirs.payload.clone()];
+        let same = bytes.is_none_or(|(our_bytes, their_bytes)| {
+            our_bytes[ours.payload.clone()] == their_bytes[theirs.payload.clone()]
+        });
         if !is_new || !(same || mutant::active(Mutant::OverlookPair)) {
             return false;
         }

@@ -11,12 +11,18 @@
 //! is under way, far below what QEMU drops; where it stalls all the same it is told that a checkpoint was made, and
 //! that is counted.
 //!
+//! One frame in flight is received by who is awake: waking up takes as long as all the rest, and is the same for all. (What it
+//! takes to a sleeper is told too.) What this can be at best is told by a relay that waits for both guests and stays awake.
+//!
 //! The engine alone runs in this process, which is built with the mutants in, and is held against a comparison of the
 //! same frames in memory. ROUNDS (3) and CELL_SECONDS (1) change how long it takes, CELLS (part of a name) which cells.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a bench that cannot go on ends")]
 
 use bytes::Bytes;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 use serde_json::json;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -37,8 +43,10 @@ const STALL: Duration = Duration::from_secs(1);
 const STALLS_MAX: u64 = 50;
 /// Frames sent alone.
 const ALONE: usize = 3000;
-/// The names in the report, in the order of each first turn.
-const NAMES: [&str; 3] = ["xl-colo", "qemu", "relay"];
+/// How long our comparator, and a relay, stays awake for what may come.
+const AWAKE: Duration = Duration::from_micros(50);
+/// The names in the report, in the order of each first turn. The last is for latencies only.
+const NAMES: [&str; 4] = ["xl-colo", "qemu", "relay", "awake-relay"];
 
 /// What is sent.
 #[derive(Clone, Copy)]
@@ -187,7 +195,7 @@ impl Server {
             }
             _ => {
                 let mut command = Command::new(std::env::current_exe().unwrap());
-                command.arg("relay").arg(&dir);
+                command.arg(name).arg(&dir);
                 command
             }
         };
@@ -254,7 +262,8 @@ impl Server {
     }
 
     /// From the first byte in to the last byte out of one frame in flight, in us: the median and the 99th percentile.
-    fn latency(&mut self, shape: Shape, client: u16) -> [f64; 2] {
+    /// `awake`: without the time in which who receives it wakes up, which is the same for all.
+    fn latency(&mut self, shape: Shape, client: u16, awake: bool) -> [f64; 2] {
         let mut batch = Batch::new(Shape { batch: 1, connections: 1, ..shape }, client);
         let [mut primary, mut secondary, mut out, mut notify] =
             self.links.each_ref().map(|link| link.try_clone().unwrap());
@@ -266,7 +275,8 @@ impl Server {
             secondary.write_all(&batch.wire).unwrap();
             let mut at = 0;
             while at < buffer.len() {
-                match out.read(&mut buffer[at..]) {
+                let read = if awake { read_awake(&out, &mut buffer[at..]) } else { out.read(&mut buffer[at..]) };
+                match read {
                     Ok(bytes) => at += bytes,
                     Err(_) => {
                         self.stalls += 1;
@@ -280,6 +290,18 @@ impl Server {
         times.sort_unstable();
         [times[ALONE / 2], times[ALONE * 99 / 100]].map(|time| time.as_secs_f64() * 1e6)
     }
+}
+
+/// Reads without ever going to sleep, for as long as a read that does would wait.
+fn read_awake(out: &UnixStream, into: &mut [u8]) -> std::io::Result<usize> {
+    let begun = Instant::now();
+    while begun.elapsed() < STALL {
+        match recv(out, &mut *into, RecvFlags::DONTWAIT) {
+            Err(Errno::AGAIN) => std::thread::yield_now(),
+            read => return Ok(read?.0),
+        }
+    }
+    Err(std::io::ErrorKind::TimedOut.into())
 }
 
 impl Drop for Server {
@@ -302,8 +324,7 @@ fn connect(path: &Path) -> UnixStream {
 
 /// What no comparator can be faster than by much: the same copies, and no look at what is copied.
 fn relay(dir: &Path) {
-    let listeners = PORTS.map(|port| UnixListener::bind(dir.join(port)).unwrap());
-    let [mut primary, mut secondary, mut out, _notify] = listeners.map(|listener| listener.accept().unwrap().0);
+    let [mut primary, mut secondary, mut out, _notify] = accept(dir);
     std::thread::spawn(move || {
         let mut buffer = vec![0; 256 << 10];
         while secondary.read(&mut buffer).is_ok_and(|bytes| bytes > 0) {}
@@ -313,6 +334,41 @@ fn relay(dir: &Path) {
         && bytes > 0
         && out.write_all(&buffer[..bytes]).is_ok()
     {}
+}
+
+/// The same for one frame in flight: what both have said leaves, and nobody sleeps who was called a moment ago.
+fn awake_relay(dir: &Path) {
+    let [primary, secondary, mut out, _notify] = accept(dir);
+    let (mut buffer, mut other) = (vec![0; 256 << 10], vec![0; 256 << 10]);
+    let (mut ours_bytes, mut theirs_bytes, mut moved) = (0, 0, Instant::now());
+    loop {
+        let ours = recv(&primary, &mut buffer[ours_bytes..], RecvFlags::DONTWAIT).map(|read| read.0);
+        let theirs = recv(&secondary, &mut other[..], RecvFlags::DONTWAIT).map(|read| read.0);
+        if ours == Ok(0) || theirs == Ok(0) {
+            return;
+        }
+        ours_bytes += ours.unwrap_or_default();
+        theirs_bytes += theirs.unwrap_or_default();
+        let both_bytes = ours_bytes.min(theirs_bytes);
+        if both_bytes > 0 {
+            out.write_all(&buffer[..both_bytes]).unwrap();
+            buffer.copy_within(both_bytes..ours_bytes, 0);
+            (ours_bytes, theirs_bytes) = (ours_bytes - both_bytes, theirs_bytes - both_bytes);
+        }
+        if ours.is_ok() || theirs.is_ok() {
+            moved = Instant::now();
+        } else if moved.elapsed() < AWAKE {
+            std::thread::yield_now();
+        } else {
+            let mut fds = [&primary, &secondary].map(|link| PollFd::new(link, PollFlags::IN));
+            let _ = poll(&mut fds, None);
+            moved = Instant::now();
+        }
+    }
+}
+
+fn accept(dir: &Path) -> [UnixStream; 4] {
+    PORTS.map(|port| UnixListener::bind(dir.join(port)).unwrap()).map(|listener| listener.accept().unwrap().0)
 }
 
 /// The engine without sockets: frames per second, and its time over that of a comparison of the same bytes.
@@ -362,6 +418,7 @@ fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     let binary = match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["relay", dir] => return relay(Path::new(dir)),
+        ["awake-relay", dir] => return awake_relay(Path::new(dir)),
         [binary] => PathBuf::from(binary),
         _ => return eprintln!("scripts/bench.sh compare starts this"),
     };
@@ -382,22 +439,28 @@ fn main() {
     for shape in SHAPES.into_iter().filter(|shape| shape.name.contains(&chosen)) {
         // By server, by round: frames per second, latencies.
         let mut rates = vec![Vec::new(); NAMES.len()];
-        let mut latencies = vec![[Vec::new(), Vec::new()]; NAMES.len()];
+        let mut latencies = vec![[Vec::new(), Vec::new(), Vec::new()]; NAMES.len()];
         for round in 0..rounds as usize {
             for turn in 0..NAMES.len() {
                 let at = (turn + round) % NAMES.len();
                 let server = &mut servers[at].1;
+                if NAMES[at] != "awake-relay" {
+                    client += 1;
+                    rates[at].push(server.rate(shape, client, time));
+                }
                 client += 1;
-                rates[at].push(server.rate(shape, client, time));
+                let [p50, p99] = server.latency(shape, client, true);
                 client += 1;
-                let [p50, p99] = server.latency(shape, client);
-                latencies[at][0].push(p50);
-                latencies[at][1].push(p99);
+                let [asleep, _] = server.latency(shape, client, false);
+                latencies[at].iter_mut().zip([p50, p99, asleep]).for_each(|(all, time)| all.push(time));
             }
         }
         let ratio =
             |other: usize| median(rates[0].iter().zip(&rates[other]).map(|(ours, other)| ours / other).collect());
-        let slower = median(latencies[0][0].iter().zip(&latencies[1][0]).map(|(ours, qemu)| ours / qemu).collect());
+        let slower = |server: usize, which: usize| {
+            median(latencies[server][which].iter().zip(&latencies[1][which]).map(|(it, qemu)| it / qemu).collect())
+        };
+        let [slower, slower_asleep, possible] = [slower(0, 0), slower(0, 2), slower(3, 0)];
         let [alone, over_memory] = engine(shape, time);
         let rate = |at: usize| median(rates[at].clone()).round();
         let at = |server: usize, which: usize| (median(latencies[server][which].clone()) * 10.0).round() / 10.0;
@@ -411,24 +474,27 @@ fn main() {
         let aim = shape.relay_aim.map_or(String::new(), |aim| format!(" (aim {aim})"));
         println!("  of the relay's        {:.2}{aim}", ratio(2));
         println!(
-            "  one in flight, us     ours {} p99 {}   QEMU {} p99 {}   relay {} p99 {}   ours/QEMU {slower:.2} (aim 0.5)",
+            "  one in flight, us     ours {} p99 {}   QEMU {} p99 {}   relay {} p99 {}   ours/QEMU {slower:.2} (aim 0.5, relay {possible:.2})",
             at(0, 0),
             at(0, 1),
             at(1, 0),
             at(1, 1),
-            at(2, 0),
-            at(2, 1)
+            at(3, 0),
+            at(3, 1)
         );
+        println!("  to a sleeper, us      ours {}   QEMU {}   ours/QEMU {slower_asleep:.2}", at(0, 2), at(1, 2));
         let aim = if shape.frame_bytes > 1500 { " (aim 2)" } else { "" };
         println!("  engine / memory       {over_memory:.1}{aim}");
         cells.push(json!({
             "cell": shape.name,
             "frames_per_second": {"xl-colo": ours, "qemu": qemu, "relay": relay, "engine": alone.round()},
-            "latency_p50_us": {"xl-colo": at(0, 0), "qemu": at(1, 0), "relay": at(2, 0)},
-            "latency_p99_us": {"xl-colo": at(0, 1), "qemu": at(1, 1), "relay": at(2, 1)},
+            "latency_p50_us": {"xl-colo": at(0, 0), "qemu": at(1, 0), "relay": at(3, 0)},
+            "latency_p99_us": {"xl-colo": at(0, 1), "qemu": at(1, 1), "relay": at(3, 1)},
+            "latency_to_a_sleeper_p50_us": {"xl-colo": at(0, 2), "qemu": at(1, 2)},
             "ratio_to_qemu": ratio(1), "aim_ratio_to_qemu": shape.aim,
             "ratio_to_relay": ratio(2), "aim_ratio_to_relay": shape.relay_aim,
             "latency_ratio_to_qemu": slower, "aim_latency_ratio_to_qemu": 0.5,
+            "latency_to_a_sleeper_ratio_to_qemu": slower_asleep, "latency_of_relay_ratio_to_qemu": possible,
             "engine_time_over_memory_compare": over_memory,
         }));
     }

@@ -1,8 +1,8 @@
 //! The thread that reads, compares and writes.
 //!
 //! ```text
-//!   loop:  new peers, orders ─▶ primary_in, unless something is full ─▶ secondary_in ─▶ both judged ─▶ notify_dev ─▶ time
-//!          ─▶ outputs ─▶ outdev ─▶ nothing moved? wait
+//!   loop:  new peers, orders ─▶ primary_in, unless something is full ─▶ secondary_in ─▶ pairs judged ─▶ notify_dev ─▶ time
+//!          ─▶ outputs ─▶ outdev ─▶ nothing moved? look again for a while ─▶ judge what has no partner ─▶ wait
 //! ```
 //!
 //! Whoever waits for one frame at a time is waited for awake for a while, as at the NBD server: going to sleep and being
@@ -33,6 +33,10 @@ use std::time::{Duration, Instant};
 
 /// How long to stay awake for what may come.
 const AWAKE: Duration = Duration::from_micros(50);
+/// What is gained by judging two frames at once: it does not pay to wait for partners any longer.
+const PAIR_GAIN: Duration = Duration::from_nanos(200);
+/// While nobody sleeps, notify_dev is looked at every so many turns: a turn is some microseconds, and a frame waits for each look.
+const NOTIFY_TURNS: u32 = 16;
 /// How long the end may take: what is held is written out by then, or lost.
 const END: Duration = Duration::from_secs(2);
 /// Reads of each input at a checkpoint, each up to the socket's own buffer.
@@ -85,6 +89,9 @@ pub(super) struct Work<R> {
     epoch: u64,
     primary: Intake,
     secondary: Intake,
+    /// Frames of the primary, or of the secondary, whose partners may be about to come.
+    ours: VecDeque<Bytes>,
+    theirs: VecDeque<Bytes>,
     outbox: Outbox,
     /// The messages of the primary's frames, with `vnet`, by where the frames lie.
     messages: Option<HashMap<usize, Bytes>>,
@@ -95,7 +102,12 @@ pub(super) struct Work<R> {
     owed: bool,
     /// Why a checkpoint is wanted in this epoch.
     cause: Option<String>,
+    /// The last wait was short: the next will be.
     quick: bool,
+    /// Since when nothing has moved, while nobody sleeps.
+    idle_since: Option<Instant>,
+    /// Turns since the last sleep.
+    turn: u32,
 }
 
 impl<R: FnMut(&serde_json::Value)> Work<R> {
@@ -116,6 +128,8 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             epoch: 0,
             primary: Intake::new(vnet),
             secondary: Intake::new(vnet),
+            ours: VecDeque::new(),
+            theirs: VecDeque::new(),
             outbox: Outbox::new(vnet),
             messages: vnet.then(HashMap::new),
             header_bytes: 0,
@@ -123,6 +137,8 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             owed: false,
             cause: None,
             quick: false,
+            idle_since: None,
+            turn: 0,
         }
     }
 
@@ -141,11 +157,11 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
                     (self.report)(&status);
                 }
             }
-            let mut moved = false;
-            if !self.outbox.is_full() {
-                moved |= self.read_both();
+            let mut moved = !self.outbox.is_full() && self.read_both();
+            if self.turn.is_multiple_of(NOTIFY_TURNS) {
+                moved |= self.read_notify();
             }
-            moved |= self.read_notify();
+            self.turn = self.turn.wrapping_add(1);
             if self.comparator.poll_timeout().is_some_and(|at| at <= engine_clock()) {
                 self.comparator.handle_timeout(engine_clock());
             }
@@ -154,10 +170,27 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             if let Some(port) = self.ports.get_mut(NOTIFY_DEV) {
                 self.notify.write(port);
             }
-            if !moved {
+            if moved {
+                self.idle_since = None;
+            } else if !self.stays_awake() {
                 self.wait()?;
             }
         }
+    }
+
+    /// Whether to look again at once. Reading in vain is cheaper than asking first whether there is something to read.
+    fn stays_awake(&mut self) -> bool {
+        let idle = self.idle_since.get_or_insert_with(Instant::now).elapsed();
+        let awake = self.quick && idle < AWAKE;
+        let waiting = (self.ours.len() + self.theirs.len()) as u32;
+        if waiting > 0 && (!awake || idle >= PAIR_GAIN * waiting) {
+            self.judge_apart();
+            return true;
+        }
+        if awake {
+            std::thread::yield_now();
+        }
+        awake
     }
 
     fn take_peer(&mut self, number: usize, socket: Socket) {
@@ -173,43 +206,59 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
         }
     }
 
-    /// Reads what both guests have said. What comes in one order is judged in pairs, which is the cheapest; once something of
-    /// the secondary's has to be kept it does not, and all of the primary's comes first, so that no more needs to be.
+    /// Reads what both guests have said, each as far as nothing of its own waits for the other.
     fn read_both(&mut self) -> bool {
-        let mut ahead = VecDeque::new();
-        let mut moved = self.comparator.ready() && self.read_primary(|_, frame| ahead.push_back(frame));
-        let (epoch, now) = (self.epoch, engine_clock());
-        moved |= self.read_secondary(|comparator, frame| {
-            if let Some(first) = ahead.pop_front() {
-                match comparator.handle_pair(epoch, first, &frame) {
-                    None => return,
-                    Some(first) => comparator.handle_primary(now, epoch, first),
-                }
-            }
-            comparator.handle_secondary(now, epoch, frame);
-            if !ahead.is_empty() && comparator.stats().currently_secondary_bytes > 0 {
-                ahead.drain(..).for_each(|frame| comparator.handle_primary(now, epoch, frame));
-            }
-        });
-        ahead.drain(..).for_each(|frame| self.comparator.handle_primary(now, epoch, frame));
+        let mut moved = self.ours.is_empty() && self.comparator.ready() && self.read_primary();
+        moved |= self.theirs.is_empty() && self.read_secondary();
+        self.judge_pairs();
         moved
     }
 
-    fn read_primary(&mut self, mut each: impl FnMut(&mut Comparator, Bytes)) -> bool {
-        let Self { comparator, messages, header_bytes, .. } = self;
+    /// What comes in one order is judged in pairs, which is the cheapest. A frame waits here for its partner as long as
+    /// that pays, but not where its partner may have been kept already: then all of the primary's comes first, so that no more
+    /// needs to be.
+    fn judge_pairs(&mut self) {
+        let (epoch, now) = (self.epoch, engine_clock());
+        while !self.ours.is_empty()
+            && let Some(theirs) = self.theirs.pop_front()
+            && let Some(ours) = self.ours.pop_front()
+        {
+            if let Some(ours) = self.comparator.handle_pair(epoch, ours, &theirs) {
+                self.comparator.handle_primary(now, epoch, ours);
+                self.comparator.handle_secondary(now, epoch, theirs);
+                if self.comparator.stats().currently_secondary_bytes > 0 {
+                    break;
+                }
+            }
+        }
+        let kept = self.comparator.stats();
+        if kept.currently_held > 0 || kept.currently_secondary_bytes > 0 {
+            self.judge_apart();
+        }
+    }
+
+    /// Nothing waits any longer for a partner to come.
+    fn judge_apart(&mut self) {
+        let (epoch, now) = (self.epoch, engine_clock());
+        self.ours.drain(..).for_each(|frame| self.comparator.handle_primary(now, epoch, frame));
+        self.theirs.drain(..).for_each(|frame| self.comparator.handle_secondary(now, epoch, frame));
+    }
+
+    fn read_primary(&mut self) -> bool {
+        let Self { ours, messages, header_bytes, .. } = self;
         read(&mut self.ports[PRIMARY_IN], &mut self.primary, |frame| {
             if let Some(messages) = messages {
                 let words_and_header_bytes = frame.message.len() - frame.bytes.len();
                 *header_bytes = words_and_header_bytes.saturating_sub(WORDS_BYTES).min(HEADER_MAX_BYTES);
                 messages.insert(frame.bytes.as_ptr() as usize, frame.message);
             }
-            each(comparator, frame.bytes);
+            ours.push_back(frame.bytes);
         })
     }
 
-    fn read_secondary(&mut self, mut each: impl FnMut(&mut Comparator, Bytes)) -> bool {
-        let comparator = &mut self.comparator;
-        read(&mut self.ports[SECONDARY_IN], &mut self.secondary, |frame| each(comparator, frame.bytes))
+    fn read_secondary(&mut self) -> bool {
+        let theirs = &mut self.theirs;
+        read(&mut self.ports[SECONDARY_IN], &mut self.secondary, |frame| theirs.push_back(frame.bytes))
     }
 
     fn read_notify(&mut self) -> bool {
@@ -229,18 +278,19 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
 
     /// Both guests stand still, and the secondary is what the primary was: nothing either has said waits any longer.
     fn checkpoint(&mut self) {
+        self.judge_apart();
         for _ in 0..DRAIN_READS {
-            let (epoch, now) = (self.epoch, engine_clock());
-            let room = !self.outbox.is_full() && self.comparator.ready();
-            if !room || !self.read_primary(|comparator, frame| comparator.handle_primary(now, epoch, frame)) {
+            if self.outbox.is_full() || !self.comparator.ready() || !self.read_primary() {
                 break;
             }
+            self.judge_apart();
         }
         for _ in 0..DRAIN_READS {
-            // What the secondary had said is void.
-            if !self.read_secondary(|_, _| {}) {
+            if !self.read_secondary() {
                 break;
             }
+            // What the secondary had said is void.
+            self.theirs.clear();
         }
         // Requests made until now are answered by this checkpoint.
         self.outputs();
@@ -322,7 +372,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
             if self.outbox.is_empty() { in_ } else { in_ | PollFlags::OUT },
             if self.notify.is_empty() { in_ } else { in_ | PollFlags::OUT },
         ];
-        let begun = Instant::now();
+        let begun = self.idle_since.take().unwrap_or_else(Instant::now);
         let until = self.comparator.poll_timeout().map(|at| at.since(engine_clock()));
         let gone;
         {
@@ -337,18 +387,11 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
                     fds.push(PollFd::from_borrowed_fd(peer.as_fd(), flags));
                 }
             }
-            let mut ready = 0;
-            let soon = until.is_some_and(|until| until <= AWAKE);
-            while self.quick && !soon && ready == 0 && begun.elapsed() < AWAKE {
-                ready = look(&mut fds, Some(&Timespec::default()))?;
-                std::thread::yield_now();
-            }
-            if ready == 0 {
-                // Up to the next microsecond, or it would be asked in vain.
-                let left = until.map(|until| Timespec::try_from(until + Duration::from_micros(1)).unwrap_or_default());
-                look(&mut fds, left.as_ref())?;
-            }
+            // Up to the next microsecond, or it would be asked in vain.
+            let left = until.map(|until| Timespec::try_from(until + Duration::from_micros(1)).unwrap_or_default());
+            look(&mut fds, left.as_ref())?;
             self.quick = begun.elapsed() < AWAKE;
+            self.turn = 0;
             gone = outdev.and_then(|at| fds.get(at)).is_some_and(|fd| fd.revents().intersects(!PollFlags::OUT));
         }
         if gone {
@@ -370,6 +413,7 @@ impl<R: FnMut(&serde_json::Value)> Work<R> {
 
     /// As when QEMU's object is deleted: whoever ends the comparator wants the guest to speak for itself.
     fn end(mut self) -> io::Result<()> {
+        self.judge_apart();
         self.comparator.release_all();
         self.outputs();
         let begun = Instant::now();

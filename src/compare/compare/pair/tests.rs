@@ -53,7 +53,12 @@ fn other(dice: &mut Dice, segment: &Seg) -> Vec<u8> {
         7 => return tagged(&[5], &segment.frame()),
         _ => {}
     }
-    segment.frame()
+    let mut frame = segment.frame();
+    if dice.roll(3) == 0 {
+        // The identification: of no account, but then the frames are not the same to the last byte.
+        frame[18] ^= 1;
+    }
+    frame
 }
 
 /// All that can be seen of a comparator. Who waited for a partner is told by the long way alone.

@@ -1,13 +1,13 @@
-//! What no NBD server can be faster than by much: it answers without a disk. `scripts/bench.sh nbd` measures it beside the
+//! What no NBD server can be faster than by much: its disk is its own memory, and no connection shares it with another. `scripts/bench.sh nbd` measures it beside the
 //! servers, so that a cell shows how much of it is the client's own time.
 //!
 //! ```text
-//!   READ   header + the same megabyte, from memory                    one copy, the kernel's
-//!   WRITE  payload into the same megabyte ─▶ header                   one copy, the kernel's
+//!   READ   header + bytes from where they are in memory               one copy, the kernel's
+//!   WRITE  payload to where it belongs in memory ─▶ header            one copy, the kernel's
 //! ```
 //!
-//! Its first argument is `unix:PATH` or an address. A thread a connection; simple replies, of which those to requests that
-//! came together leave together. Who has nothing to do stays awake for a while, as our server does.
+//! Its first argument is `unix:PATH` or an address. A thread a connection, with a disk of its own; simple replies, of which those
+//! to requests that came together leave together. Who has nothing to do stays awake for a while, as our server does.
 //!
 //! It speaks as much of the protocol as libnbd needs, and trusts its client: it is for nothing but this.
 #![forbid(unsafe_code)]
@@ -19,10 +19,12 @@ use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-const SIZE_BYTES: u64 = 256 << 20;
-const BLOCK_MAX_BYTES: usize = 1 << 20;
+const SIZE_BYTES: usize = 256 << 20;
+/// Connections at a time: fio's four, and the one before them that is not closed yet.
+const DISKS: usize = 5;
 const AWAKE: Duration = Duration::from_micros(50);
 const REQUEST_BYTES: usize = 28;
 const REPLY_MAGIC: [u8; 4] = 0x6744_6698_u32.to_be_bytes();
@@ -59,7 +61,7 @@ fn handshake(socket: &mut impl Socket) -> io::Result<()> {
             socket.write_all(&reply(UNSUPPORTED, &[]))?;
             continue;
         }
-        let export = [&[0; 2][..], &SIZE_BYTES.to_be_bytes(), &EXPORT_FLAGS.to_be_bytes()].concat();
+        let export = [&[0; 2][..], &(SIZE_BYTES as u64).to_be_bytes(), &EXPORT_FLAGS.to_be_bytes()].concat();
         return socket.write_all(&[reply(INFO, &export), reply(ACK, &[])].concat());
     }
 }
@@ -76,31 +78,40 @@ fn read_some(socket: &mut impl Socket, into: &mut [u8]) -> io::Result<usize> {
     socket.read(into)
 }
 
-fn serve(mut socket: impl Socket) -> io::Result<()> {
-    handshake(&mut socket)?;
+fn serve(mut socket: impl Socket, disks: &Disks) -> io::Result<()> {
+    let taken = disks.lock().unwrap().pop();
+    let mut disk = taken.unwrap_or_else(new_disk);
+    let served = handshake(&mut socket).and_then(|()| answer(&mut socket, &mut disk));
+    disks.lock().unwrap().push(disk);
+    served
+}
+
+fn answer(socket: &mut impl Socket, disk: &mut [u8]) -> io::Result<()> {
     let (mut input, mut filled) = (vec![0; 64 << 10], 0);
-    let (mut block, mut headers) = (vec![0xaa; BLOCK_MAX_BYTES], Vec::new());
+    let (mut headers, mut payloads) = (Vec::new(), Vec::new());
     loop {
-        let read_bytes = read_some(&mut socket, &mut input[filled..])?;
+        let read_bytes = read_some(socket, &mut input[filled..])?;
         if read_bytes == 0 {
             return Ok(());
         }
         filled += read_bytes;
-        let (mut at, mut payloads) = (0, Vec::new());
+        let mut at = 0;
         headers.clear();
+        payloads.clear();
         while filled - at >= REQUEST_BYTES {
             let request = &input[at..at + REQUEST_BYTES];
             at += REQUEST_BYTES;
-            let len_bytes = u32::from_be_bytes(request[24..].try_into().unwrap()) as usize;
+            let offset = u64::from_be_bytes(request[16..24].try_into().unwrap()) as usize;
+            let end = offset + u32::from_be_bytes(request[24..].try_into().unwrap()) as usize;
             headers.extend([&REPLY_MAGIC[..], &[0; 4], &request[8..16]].concat());
-            payloads.push(0);
+            payloads.push(0..0);
             match u16::from_be_bytes(request[6..8].try_into().unwrap()) {
-                READ => *payloads.last_mut().unwrap() = len_bytes,
+                READ => *payloads.last_mut().unwrap() = offset..end,
                 WRITE => {
-                    let here_bytes = len_bytes.min(filled - at);
-                    block[..here_bytes].copy_from_slice(&input[at..at + here_bytes]);
+                    let here_bytes = (end - offset).min(filled - at);
+                    disk[offset..offset + here_bytes].copy_from_slice(&input[at..at + here_bytes]);
                     at += here_bytes;
-                    socket.read_exact(&mut block[here_bytes..len_bytes])?;
+                    socket.read_exact(&mut disk[offset + here_bytes..end])?;
                 }
                 DISCONNECT => return Ok(()),
                 _ => {}
@@ -109,7 +120,7 @@ fn serve(mut socket: impl Socket) -> io::Result<()> {
         input.copy_within(at..filled, 0);
         filled -= at;
         let parts: Vec<[&[u8]; 2]> =
-            headers.chunks(16).zip(payloads).map(|(header, bytes)| [header, &block[..bytes]]).collect();
+            headers.chunks(16).zip(&payloads).map(|(header, range)| [header, &disk[range.clone()]]).collect();
         for parts in parts.chunks(256) {
             let mut slices: Vec<IoSlice<'_>> = parts.as_flattened().iter().map(|part| IoSlice::new(part)).collect();
             let mut left = &mut slices[..];
@@ -121,19 +132,27 @@ fn serve(mut socket: impl Socket) -> io::Result<()> {
     }
 }
 
+/// Disks that nobody uses now, of memory that was touched.
+type Disks = Mutex<Vec<Vec<u8>>>;
+
+fn new_disk() -> Vec<u8> {
+    vec![0xaa; SIZE_BYTES]
+}
+
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     let [at] = &words[..] else { return eprintln!("scripts/bench.sh nbd starts this") };
+    let disks = Arc::new(Mutex::new((0..DISKS).map(|_| new_disk()).collect()));
     if let Some(path) = at.strip_prefix("unix:") {
         for socket in UnixListener::bind(path).unwrap().incoming() {
-            let socket = socket.unwrap();
-            std::thread::spawn(move || serve(socket));
+            let (socket, disks) = (socket.unwrap(), disks.clone());
+            std::thread::spawn(move || serve(socket, &disks));
         }
     } else {
         for socket in TcpListener::bind(at).unwrap().incoming() {
-            let socket = socket.unwrap();
+            let (socket, disks) = (socket.unwrap(), disks.clone());
             socket.set_nodelay(true).unwrap();
-            std::thread::spawn(move || serve(socket));
+            std::thread::spawn(move || serve(socket, &disks));
         }
     }
 }

@@ -97,6 +97,11 @@ disk() {
 	done
 }
 
+# executable NAME: which one it is of those that cargo says it has built.
+executable() {
+	sed -nE "s/.*\"executable\":\"([^\"]*\/$1-[^\"]*)\".*/\1/p" | tail -n 1
+}
+
 case "${1:-}" in
 disk) disk ;;
 checkpoint) exec cargo bench --bench checkpoint ;;
@@ -109,9 +114,10 @@ demo)
 nbd) exec scripts/bench-nbd.sh ;;
 replica)
 	cargo build --release --quiet
-	program=$(cargo bench --bench replica --no-run --message-format=json 2>/dev/null |
-		sed -nE 's/.*"executable":"([^"]*replica-[^"]*)".*/\1/p' | tail -n 1)
-	exec scripts/bench-replica "$program"
+	built=$(cargo bench --bench replica --bench nbd_limit --no-run --message-format=json 2>/dev/null)
+	program=$(executable replica <<<"$built")
+	limit=$(executable nbd_limit <<<"$built")
+	exec scripts/bench-replica "$program" "$limit"
 	;;
 compare)
 	cargo build --release --quiet

@@ -6,8 +6,16 @@
 //!   WRITE  payload to where it belongs in memory ─▶ header            one copy, the kernel's
 //! ```
 //!
-//! Its first argument is `unix:PATH` or an address. A thread a connection, with a disk of its own; simple replies, of which those
-//! to requests that came together leave together. Who has nothing to do stays awake for a while, as our server does.
+//! `nbd_limit AT`, where AT is `unix:PATH` or an address. A thread a connection, with a disk of its own; simple replies, of which
+//! those to requests that came together leave together. Who has nothing to do stays awake for a while, as our server does.
+//!
+//! `nbd_limit pair AT IMAGE` is the same for a protected disk, and `scripts/bench.sh replica`'s: what is written goes into an image,
+//! and through a socket into the memory of another process, which was touched before. It keeps no epochs, and nothing in order but
+//! its writes.
+//!
+//! ```text
+//!   WRITE ─▶ buffer ─▶ image ─▶ reply          the same buffer ─▶ another thread ─▶ socket ─▶ the other's memory
+//! ```
 //!
 //! It speaks as much of the protocol as libnbd needs, and trusts its client: it is for nothing but this.
 #![forbid(unsafe_code)]
@@ -15,13 +23,20 @@
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
+use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpListener;
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixListener;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+/// A pair's: writes under way between the halves, and the longest.
+const BUFFERS: usize = 8;
+const WRITE_MAX_BYTES: usize = 1 << 20;
 const SIZE_BYTES: usize = 256 << 20;
 /// Connections at a time: fio's four, and the one before them that is not closed yet.
 const DISKS: usize = 5;
@@ -45,7 +60,7 @@ trait Socket: Read + Write + AsFd + Send + 'static {}
 impl<T: Read + Write + AsFd + Send + 'static> Socket for T {}
 
 /// Until the client has the export.
-fn handshake(socket: &mut impl Socket) -> io::Result<()> {
+fn handshake(socket: &mut impl Socket, size_bytes: u64) -> io::Result<()> {
     socket.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
     socket.read_exact(&mut [0; 4])?;
     loop {
@@ -61,7 +76,7 @@ fn handshake(socket: &mut impl Socket) -> io::Result<()> {
             socket.write_all(&reply(UNSUPPORTED, &[]))?;
             continue;
         }
-        let export = [&[0; 2][..], &(SIZE_BYTES as u64).to_be_bytes(), &EXPORT_FLAGS.to_be_bytes()].concat();
+        let export = [&[0; 2][..], &size_bytes.to_be_bytes(), &EXPORT_FLAGS.to_be_bytes()].concat();
         return socket.write_all(&[reply(INFO, &export), reply(ACK, &[])].concat());
     }
 }
@@ -81,7 +96,7 @@ fn read_some(socket: &mut impl Socket, into: &mut [u8]) -> io::Result<usize> {
 fn serve(mut socket: impl Socket, disks: &Disks) -> io::Result<()> {
     let taken = disks.lock().unwrap().pop();
     let mut disk = taken.unwrap_or_else(new_disk);
-    let served = handshake(&mut socket).and_then(|()| answer(&mut socket, &mut disk));
+    let served = handshake(&mut socket, SIZE_BYTES as u64).and_then(|()| answer(&mut socket, &mut disk));
     disks.lock().unwrap().push(disk);
     served
 }
@@ -139,20 +154,93 @@ fn new_disk() -> Vec<u8> {
     vec![0xaa; SIZE_BYTES]
 }
 
+/// What is written to a pair's disk: into the image, and on to the other half.
+struct Pair {
+    image: File,
+    size_bytes: u64,
+    filled: SyncSender<(Vec<u8>, usize)>,
+    empty: Mutex<Receiver<Vec<u8>>>,
+}
+
+impl Pair {
+    fn new(image: &str) -> Self {
+        let image = File::options().read(true).write(true).open(image).unwrap();
+        let size_bytes = image.metadata().unwrap().len();
+        let (mut near, far) = UnixStream::pair().unwrap();
+        let mut other = Command::new(std::env::current_exe().unwrap());
+        other.arg("sink").stdin(Stdio::from(OwnedFd::from(far))).spawn().unwrap();
+        let (filled, to_send) = sync_channel::<(Vec<u8>, usize)>(BUFFERS);
+        let (give, empty) = sync_channel(BUFFERS);
+        (0..BUFFERS).for_each(|_| give.send(vec![0; WRITE_MAX_BYTES]).unwrap());
+        std::thread::spawn(move || {
+            while let Ok((buffer, bytes)) = to_send.recv() {
+                near.write_all(&buffer[..bytes]).unwrap();
+                give.send(buffer).unwrap();
+            }
+        });
+        Self { image, size_bytes, filled, empty: Mutex::new(empty) }
+    }
+
+    fn serve(&self, mut socket: impl Socket) -> io::Result<()> {
+        handshake(&mut socket, self.size_bytes)?;
+        let mut request = [0; REQUEST_BYTES];
+        loop {
+            socket.read_exact(&mut request)?;
+            let offset = u64::from_be_bytes(request[16..24].try_into().unwrap());
+            let len_bytes = u32::from_be_bytes(request[24..].try_into().unwrap()) as usize;
+            match u16::from_be_bytes(request[6..8].try_into().unwrap()) {
+                WRITE => {
+                    let mut buffer = self.empty.lock().unwrap().recv().unwrap();
+                    socket.read_exact(&mut buffer[..len_bytes])?;
+                    self.image.write_all_at(&buffer[..len_bytes], offset)?;
+                    self.filled.send((buffer, len_bytes)).unwrap();
+                }
+                DISCONNECT => return Ok(()),
+                READ => return Err(io::ErrorKind::Unsupported.into()),
+                _ => {}
+            }
+            socket.write_all(&[&REPLY_MAGIC[..], &[0; 4], &request[8..16]].concat())?;
+        }
+    }
+}
+
+/// The other half: what comes is in memory, and that is all.
+fn sink() {
+    let (mut memory, mut at) = (new_disk(), 0);
+    while let Ok(1..) = io::stdin().lock().read(&mut memory[at..at + WRITE_MAX_BYTES]).inspect(|bytes| at += bytes) {
+        at = if at + WRITE_MAX_BYTES > memory.len() { 0 } else { at };
+    }
+}
+
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
-    let [at] = &words[..] else { return eprintln!("scripts/bench.sh nbd starts this") };
-    let disks = Arc::new(Mutex::new((0..DISKS).map(|_| new_disk()).collect()));
-    if let Some(path) = at.strip_prefix("unix:") {
-        for socket in UnixListener::bind(path).unwrap().incoming() {
-            let (socket, disks) = (socket.unwrap(), disks.clone());
-            std::thread::spawn(move || serve(socket, &disks));
+    match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["sink"] => sink(),
+        ["pair", at, image] => {
+            let pair = Arc::new(Pair::new(image));
+            accept(at, move |socket| pair.serve(socket));
         }
+        [at] => {
+            let disks: Arc<Disks> = Arc::new(Mutex::new((0..DISKS).map(|_| new_disk()).collect()));
+            accept(at, move |socket| serve(socket, &disks));
+        }
+        _ => eprintln!("scripts/bench.sh nbd and replica start this"),
+    }
+}
+
+/// A thread for each who comes.
+fn accept(at: &str, serve: impl Fn(Box<dyn Socket>) -> io::Result<()> + Clone + Send + 'static) {
+    let start = |socket: Box<dyn Socket>| {
+        let serve = serve.clone();
+        std::thread::spawn(move || serve(socket));
+    };
+    if let Some(path) = at.strip_prefix("unix:") {
+        UnixListener::bind(path).unwrap().incoming().for_each(|socket| start(Box::new(socket.unwrap())));
     } else {
         for socket in TcpListener::bind(at).unwrap().incoming() {
-            let (socket, disks) = (socket.unwrap(), disks.clone());
+            let socket = socket.unwrap();
             socket.set_nodelay(true).unwrap();
-            std::thread::spawn(move || serve(socket, &disks));
+            start(Box::new(socket));
         }
     }
 }

@@ -168,7 +168,9 @@ impl Pair {
         let size_bytes = image.metadata().unwrap().len();
         let (mut near, far) = UnixStream::pair().unwrap();
         let mut other = Command::new(std::env::current_exe().unwrap());
-        other.arg("sink").stdin(Stdio::from(OwnedFd::from(far))).spawn().unwrap();
+        let mut other = other.arg("sink").stdin(Stdio::from(OwnedFd::from(far))).spawn().unwrap();
+        // It ends when this process does, and the socket with it.
+        std::thread::spawn(move || other.wait());
         let (filled, to_send) = sync_channel::<(Vec<u8>, usize)>(BUFFERS);
         let (give, empty) = sync_channel(BUFFERS);
         (0..BUFFERS).for_each(|_| give.send(vec![0; WRITE_MAX_BYTES]).unwrap());

@@ -338,6 +338,53 @@ mod tests {
         assert!(a.told.try_recv().is_err());
     }
 
+    #[test]
+    fn an_engine_that_is_busy_is_still_said_to_be_there() {
+        use std::io::Read;
+        use std::os::unix::net::UnixStream;
+        let elsewhere = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let (near, mut far) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        far.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let (carrying, engine) = {
+            let _entered = elsewhere.enter();
+            let near: Link = Box::new(tokio::net::UnixStream::from_std(near).unwrap());
+            let (ends, engine) = side(Times { silence: Duration::from_secs(60), ..TIMES });
+            (carry(remote::begun(near, Box::new(|| Box::pin(std::future::pending()))), ends), engine)
+        };
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let (busy, is_busy) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let mut engine = engine;
+            runtime.block_on(async {
+                tokio::spawn(carrying);
+                engine.out.send(60, frame(1));
+                while engine.out.waiting_bytes() > 0 {
+                    tokio::task::yield_now().await;
+                }
+                let _ = busy.send(());
+                // A domain is loaded.
+                let _ = released.recv();
+                engine.packets.recv().await
+            })
+        });
+        is_busy.recv().unwrap();
+        let (mut pulses, mut frames) = (0, 0);
+        while pulses < 5 || frames < 1 {
+            let mut heard = [0; 12];
+            far.read_exact(&mut heard).expect("a pulse, while the engine does something else");
+            let frame_bytes = usize::from(heard[3]) - 8;
+            far.read_exact(&mut vec![0; frame_bytes]).unwrap();
+            (pulses, frames) = (pulses + u32::from(frame_bytes == 0), frames + u32::from(frame_bytes == 60));
+        }
+        release.send(()).unwrap();
+        let mut framed = BytesMut::new();
+        wire::encode_tagged(2, &frame(2).1, &mut framed).unwrap();
+        std::io::Write::write_all(&mut far, &framed).unwrap();
+        assert_eq!(thread.join().unwrap(), Some(frame(2)), "and it goes on where it was");
+    }
+
     #[tokio::test]
     async fn who_may_have_been_replaced_makes_no_connection() {
         let (near, far) = connection();

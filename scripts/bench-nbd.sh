@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Our NBD server against qemu-nbd and nbdkit: the same 256 MiB in memory, the same fio, the servers in turn within each
 # cell and each round. Called by bench.sh nbd. Beside them a server without a disk (tests/bench/nbd_limit.rs), which is
-# what this client on this machine lets any server reach.
+# about what this client on this machine lets any server reach.
 #
 # target/bench/nbd.json has every cell: operations per second of each server (medians over the rounds), and ours over the
 # best of the others and over the limit, the medians of the rounds' ratios. Aim: 1.5 of the best in every cell.
-# ROUNDS (3), CELL_SECONDS (1), CELLS (a regular expression: which cells), XL_COLO and NBD_LIMIT (builds of the programs).
+# XL_COLO and NBD_LIMIT are the programs. ROUNDS (3), CELL_SECONDS (1), CELLS (a regular expression: which cells).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-BINARY=${XL_COLO:-target/release/xl-colo}
+readonly BINARY=${XL_COLO:?bench.sh nbd sets it} LIMIT=${NBD_LIMIT:?bench.sh nbd sets it}
 readonly ROUNDS=${ROUNDS:-3} CELL_SECONDS=${CELL_SECONDS:-1} CELLS=${CELLS:-.}
 readonly SIZE_MIB=256
 readonly SERVERS=(xl-colo qemu-nbd nbdkit-file nbdkit-memory limit)
@@ -22,15 +22,6 @@ readonly SHAPES=(randread:4k:1:1 randread:4k:32:1 randread:4k:64:1 randread:4k:1
 for tool in fio qemu-nbd nbdkit nbdinfo; do
 	command -v "$tool" >/dev/null || { echo "SKIP: $tool is not installed; scripts/install-deps.sh does it" >&2; exit 77; }
 done
-[[ -n ${XL_COLO:-} ]] || cargo build --release --quiet
-limit=${NBD_LIMIT:-}
-if [[ -z $limit ]]; then
-	mkdir -p target/bench
-	# A copy: building the bench builds the program again, with the mutants in.
-	[[ -n ${XL_COLO:-} ]] || { cp "$BINARY" target/bench/xl-colo; BINARY=target/bench/xl-colo; }
-	limit=$(cargo bench --bench nbd_limit --no-run --message-format=json 2>/dev/null |
-		sed -nE 's/.*"executable":"([^"]*nbd_limit-[^"]*)".*/\1/p' | tail -n 1)
-fi
 
 # Memory, so that the servers are measured and not a medium.
 dir=$(mktemp -d -p /dev/shm)
@@ -69,7 +60,7 @@ start() {
 		fi
 		;;
 	limit)
-		if [[ $transport == unix ]]; then "$limit" "unix:$at" & else "$limit" "127.0.0.1:$port" & fi
+		if [[ $transport == unix ]]; then "$LIMIT" "unix:$at" & else "$LIMIT" "127.0.0.1:$port" & fi
 		;;
 	esac
 	pids+=($!)

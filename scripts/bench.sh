@@ -102,6 +102,13 @@ executable() {
 	sed -nE "s/.*\"executable\":\"([^\"]*\/$1-[^\"]*)\".*/\1/p" | tail -n 1
 }
 
+# A build of the program that stays: building a bench builds it again, with the mutants in.
+copy_program() {
+	cargo build --release --quiet
+	mkdir -p target/bench
+	cp "$BINARY" target/bench/xl-colo
+}
+
 case "${1:-}" in
 disk) disk ;;
 checkpoint) exec cargo bench --bench checkpoint ;;
@@ -111,7 +118,11 @@ demo)
 	[[ ! -d /dev/shm ]] || export TMPDIR=${TMPDIR:-/dev/shm}
 	exec cargo bench --quiet --bench demo
 	;;
-nbd) exec scripts/bench-nbd.sh ;;
+nbd)
+	copy_program
+	limit=$(cargo bench --bench nbd_limit --no-run --message-format=json 2>/dev/null | executable nbd_limit)
+	XL_COLO=${XL_COLO:-target/bench/xl-colo} NBD_LIMIT=$limit exec scripts/bench-nbd.sh
+	;;
 replica)
 	cargo build --release --quiet
 	built=$(cargo bench --bench replica --bench nbd_limit --no-run --message-format=json 2>/dev/null)
@@ -120,10 +131,7 @@ replica)
 	exec scripts/bench-replica "$program" "$limit"
 	;;
 compare)
-	cargo build --release --quiet
-	# A copy: building the bench builds the program again, with the mutants in.
-	mkdir -p target/bench
-	cp "$BINARY" target/bench/xl-colo
+	copy_program
 	exec cargo bench --quiet --bench compare -- "$PWD/target/bench/xl-colo"
 	;;
 xen)

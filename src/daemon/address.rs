@@ -68,7 +68,8 @@ impl fmt::Display for Address {
 
 /// An open byte stream of either family.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {
-    /// Moves it to the runtime that this is called in: it is that one's thread that learns first of what has come.
+    /// Moves it to the runtime that this is called in, if it is a socket: it is that one's thread that learns first of what has
+    /// come. What is none stays where it is, and works all the same.
     ///
     /// # Errors
     /// The system's.

@@ -284,7 +284,7 @@ pub async fn run(config: HostConfig, ready: impl FnOnce(&Address, Option<&str>))
         line: line_sender,
         manager: manager.clone(),
         log: config.log.clone(),
-        runtime: tokio::runtime::Handle::current(),
+        runtime: Handle::current(),
     });
     let (engine_ended, engine_end) = oneshot::channel();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(HostError::Thread)?;

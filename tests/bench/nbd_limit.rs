@@ -1,5 +1,5 @@
-//! What no NBD server can be faster than by much: its disk is its own memory, and no connection shares it with another. `scripts/bench.sh nbd` measures it beside the
-//! servers, so that a cell shows how much of it is the client's own time.
+//! What no NBD server can be faster than by much: its disk is its own memory, and no connection shares it with another.
+//! `scripts/bench.sh nbd` measures it beside the servers, so that a cell shows how much of it is the client's own time.
 //!
 //! ```text
 //!   READ   header + bytes from where they are in memory               one copy, the kernel's

@@ -35,7 +35,8 @@ use std::time::{Duration, Instant};
 const AWAKE: Duration = Duration::from_micros(50);
 /// What is gained by judging two frames at once: it does not pay to wait for partners any longer.
 const PAIR_GAIN: Duration = Duration::from_nanos(200);
-/// While nobody sleeps, notify_dev is looked at every so many turns: a turn is some microseconds, and a frame waits for each look.
+/// While nobody sleeps, notify_dev is looked at every so many turns, since a frame waits for each look. Turns are short when it
+/// matters: whoever orders a checkpoint has stopped both guests.
 const NOTIFY_TURNS: u32 = 16;
 /// How long the end may take: what is held is written out by then, or lost.
 const END: Duration = Duration::from_secs(2);

@@ -192,11 +192,8 @@ type Writing = Mutex<WriteHalf<Link>>;
 
 async fn send(write: &Writing, outgoing: &mut Outgoing<Tagged>, writing_bytes: &mut usize) -> io::Result<()> {
     let mut buffer = BytesMut::new();
-    loop {
-        let mut next = match outgoing.recv().await {
-            Some(next) => Some(next),
-            None => return Ok(()),
-        };
+    while let Some(first) = outgoing.recv().await {
+        let mut next = Some(first);
         // What waits leaves in one write, as long as that stays small.
         while let Some((bytes, (epoch, frame))) = next.take() {
             *writing_bytes += bytes;
@@ -207,17 +204,18 @@ async fn send(write: &Writing, outgoing: &mut Outgoing<Tagged>, writing_bytes: &
         buffer.clear();
         outgoing.written(std::mem::take(writing_bytes));
     }
+    Ok(())
 }
 
 /// Says every now and then that the connection carries something. When it does not, the others find out.
 async fn pulse(write: Arc<Writing>, every: Duration) {
     let mut nothing = BytesMut::new();
-    while wire::encode_tagged(0, &[], &mut nothing).is_ok() {
+    let Ok(()) = wire::encode_tagged(0, &[], &mut nothing) else { return };
+    loop {
         sleep(every).await;
         if write.lock().await.write_all(&nothing).await.is_err() {
             return;
         }
-        nothing.clear();
     }
 }
 

@@ -13,7 +13,7 @@
 use crate::common::conversation::Conversation;
 use crate::common::peer::soon;
 use crate::common::wire::Wire;
-use crate::common::{LOOK, Listening, PATIENCE, XL_COLO, installed, until};
+use crate::common::{LOOK, Listening, PATIENCE, XL_COLO, installed, listens, until};
 use crate::device_model::qmp::Client as Monitor;
 use bytes::Bytes;
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -283,7 +283,7 @@ async fn nbd_server_is_killed_and_comes_back() {
         let mut command = command("nbd-server", &["-C"]);
         assert!(command.arg(dir.join("config")).arg("-p").arg(&pid).status().unwrap().success());
         let leader = || std::fs::read_to_string(&pid).ok()?.trim().parse().ok().and_then(Pid::from_raw);
-        wait_until("nbd-server listens", || leader().is_some() && socket.exists());
+        wait_until("nbd-server listens", || leader().is_some() && listens(std::process::id(), &socket));
         Group(leader().unwrap())
     };
     survives(Mortal::new(start), EXPORT, config(4)).await;

@@ -1,7 +1,7 @@
 //! A comparator behind its four sockets: `xl-colo compare`, or a `colo-compare` of a stock QEMU's without a machine.
 
 use super::frames::arp;
-use super::{LOOK, Listening, PATIENCE, XL_COLO, installed};
+use super::{LOOK, Listening, PATIENCE, XL_COLO, installed, listens};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -55,7 +55,7 @@ impl Comparator {
         command.stderr(std::fs::File::create(dir.path().join("stderr")).unwrap()).stdout(Stdio::null());
         let mut process = command.stdin(Stdio::null()).spawn().unwrap();
         let begun = Instant::now();
-        while !dir.path().join("qmp").exists() {
+        while !listens(process.id(), &dir.path().join("qmp")) {
             assert!(begun.elapsed() < PATIENCE, "{command:?} does not listen");
             if process.try_wait().unwrap().is_some() {
                 eprintln!("SKIP: this qemu-system-x86_64 has no colo-compare");

@@ -96,11 +96,11 @@ pub fn one_line(output: &Output, exit_code: i32) -> String {
 pub struct Listening(pub Child);
 
 impl Listening {
-    /// Starts it, and waits until the socket is there.
+    /// Starts it, and waits until it listens.
     pub fn start(command: &mut Command, socket: &Path) -> Self {
         let mut it = Self(command.stdin(Stdio::null()).spawn().unwrap());
         let begun = Instant::now();
-        while !socket.exists() {
+        while !listens(it.0.id(), socket) {
             assert!(begun.elapsed() < PATIENCE, "{command:?} does not listen");
             assert!(it.0.try_wait().unwrap().is_none(), "{command:?} has ended");
             std::thread::sleep(LOOK);
@@ -114,6 +114,17 @@ impl Drop for Listening {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Whether somebody listens at this path, in the network namespace of the process `pid`. That the path is there is not
+/// enough: between `bind` and `listen` a client is refused.
+pub fn listens(pid: u32, socket: &Path) -> bool {
+    const ACCEPTS_CONNECTIONS: &str = "00010000";
+    let sockets = std::fs::read_to_string(format!("/proc/{pid}/net/unix")).unwrap_or_default();
+    sockets.lines().any(|line| {
+        let mut fields = line.split_whitespace();
+        fields.nth(3) == Some(ACCEPTS_CONNECTIONS) && fields.nth(3).is_some_and(|path| socket == Path::new(path))
+    })
 }
 
 /// Polls until `look` gives something; `last` is what it saw when the deadline passes.

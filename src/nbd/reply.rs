@@ -21,7 +21,7 @@ use std::os::fd::BorrowedFd;
 
 /// Reads of at least so many bytes are asked first whether they begin in a hole: below, asking costs more than zeroes.
 const HOLES_FROM_BYTES: u32 = 64 << 10;
-/// Reads of at least so many bytes may go aside: below, copying costs less than the system calls.
+/// Reads of at least so many bytes may go aside: below, copying costs no more than asking whether they may.
 const ASIDE_FROM_BYTES: u32 = 64 << 10;
 /// Extents in one reply; a client asks again for what is left.
 const MAX_EXTENTS: usize = 1024;
@@ -29,13 +29,12 @@ const MAX_EXTENTS: usize = 1024;
 const STATE_HOLE: u64 = 1 << 0;
 const STATE_ZERO: u64 = 1 << 1;
 
-/// A way from a file to the client that does not lead through memory of ours. One piece at a time is on it, and is the end of
-/// what is to be sent.
+/// A way from a file to the client that does not lead through memory of ours.
 pub trait Aside: std::fmt::Debug + Send {
     /// Takes `len_bytes` bytes from `offset` of `file`, if they need not be waited for; false if it did not.
     fn take(&mut self, file: BorrowedFd<'_>, offset: u64, len_bytes: usize) -> bool;
-    /// Sends `before`, and then what was taken.
-    fn send(&mut self, before: &[u8]) -> io::Result<()>;
+    /// Sends `bytes` with all that was taken among them: the first piece behind `places[0]` of the bytes, and so on.
+    fn send(&mut self, bytes: &[u8], places: &[usize]) -> io::Result<()>;
 }
 
 /// Replies that wait to be sent. It keeps its memory: what is handed out to be filled was zeroed once, not each time.
@@ -44,8 +43,9 @@ pub struct Replies {
     bytes: Vec<u8>,
     len: usize,
     aside: Option<Box<dyn Aside>>,
-    /// What is to be sent ends with what went aside.
-    went_aside: bool,
+    /// Behind how many of the bytes that belongs which went aside, piece by piece.
+    places: Vec<usize>,
+    aside_bytes: usize,
 }
 
 impl Replies {
@@ -54,21 +54,21 @@ impl Replies {
         self.aside = Some(aside);
     }
 
-    /// Whether something has gone aside: no reply can follow it before it is sent.
+    /// How much has gone aside; if anything has, only [`Self::send_aside`] can send what there is.
     #[must_use]
-    pub fn went_aside(&self) -> bool {
-        self.went_aside
+    pub fn aside_bytes(&self) -> usize {
+        self.aside_bytes
     }
 
-    /// Sends everything, what went aside last. Then [`Self::clear`] it.
+    /// Sends everything, with what went aside in its places. Then [`Self::clear`] it.
     pub fn send_aside(&mut self) -> io::Result<()> {
         match &mut self.aside {
-            Some(aside) if self.went_aside => aside.send(&self.bytes[..self.len]),
-            _ => Ok(()),
+            Some(aside) => aside.send(&self.bytes[..self.len], &self.places),
+            None => Ok(()),
         }
     }
 
-    /// What is to be sent.
+    /// What is to be sent, without what went aside.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {
         &self.bytes[..self.len]
@@ -88,7 +88,8 @@ impl Replies {
 
     /// All of it was sent. More than `keep_bytes` of memory are given back.
     pub fn clear(&mut self, keep_bytes: usize) {
-        (self.len, self.went_aside) = (0, false);
+        (self.len, self.aside_bytes) = (0, 0);
+        self.places.clear();
         if self.bytes.len() > keep_bytes {
             self.bytes.truncate(keep_bytes);
             self.bytes.shrink_to(keep_bytes);
@@ -294,7 +295,8 @@ impl Reply<'_> {
             && let Some((file, at)) = disk.lies_in(offset, len_bytes.into())
             && aside.take(file, at, len_bytes as usize)
         {
-            self.out.went_aside = true;
+            self.out.places.push(self.out.len);
+            self.out.aside_bytes += len_bytes as usize;
             return Ok(());
         }
         let into = self.out.room(len_bytes as usize);

@@ -28,6 +28,8 @@ use bytes::BytesMut;
 /// Bytes of replies collected before they are sent: enough to make a system call cheap, and little enough that the
 /// client works on the first while the next are made.
 pub const REPLY_BATCH_BYTES: usize = 128 << 10;
+/// The same of what goes aside: it is sent at once without a copy before.
+pub const ASIDE_BATCH_BYTES: usize = 1 << 20;
 /// The least that is asked of the socket at once.
 const READ_BYTES: usize = 64 << 10;
 /// How large the input begins. Memory that nothing arrives in is never touched.
@@ -206,10 +208,10 @@ impl Server {
         self.replies.open_aside(aside);
     }
 
-    /// Whether what is to be sent ends with what [`Self::output`] does not show, and only [`Self::send_aside`] can send.
+    /// Whether there is among what is to be sent what [`Self::output`] does not show, and only [`Self::send_aside`] can send.
     #[must_use]
     pub fn went_aside(&self) -> bool {
-        self.replies.went_aside()
+        self.replies.aside_bytes() > 0
     }
 
     /// Sends all there is, that included; then say [`Self::sent`].
@@ -279,7 +281,8 @@ impl Server {
             };
             match served {
                 Served::Waits => return Ok(Next::Later),
-                Served::Replied if self.replies.len() < REPLY_BATCH_BYTES && !self.replies.went_aside() => {}
+                Served::Replied
+                    if self.replies.len() < REPLY_BATCH_BYTES && self.replies.aside_bytes() < ASIDE_BATCH_BYTES => {}
                 Served::Replied => return Ok(Next::Output),
                 Served::Busy => {
                     decoder.rewind(place);

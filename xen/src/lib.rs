@@ -14,8 +14,9 @@
 //! | [`refuse`] | which domains cannot be protected, and why |
 //! | [`qmp`] | the device model, by its monitor |
 //! | [`packet`] | whole frames of a network interface |
+//! | [`window`] | bytes of a file on their way to a socket |
 //!
-//! Only [`packet`] can be built where no Xen is installed: all others are feature `hypervisor`.
+//! Only the last two can be built where no Xen is installed: all others are feature `hypervisor`.
 //!
 //! Guards release on drop and never panic there. Every handle is `Send`: any thread may use it, one at a time
 //! ([`Interface`] and [`ForeignMemory`] also from several at once). [`libxl::Context`] is the exception and says why.
@@ -54,6 +55,7 @@ mod state;
 mod store;
 #[cfg(feature = "hypervisor")]
 mod suspend;
+pub mod window;
 
 #[cfg(feature = "hypervisor")]
 pub use cache::PageCache;

@@ -1,134 +1,98 @@
 //! Large reads of a file, on a way to the client that does not lead through memory of ours.
 //!
 //! ```text
-//!   file ── splice: pages, not bytes ──▶ pipe ── splice ──▶ socket ── the only copy ──▶ client
-//!            └ before a word is said of them: what fails here is read the ordinary way, which says why
+//!   file ── windows: its pages, mapped ──▶ sendmsg, with the replies' headers ──▶ socket      one copy, the kernel's
+//!            └ what is not in memory is read the ordinary way: it is waited for beside what follows, and what fails says why
 //! ```
 //!
-//! Whether that is faster is a matter of the machine, and measured: `choice.rs`. What would have to be waited for does not go this
-//! way: [`super::beside`] is for that. Only both ends of a read are looked
-//! for in memory, since what was read or written together is mostly there together.
+//! The client's copy out of the socket then goes on while the next piece is copied into it, which is all that two cores can do:
+//! reads of 1 MiB are as fast as those of a server whose disk is memory of its own (`scripts/bench.sh nbd`). Pages that were
+//! spliced into the socket instead spare a copy more, and leave the client to fetch from memory what no cache holds: that was
+//! slower than two copies on one machine and 1.75 times as fast on another.
 //!
-//! The traps: what is on its way is the file's pages and not what was in them, so a write that is carried out before the client
-//! has taken them may show. It is one that nobody who waited for the read could have asked for, and NBD promises no order of requests
-//! that overlap (`doc/proto.md`, "Ordering of messages and writes"). And a pipe counts pages: bytes that do not begin with one need one
-//! more.
-
-mod choice;
+//! The traps: pages that are mapped cost memory of the kernel's, 8 bytes each, so a client has [`WINDOWS_MAX`] windows at most,
+//! and they go least recently used first. And a file that becomes shorter between the question and the answer
+//! cannot be told to the client any more, whose connection ends then ([`xen::window`]).
 
 use super::threads::Stream;
-use crate::daemon::engine_clock;
 use crate::nbd::reply::Aside;
-use choice::Choice;
-use rustix::io::{Errno, ReadWriteFlags, preadv2};
-use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
-use std::io::{self, IoSliceMut};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use rustix::fs::fstat;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use xen::window::{Part, Window, send_parts};
 
-/// What a pipe should have room for, and what it may have without privileges (`/proc/sys/fs/pipe-max-size`).
-const ROOM_WANTED_BYTES: [usize; 2] = [2 << 20, 1 << 20];
-const PAGE_BYTES: u64 = 4096;
-/// Failures in a row after which it is left alone: the file is of a kind that has no pages to give.
+/// Of a file, from a multiple of it on.
+const WINDOW_BYTES: usize = 64 << 20;
+/// Windows of a client: 1 MiB of page tables.
+const WINDOWS_MAX: usize = 8;
+/// Failures in a row after which it is left alone: the file is of a kind that cannot be mapped.
 const FAILURES_MAX: u32 = 3;
 
-#[derive(Debug)]
-struct Ends {
-    reader: OwnedFd,
-    writer: OwnedFd,
-    room_bytes: u64,
+/// Which part of which file. A file that is mapped exists, so no other can have its number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Place {
+    device: u64,
+    inode: u64,
+    window: u64,
 }
 
-impl Ends {
-    fn new() -> io::Result<Self> {
-        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
-        // As it is, it has room for the smallest reads that come here.
-        let _ = ROOM_WANTED_BYTES.iter().find_map(|bytes| fcntl_setpipe_size(&writer, *bytes).ok());
-        let room_bytes = fcntl_getpipe_size(&writer)? as u64;
-        Ok(Self { reader, writer, room_bytes })
-    }
-}
-
-/// The way to one client. It is made when it is first wanted.
+/// The way to one client.
 #[derive(Debug)]
-pub(super) struct Pipe {
+pub(super) struct Windows {
     socket: Stream,
-    ends: Option<Ends>,
-    taken_bytes: usize,
+    /// The most recently used first.
+    open: Vec<(Place, Arc<Window>)>,
+    taken: Vec<(Arc<Window>, Range<usize>)>,
+    /// To ask with.
+    pages: Vec<u8>,
     failures: u32,
-    choice: Choice,
 }
 
-impl Pipe {
-    /// To the other end of a Unix socket. A TCP connection takes pages in pieces of its own, and was no faster: 0.8 to 1.1 times.
-    pub(super) fn to(socket: &Stream) -> io::Result<Option<Self>> {
-        Ok(match socket {
-            Stream::Unix(_) => {
-                let (socket, choice) = (socket.try_clone()?, Choice::default());
-                Some(Self { socket, ends: None, taken_bytes: 0, failures: 0, choice })
-            }
-            Stream::Tcp(_) => None,
-        })
+impl Windows {
+    pub(super) fn to(socket: &Stream) -> io::Result<Self> {
+        let (open, taken, pages) = Default::default();
+        Ok(Self { socket: socket.try_clone()?, open, taken, pages, failures: 0 })
     }
 
-    fn ends(&mut self) -> io::Result<&Ends> {
-        Ok(match &mut self.ends {
-            Some(ends) => ends,
-            none => none.insert(Ends::new()?),
-        })
-    }
-
-    /// Fills the empty pipe, unless it is too small.
-    fn fill(&mut self, file: BorrowedFd<'_>, offset: u64, len_bytes: usize) -> io::Result<bool> {
-        let filled = self.splice_in(file, offset, len_bytes);
-        if filled.is_err() {
-            // With what is in it.
-            self.ends = None;
-        }
-        filled
-    }
-
-    fn splice_in(&mut self, file: BorrowedFd<'_>, mut offset: u64, len_bytes: usize) -> io::Result<bool> {
-        let ends = self.ends()?;
-        let pages = (offset + len_bytes as u64).div_ceil(PAGE_BYTES) - offset / PAGE_BYTES;
-        if pages * PAGE_BYTES > ends.room_bytes {
-            return Ok(false);
-        }
-        let mut left = len_bytes;
-        while left > 0 {
-            match splice(file, Some(&mut offset), &ends.writer, None, left, SpliceFlags::NONBLOCK) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(bytes) => left -= bytes,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
+    fn window(&mut self, file: BorrowedFd<'_>, number: u64) -> io::Result<Arc<Window>> {
+        let of = fstat(file)?;
+        let place = Place { device: of.st_dev, inode: of.st_ino, window: number };
+        match self.open.iter().position(|(at, _)| *at == place) {
+            Some(index) => self.open[..=index].rotate_right(1),
+            None => {
+                let window = Window::open(file, number * WINDOW_BYTES as u64, WINDOW_BYTES)?;
+                self.open.truncate(WINDOWS_MAX - 1);
+                self.open.insert(0, (place, Arc::new(window)));
             }
         }
-        Ok(true)
+        Ok(self.open[0].1.clone())
+    }
+
+    fn look(&mut self, file: BorrowedFd<'_>, number: u64, range: Range<usize>) -> io::Result<bool> {
+        let window = self.window(file, number)?;
+        let there = window.is_in_memory(range.clone(), &mut self.pages)?;
+        if there {
+            self.taken.push((window, range));
+        }
+        Ok(there)
     }
 }
 
-/// Whether a byte of a file need not be waited for, as far as the file system can tell: what lies in memory alone cannot.
-fn is_in_memory(file: BorrowedFd<'_>, at: u64) -> bool {
-    match preadv2(file, &mut [IoSliceMut::new(&mut [0])], at, ReadWriteFlags::NOWAIT) {
-        Ok(bytes) => bytes == 1,
-        Err(errno) => errno == Errno::OPNOTSUPP,
-    }
-}
-
-impl Aside for Pipe {
+impl Aside for Windows {
     fn take(&mut self, file: BorrowedFd<'_>, offset: u64, len_bytes: usize) -> bool {
-        let Some(last) = offset.checked_add(len_bytes as u64).and_then(|end| end.checked_sub(1)) else { return false };
-        if self.taken_bytes > 0 || self.failures >= FAILURES_MAX {
+        let (number, start) = (offset / WINDOW_BYTES as u64, (offset % WINDOW_BYTES as u64) as usize);
+        // Over two windows it is read the ordinary way.
+        let Some(end) = start.checked_add(len_bytes).filter(|end| *end <= WINDOW_BYTES) else { return false };
+        if self.failures >= FAILURES_MAX {
             return false;
         }
-        if !self.choice.next(engine_clock(), len_bytes) || !is_in_memory(file, offset) || !is_in_memory(file, last) {
-            return false;
-        }
-        match self.fill(file, offset, len_bytes) {
-            Ok(true) => {
-                (self.taken_bytes, self.failures) = (len_bytes, 0);
-                true
+        match self.look(file, number, start..end) {
+            Ok(there) => {
+                self.failures = 0;
+                there
             }
-            Ok(false) => false,
             Err(error) => {
                 tracing::debug!(%error, len_bytes, "read the ordinary way");
                 self.failures += 1;
@@ -137,18 +101,16 @@ impl Aside for Pipe {
         }
     }
 
-    fn send(&mut self, before: &[u8]) -> io::Result<()> {
-        self.socket.send_more(before)?;
-        let Some(ends) = &self.ends else { return Ok(()) };
-        while self.taken_bytes > 0 {
-            match splice(&ends.reader, None, &self.socket, None, self.taken_bytes, SpliceFlags::MOVE) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(bytes) => self.taken_bytes -= bytes,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        Ok(())
+    fn send(&mut self, bytes: &[u8], places: &[usize]) -> io::Result<()> {
+        let mut from = 0;
+        let pieces = places.iter().zip(&self.taken).flat_map(|(place, (window, range))| {
+            let before = &bytes[std::mem::replace(&mut from, *place)..*place];
+            [Part::Bytes(before), Part::Seen(window, range.clone())]
+        });
+        let last = &bytes[places.last().copied().unwrap_or(0)..];
+        let sent = send_parts(self.socket.as_fd(), pieces.chain([Part::Bytes(last)]));
+        self.taken.clear();
+        sent
     }
 }
 
@@ -160,10 +122,8 @@ mod tests {
     use crate::nbd::handshake::Export;
     use std::fs::File;
     use std::io::{Read, Write};
-    use std::os::fd::AsFd;
     use std::os::unix::net::{UnixListener, UnixStream};
     use std::path::PathBuf;
-    use std::sync::Arc;
 
     const MIB: usize = 1 << 20;
 
@@ -176,27 +136,32 @@ mod tests {
         (path, bytes)
     }
 
+    fn way() -> (Windows, UnixStream) {
+        let (here, there) = UnixStream::pair().unwrap();
+        (Windows::to(&Stream::Unix(here)).unwrap(), there)
+    }
+
     #[test]
-    fn what_is_taken_is_sent_behind_what_is_said_of_it() {
+    fn pieces_are_sent_in_their_places() {
         let dir = tempfile::tempdir().unwrap();
         let (path, bytes) = image(&dir);
         let file = File::open(path).unwrap();
-        let (here, mut there) = UnixStream::pair().unwrap();
-        let mut pipe = Pipe::to(&Stream::Unix(here)).unwrap().unwrap();
-        for (offset, len) in [(0, 64 << 10), (4095, 100_001), (12_345, MIB - 20_000), (2 * MIB, MIB), (0, 64 << 10)] {
-            assert!(pipe.take(file.as_fd(), offset as u64, len), "{len} bytes at {offset}");
-            assert!(!pipe.take(file.as_fd(), 0, 1), "one piece at a time");
+        let (mut way, mut there) = way();
+        let pieces = [(0, 64 << 10), (4095, 100_001), (12_345, MIB - 20_000), (2 * MIB, MIB), (0, 64 << 10)];
+        for (said, places) in [("a b c d e ", [2, 4, 6, 8, 10]), ("abc", [0, 0, 1, 2, 2])] {
+            let (mut expected, mut from) = (Vec::new(), 0);
+            for ((offset, len), place) in pieces.into_iter().zip(places) {
+                assert!(way.take(file.as_fd(), offset as u64, len), "{len} bytes at {offset}");
+                expected.extend([&said.as_bytes()[from..place], &bytes[offset..offset + len]].concat());
+                from = place;
+            }
+            expected.extend(&said.as_bytes()[from..]);
             let reader = std::thread::spawn({
-                let mut there = there.try_clone().unwrap();
-                move || {
-                    let mut got = vec![0; 6 + len];
-                    there.read_exact(&mut got).unwrap();
-                    got
-                }
+                let (mut there, mut got) = (there.try_clone().unwrap(), vec![0; expected.len()]);
+                move || there.read_exact(&mut got).map(|()| got)
             });
-            pipe.send(b"before").unwrap();
-            let got = reader.join().unwrap();
-            assert!(got[..6] == *b"before" && got[6..] == bytes[offset..offset + len], "{len} bytes at {offset}");
+            way.send(said.as_bytes(), &places).unwrap();
+            assert!(reader.join().unwrap().unwrap() == expected, "{said}");
         }
         there.set_nonblocking(true).unwrap();
         assert!(there.read(&mut [0]).is_err(), "and nothing else");
@@ -206,21 +171,62 @@ mod tests {
     fn what_cannot_be_taken_is_left_to_who_can_say_why() {
         let dir = tempfile::tempdir().unwrap();
         let (path, bytes) = image(&dir);
-        let file = File::open(path).unwrap();
-        let (here, mut there) = UnixStream::pair().unwrap();
-        let mut pipe = Pipe::to(&Stream::Unix(here)).unwrap().unwrap();
+        let file = File::open(&path).unwrap();
+        let (mut way, mut there) = way();
+        let writer = File::options().write(true).open(&path).unwrap();
+        writer.set_len(2 * WINDOW_BYTES as u64).unwrap();
         for _ in 0..5 {
-            assert!(!pipe.take(file.as_fd(), 0, 3 * MIB), "longer than a pipe");
-            assert!(!pipe.take(file.as_fd(), 2 * MIB as u64, 2 * MIB), "over its end");
-            assert!(!pipe.take(file.as_fd(), u64::MAX, MIB) && !pipe.take(file.as_fd(), 0, 0));
+            assert!(!way.take(file.as_fd(), 3 * MIB as u64, MIB), "a hole is not in memory");
+            assert!(!way.take(file.as_fd(), WINDOW_BYTES as u64 - 4096, 8192), "over two windows");
+            assert!(
+                !way.take(file.as_fd(), 2 * WINDOW_BYTES as u64 - 4096, 4097) && !way.take(file.as_fd(), u64::MAX, MIB)
+            );
         }
-        // Once with something in the pipe already: a file that got shorter behind its last byte's back.
-        assert!(pipe.fill(file.as_fd(), 3 * MIB as u64 - 4096, 8192).is_err());
-        assert!(pipe.take(file.as_fd(), 4096, 64 << 10));
-        pipe.send(b"").unwrap();
+        // One that is in memory when it is taken, and nowhere when it is sent.
+        assert!(way.take(file.as_fd(), 2 * MIB as u64, MIB));
+        writer.set_len(MIB as u64).unwrap();
+        assert!(way.send(b"", &[0]).is_err());
+        assert!(way.take(file.as_fd(), 4096, 64 << 10));
+        way.send(b"", &[0]).unwrap();
         let mut got = vec![0; 64 << 10];
         there.read_exact(&mut got).unwrap();
         assert!(got == bytes[4096..4096 + (64 << 10)]);
+        // What cannot be mapped at all is asked for no more; the place is not another file's.
+        (0..FAILURES_MAX).for_each(|_| assert!(!way.take(there.as_fd(), 0, MIB)));
+        assert!(!way.take(file.as_fd(), 0, MIB));
+    }
+
+    #[test]
+    fn a_client_has_a_few_windows_and_each_is_its_own_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut way, mut there) = way();
+        let mut byte = |way: &mut Windows, file: &File, at: u64| {
+            assert!(way.take(file.as_fd(), at, 1));
+            way.send(b"", &[0]).unwrap();
+            let mut byte = [0];
+            there.read_exact(&mut byte).unwrap();
+            byte[0]
+        };
+        let open = |name: &str| {
+            let path = dir.path().join(name);
+            File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap()
+        };
+        let file = open("many");
+        for number in 0..12 {
+            std::os::unix::fs::FileExt::write_all_at(&file, &[number], u64::from(number) * WINDOW_BYTES as u64)
+                .unwrap();
+        }
+        for number in [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 11, 5] {
+            assert_eq!(byte(&mut way, &file, u64::from(number) * WINDOW_BYTES as u64), number);
+            assert!(way.open.len() <= WINDOWS_MAX);
+        }
+        // A file that comes and goes, and another that has its descriptor.
+        for number in 0..12 {
+            let mut file = open(&number.to_string());
+            std::fs::remove_file(dir.path().join(number.to_string())).unwrap();
+            file.write_all(&[100 + number]).unwrap();
+            assert_eq!(byte(&mut way, &file, 0), 100 + number);
+        }
     }
 
     #[test]

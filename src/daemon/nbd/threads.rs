@@ -10,7 +10,7 @@
 //!
 //! Source for the limits: `doc/proto.md`, "Security considerations".
 
-use super::aside::Pipe;
+use super::aside::Windows;
 use super::beside::Beside;
 use super::{BUSY_RETRY, HANDSHAKE_DEADLINE, ServeError};
 use crate::daemon::address::widen;
@@ -19,7 +19,7 @@ use crate::disk::{Disk, DiskError};
 use crate::nbd::handshake::{Encryption, Export};
 use crate::nbd::server::{Next, Server};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{RecvFlags, recv};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -107,18 +107,6 @@ impl Stream {
     /// What is there already; `WouldBlock` when nothing is.
     fn read_now(&self, into: &mut [u8]) -> io::Result<usize> {
         Ok(recv(self, into, RecvFlags::DONTWAIT)?.0)
-    }
-
-    /// Sends all of `bytes`, and says that more follows.
-    pub(super) fn send_more(&self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            match send(self, bytes, SendFlags::MORE | SendFlags::NOSIGNAL) {
-                Ok(sent) => bytes = &bytes[sent..],
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        Ok(())
     }
 
     pub(super) fn shutdown(&self) {
@@ -414,9 +402,7 @@ fn serve_client(stream: Stream, service: &Service, served: &mut bool) -> Result<
         let mut beside = match &transport {
             Transport::Plain(stream) => {
                 server.defer();
-                if let Some(aside) = Pipe::to(stream)? {
-                    server.open_aside(Box::new(aside));
-                }
+                server.open_aside(Box::new(Windows::to(stream)?));
                 Some(Beside::new(stream.try_clone()?, scope, &open))
             }
             // Only one thread at a time can know where the cipher is.

@@ -16,7 +16,7 @@
 
 use super::threads::Stream;
 use crate::nbd::reply::Aside;
-use rustix::fs::fstat;
+use rustix::fs::{FileType, Stat, fstat};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -56,8 +56,7 @@ impl Windows {
         Ok(Self { socket: socket.try_clone()?, open, taken, pages, failures: 0 })
     }
 
-    fn window(&mut self, file: BorrowedFd<'_>, number: u64) -> io::Result<Arc<Window>> {
-        let of = fstat(file)?;
+    fn window(&mut self, file: BorrowedFd<'_>, of: &Stat, number: u64) -> io::Result<Arc<Window>> {
         let place = Place { device: of.st_dev, inode: of.st_ino, window: number };
         match self.open.iter().position(|(at, _)| *at == place) {
             Some(index) => self.open[..=index].rotate_right(1),
@@ -71,7 +70,13 @@ impl Windows {
     }
 
     fn look(&mut self, file: BorrowedFd<'_>, number: u64, range: Range<usize>) -> io::Result<bool> {
-        let window = self.window(file, number)?;
+        let of = fstat(file)?;
+        // Pages behind the end of a file that became shorter may well be in memory, and nobody gets them.
+        let end = number * WINDOW_BYTES as u64 + range.end as u64;
+        if FileType::from_raw_mode(of.st_mode) == FileType::RegularFile && end > of.st_size as u64 {
+            return Ok(false);
+        }
+        let window = self.window(file, &of, number)?;
         let there = window.is_in_memory(range.clone(), &mut self.pages)?;
         if there {
             self.taken.push((window, range));
@@ -191,6 +196,7 @@ mod tests {
         let mut got = vec![0; 64 << 10];
         there.read_exact(&mut got).unwrap();
         assert!(got == bytes[4096..4096 + (64 << 10)]);
+        assert!(!way.take(file.as_fd(), 0, 2 * MIB), "it is longer than its file now");
         // What cannot be mapped at all is asked for no more; the place is not another file's.
         (0..FAILURES_MAX).for_each(|_| assert!(!way.take(there.as_fd(), 0, MIB)));
         assert!(!way.take(file.as_fd(), 0, MIB));

@@ -267,6 +267,8 @@ pub struct FileDisk {
     size_bytes: u64,
     /// A flush has failed, through any handle: nothing is written any more.
     flush_failed: Arc<AtomicBool>,
+    /// The file system can tell what would have to be waited for, as far as is known.
+    tells_waits: bool,
 }
 
 impl FileDisk {
@@ -281,7 +283,7 @@ impl FileDisk {
         match OpenOptions::new().read(true).write(true).create_new(true).open(path) {
             Ok(file) => {
                 file.set_len(size_bytes).map_err(|e| DiskError::io(what(), e))?;
-                Ok(Self { file, path: path.to_owned(), size_bytes, flush_failed: Arc::default() })
+                Ok(Self { file, path: path.to_owned(), size_bytes, flush_failed: Arc::default(), tells_waits: true })
             }
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Self::open(path),
             Err(e) => Err(DiskError::io(what(), e)),
@@ -300,7 +302,7 @@ impl FileDisk {
         let file = options.open(path).map_err(|e| DiskError::io(what(), e))?;
         // Seeking to the end gives the size of a block device too, where the metadata says 0.
         let size_bytes = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(|e| DiskError::io(what(), e))?;
-        Ok(Self { file, path: path.to_owned(), size_bytes, flush_failed: Arc::default() })
+        Ok(Self { file, path: path.to_owned(), size_bytes, flush_failed: Arc::default(), tells_waits: true })
     }
 
     /// Locks the image against other processes that do so too: many may read, or one may write. False when another has
@@ -330,7 +332,8 @@ impl FileDisk {
     /// A second handle on the same open image.
     pub fn try_clone(&self) -> Result<Self, DiskError> {
         let file = self.file.try_clone().map_err(|e| DiskError::io(format!("reopen {}", self.path.display()), e))?;
-        Ok(Self { file, path: self.path.clone(), size_bytes: self.size_bytes, flush_failed: self.flush_failed.clone() })
+        let (path, flush_failed) = (self.path.clone(), self.flush_failed.clone());
+        Ok(Self { file, path, size_bytes: self.size_bytes, flush_failed, tells_waits: self.tells_waits })
     }
 
     /// Whether what is written can still become durable.
@@ -368,11 +371,17 @@ impl Disk for FileDisk {
 
     fn read_now(&mut self, offset: u64, into: &mut [u8]) -> Result<bool, DiskError> {
         check_range(self.size_bytes, offset, into.len() as u64)?;
+        if !self.tells_waits {
+            return self.read(offset, into).map(|()| true);
+        }
         match preadv2(&self.file, &mut [io::IoSliceMut::new(into)], offset, ReadWriteFlags::NOWAIT) {
             Ok(bytes) => Ok(bytes == into.len()),
             Err(Errno::AGAIN | Errno::INTR) => Ok(false),
-            // Not known on this file system, or an error: whoever waits is told.
-            Err(_) => self.read(offset, into).map(|()| true),
+            // Not known here, as where a file is nothing but memory; or an error: whoever waits is told.
+            Err(error) => {
+                self.tells_waits = error != Errno::OPNOTSUPP;
+                self.read(offset, into).map(|()| true)
+            }
         }
     }
 

@@ -6,8 +6,9 @@
 //!   WRITE  payload to where it belongs in memory ─▶ header            one copy, the kernel's
 //! ```
 //!
-//! `nbd_limit AT`, where AT is `unix:PATH` or an address. A thread a connection, with a disk of its own; simple replies, of which
-//! those to requests that came together leave together. Who has nothing to do stays awake for a while, as our server does.
+//! `nbd_limit AT`, where AT is `unix:PATH` or an address. A thread a connection, with a disk of its own; structured replies to reads
+//! where the client asks for them, as all the servers do, since they cost it time; replies
+//! to requests that came together leave together. Who has nothing to do stays awake for a while, as our server does.
 //!
 //! `nbd_limit pair AT IMAGE` is the same for a protected disk, and `scripts/bench.sh replica`'s: what is written goes into an image,
 //! and through a socket into the memory of another process, which was touched before. It keeps no epochs, and nothing in order but
@@ -44,8 +45,11 @@ const AWAKE: Duration = Duration::from_micros(50);
 const REQUEST_BYTES: usize = 28;
 const REPLY_MAGIC: [u8; 4] = 0x6744_6698_u32.to_be_bytes();
 const OPTION_REPLY_MAGIC: [u8; 8] = 0x3_e889_0455_65a9_u64.to_be_bytes();
-/// Of options: go, and what replies to it or to others.
+/// What a structured reply to a read begins with: the last chunk, and there is data in it behind an offset.
+const CHUNK: [u8; 8] = [0x66, 0x8e, 0x33, 0xef, 0, 1, 0, 1];
+/// Of options: go and structured replies, and what replies to them or to others.
 const GO: u32 = 7;
+const STRUCTURED_REPLY: u32 = 8;
 const ACK: u32 = 1;
 const INFO: u32 = 3;
 const UNSUPPORTED: u32 = 0x8000_0001;
@@ -59,8 +63,9 @@ const DISCONNECT: u16 = 2;
 trait Socket: Read + Write + AsFd + Send + 'static {}
 impl<T: Read + Write + AsFd + Send + 'static> Socket for T {}
 
-/// Until the client has the export.
-fn handshake(socket: &mut impl Socket, size_bytes: u64) -> io::Result<()> {
+/// Until the client has the export; whether it wants structured replies.
+fn handshake(socket: &mut impl Socket, size_bytes: u64) -> io::Result<bool> {
+    let mut structured = false;
     socket.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
     socket.read_exact(&mut [0; 4])?;
     loop {
@@ -73,11 +78,12 @@ fn handshake(socket: &mut impl Socket, size_bytes: u64) -> io::Result<()> {
             [&OPTION_REPLY_MAGIC[..], &option, &kind, &len, data].concat()
         };
         if option != GO {
-            socket.write_all(&reply(UNSUPPORTED, &[]))?;
+            structured |= option == STRUCTURED_REPLY;
+            socket.write_all(&reply(if option == STRUCTURED_REPLY { ACK } else { UNSUPPORTED }, &[]))?;
             continue;
         }
         let export = [&[0; 2][..], &size_bytes.to_be_bytes(), &EXPORT_FLAGS.to_be_bytes()].concat();
-        return socket.write_all(&[reply(INFO, &export), reply(ACK, &[])].concat());
+        return socket.write_all(&[reply(INFO, &export), reply(ACK, &[])].concat()).map(|()| structured);
     }
 }
 
@@ -96,12 +102,13 @@ fn read_some(socket: &mut impl Socket, into: &mut [u8]) -> io::Result<usize> {
 fn serve(mut socket: impl Socket, disks: &Disks) -> io::Result<()> {
     let taken = disks.lock().unwrap().pop();
     let mut disk = taken.unwrap_or_else(new_disk);
-    let served = handshake(&mut socket, SIZE_BYTES as u64).and_then(|()| answer(&mut socket, &mut disk));
+    let served =
+        handshake(&mut socket, SIZE_BYTES as u64).and_then(|structured| answer(&mut socket, &mut disk, structured));
     disks.lock().unwrap().push(disk);
     served
 }
 
-fn answer(socket: &mut impl Socket, disk: &mut [u8]) -> io::Result<()> {
+fn answer(socket: &mut impl Socket, disk: &mut [u8], structured: bool) -> io::Result<()> {
     let (mut input, mut filled) = (vec![0; 64 << 10], 0);
     let (mut headers, mut payloads) = (Vec::new(), Vec::new());
     loop {
@@ -118,9 +125,15 @@ fn answer(socket: &mut impl Socket, disk: &mut [u8]) -> io::Result<()> {
             at += REQUEST_BYTES;
             let offset = u64::from_be_bytes(request[16..24].try_into().unwrap()) as usize;
             let end = offset + u32::from_be_bytes(request[24..].try_into().unwrap()) as usize;
-            headers.extend([&REPLY_MAGIC[..], &[0; 4], &request[8..16]].concat());
+            let kind = u16::from_be_bytes(request[6..8].try_into().unwrap());
+            headers.push(if kind == READ && structured {
+                let len_bytes = (8 + end - offset) as u32;
+                [&CHUNK, &request[8..16], &len_bytes.to_be_bytes(), &request[16..24]].concat()
+            } else {
+                [&REPLY_MAGIC[..], &[0; 4], &request[8..16]].concat()
+            });
             payloads.push(0..0);
-            match u16::from_be_bytes(request[6..8].try_into().unwrap()) {
+            match kind {
                 READ => *payloads.last_mut().unwrap() = offset..end,
                 WRITE => {
                     let here_bytes = (end - offset).min(filled - at);
@@ -135,7 +148,7 @@ fn answer(socket: &mut impl Socket, disk: &mut [u8]) -> io::Result<()> {
         input.copy_within(at..filled, 0);
         filled -= at;
         let parts: Vec<[&[u8]; 2]> =
-            headers.chunks(16).zip(&payloads).map(|(header, range)| [header, &disk[range.clone()]]).collect();
+            headers.iter().zip(&payloads).map(|(header, range)| [&header[..], &disk[range.clone()]]).collect();
         for parts in parts.chunks(256) {
             let mut slices: Vec<IoSlice<'_>> = parts.as_flattened().iter().map(|part| IoSlice::new(part)).collect();
             let mut left = &mut slices[..];

@@ -121,13 +121,12 @@ impl Aside for Windows {
 
 #[cfg(test)]
 mod tests {
-    use super::super::threads::{Listener, OpenDisk, Running, Service, serve_all};
+    use super::super::threads::tests::{Lab, request};
     use super::*;
     use crate::disk::FileDisk;
-    use crate::nbd::handshake::Export;
     use std::fs::File;
     use std::io::{Read, Write};
-    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::os::unix::net::UnixStream;
     use std::path::PathBuf;
 
     const MIB: usize = 1 << 20;
@@ -239,24 +238,12 @@ mod tests {
     fn clients_read_what_is_there_and_are_told_what_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let (path, bytes) = image(&dir);
-        let socket = dir.path().join("sock");
-        let listener = Listener::Unix(UnixListener::bind(&socket).unwrap());
         let disk = path.clone();
-        let open: OpenDisk = Box::new(move |_| Ok(Box::new(FileDisk::open_read_only(&disk)?)));
-        let exports = vec![Export::new("disk", 3 * MIB as u64)];
-        let service = Arc::new(Service { exports, open, max_connections: 0, tls: None });
-        let running = Running::default();
-        let here = running.clone();
-        let server = std::thread::spawn(move || serve_all(&listener, &service, &here));
-        let mut client = UnixStream::connect(socket).unwrap();
-        client.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x04disk").unwrap();
-        client.read_exact(&mut [0; 28]).unwrap();
+        let mut lab = Lab::new(3 * MIB as u64, Box::new(move |_| Ok(Box::new(FileDisk::open_read_only(&disk)?))));
+        let client = &mut lab.client;
         let mut ask = |reads: &[(u64, u32)]| {
-            for (cookie, (offset, len_bytes)) in (1_u64..).zip(reads) {
-                let mut request = crate::nbd::REQUEST_MAGIC.to_be_bytes().to_vec();
-                request.extend([[0; 4].as_slice(), &cookie.to_be_bytes(), &offset.to_be_bytes()].concat());
-                request.extend(len_bytes.to_be_bytes());
-                client.write_all(&request).unwrap();
+            for (cookie, (offset, len_bytes)) in (1..).zip(reads) {
+                client.write_all(&request(0, cookie, *offset, *len_bytes)).unwrap();
             }
             let mut replies = vec![None; reads.len()];
             for _ in reads {
@@ -278,7 +265,6 @@ mod tests {
         let said = ask(&[(0, 2 << 20), (0, 1 << 20)]);
         assert_eq!((said[0].0, said[0].1.len()), (5, 0), "an error, and no data");
         assert!(said[1].0 == 0 && said[1].1 == bytes[..MIB], "and the connection lives");
-        running.end();
-        server.join().unwrap().unwrap();
+        lab.end();
     }
 }

@@ -444,27 +444,54 @@ fn speak(transport: &mut Transport, server: &mut Server) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::disk::MemoryDisk;
 
+    /// A server of one disk, and a client that has chosen it.
+    pub(in super::super) struct Lab {
+        pub(in super::super) client: UnixStream,
+        running: Running,
+        server: std::thread::JoinHandle<io::Result<()>>,
+    }
+
+    impl Lab {
+        pub(in super::super) fn new(size_bytes: u64, open: OpenDisk) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("sock");
+            let listener = Listener::Unix(UnixListener::bind(&path).unwrap());
+            let service =
+                Service { exports: vec![Export::new("disk", size_bytes)], open, max_connections: 0, tls: None };
+            let (service, running) = (Arc::new(service), Running::default());
+            let here = running.clone();
+            let server = std::thread::spawn(move || serve_all(&listener, &service, &here));
+            let mut client = UnixStream::connect(path).unwrap();
+            client.set_read_timeout(Some(HANDSHAKE_DEADLINE)).unwrap();
+            client.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x04disk").unwrap();
+            client.read_exact(&mut [0; 28]).unwrap();
+            Self { client, running, server }
+        }
+
+        /// Ends the server, which must have been well until then.
+        pub(in super::super) fn end(mut self) {
+            self.running.end();
+            assert_eq!(self.client.read(&mut [0]).unwrap(), 0, "the client is hung up on, and nothing was left to say");
+            self.server.join().unwrap().unwrap();
+            self.running.wait_for_last_client();
+        }
+    }
+
+    pub(in super::super) fn request(kind: u16, cookie: u64, offset: u64, len_bytes: u32) -> Vec<u8> {
+        let mut bytes = crate::nbd::REQUEST_MAGIC.to_be_bytes().to_vec();
+        bytes.extend([[0, 0], kind.to_be_bytes()].concat());
+        bytes.extend([cookie.to_be_bytes(), offset.to_be_bytes()].concat());
+        bytes.extend(len_bytes.to_be_bytes());
+        bytes
+    }
+
     #[test]
     fn ending_it_wakes_whoever_accepts_and_whoever_reads() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("sock");
-        let listener = Listener::Unix(UnixListener::bind(&path).unwrap());
-        let open: OpenDisk = Box::new(|_| Ok(Box::new(MemoryDisk::new(512))));
-        let service = Service { exports: vec![Export::new("disk", 512)], open, max_connections: 0, tls: None };
-        let (service, running) = (Arc::new(service), Running::default());
-        let here = running.clone();
-        let server = std::thread::spawn(move || serve_all(&listener, &service, &here));
-        let mut client = UnixStream::connect(path).unwrap();
-        client.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
-        client.read_exact(&mut [0; 28]).unwrap();
-        running.end();
-        assert_eq!(client.read(&mut [0]).unwrap(), 0, "the client is hung up on");
-        server.join().unwrap().unwrap();
-        running.wait_for_last_client();
+        Lab::new(512, Box::new(|_| Ok(Box::new(MemoryDisk::new(512))))).end();
     }
 
     /// A medium that answers nobody until it has two to answer.
@@ -494,26 +521,9 @@ mod tests {
 
     #[test]
     fn what_waits_for_the_medium_waits_beside_what_follows() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("sock");
-        let listener = Listener::Unix(UnixListener::bind(&path).unwrap());
         let barrier = Arc::new(std::sync::Barrier::new(2));
-        let open: OpenDisk = Box::new(move |_| Ok(Box::new(Pairwise(barrier.clone()))));
-        let service = Service { exports: vec![Export::new("disk", 8192)], open, max_connections: 0, tls: None };
-        let (service, running) = (Arc::new(service), Running::default());
-        let here = running.clone();
-        let server = std::thread::spawn(move || serve_all(&listener, &service, &here));
-        let mut client = UnixStream::connect(path).unwrap();
-        client.set_read_timeout(Some(HANDSHAKE_DEADLINE)).unwrap();
-        client.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x04disk").unwrap();
-        client.read_exact(&mut [0; 28]).unwrap();
-        let request = |kind: u16, cookie: u64, offset: u64, len_bytes: u32| {
-            let mut bytes = crate::nbd::REQUEST_MAGIC.to_be_bytes().to_vec();
-            bytes.extend([[0, 0], kind.to_be_bytes()].concat());
-            bytes.extend([cookie.to_be_bytes(), offset.to_be_bytes()].concat());
-            bytes.extend(len_bytes.to_be_bytes());
-            bytes
-        };
+        let mut lab = Lab::new(8192, Box::new(move |_| Ok(Box::new(Pairwise(barrier.clone())))));
+        let client = &mut lab.client;
         // One that waits, and one that does not and overtakes it; then one more to wait with.
         client.write_all(&[request(0, 1, 1, 4), request(0, 2, 7, 4)].concat()).unwrap();
         let mut reply = [0; 20];
@@ -527,7 +537,6 @@ mod tests {
         assert_eq!(cookies, [1, 3]);
         client.write_all(&[request(0, 4, 3, 4), request(3, 5, 0, 0)].concat()).unwrap();
         client.read_exact(&mut [0; 36]).expect("the flush did not hold the read up");
-        running.end();
-        server.join().unwrap().unwrap();
+        lab.end();
     }
 }

@@ -10,7 +10,9 @@
 //! spliced into the socket instead spare a copy more, and leave the client to fetch from memory what no cache holds: that was
 //! slower than two copies on one machine and 1.75 times as fast on another.
 //!
-//! The traps: pages that are mapped cost memory of the kernel's, 8 bytes each, so a client has [`WINDOWS_MAX`] windows at most,
+//! The traps: a write that is carried out before a piece is sent shows in it, be it one that came behind the read. It is one that nobody
+//! who waited for the read could have asked for, and NBD promises no order of requests that overlap (`doc/proto.md`, "Ordering of
+//! messages and writes"). Pages that are mapped cost memory of the kernel's, 8 bytes each, so a client has [`WINDOWS_MAX`] windows at most,
 //! and they go least recently used first. And a file that becomes shorter between the question and the answer
 //! cannot be told to the client any more, whose connection ends then ([`xen::window`]).
 

@@ -306,7 +306,7 @@ fn a_silent_nbd_server_costs_the_deadline_and_no_more() {
         let begun = Instant::now();
         let error = target.load_state(nbd).unwrap_err();
         assert!(matches!(error, QmpError::Deadline { .. }), "{attempt}: {error}");
-        assert!(begun.elapsed() < SHORT * 10, "{attempt}: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < SHORT * 2, "{attempt}: {:?}", begun.elapsed());
     }
     // The server goes, QEMU wakes up, and the connection serves on: late answers are not mistaken for others.
     drop(listener);
@@ -324,6 +324,7 @@ fn a_qemu_that_dies_in_the_middle_is_noticed_at_once() {
     let mut target = b.connect(PATIENCE);
     let silent = b.dir.path().join("silent");
     let listener = UnixListener::bind(&silent).unwrap();
+    let begun = Instant::now();
     let error = std::thread::scope(|scope| {
         scope.spawn(|| {
             let _connection = listener.accept().unwrap();
@@ -332,8 +333,8 @@ fn a_qemu_that_dies_in_the_middle_is_noticed_at_once() {
         target.load_state(Image::Nbd { socket: silent.to_str().unwrap(), export: EXPORT }).unwrap_err()
     });
     println!("{error}");
-    // Not the deadline's error.
     assert!(matches!(&error, QmpError::Gone { command, .. } if command == "blockdev-add"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
     for again in [target.stop().unwrap_err(), target.save_state().unwrap_err()] {
         assert!(matches!(again, QmpError::Gone { .. }), "{again}");
     }
@@ -349,7 +350,7 @@ fn a_monitor_serves_one_client_and_the_next_is_told() {
         let error = Client::connect(&a.monitor(), SHORT).unwrap_err();
         println!("client {waiting}: {error}");
         assert!(matches!(error, QmpError::NoGreeting { .. } | QmpError::Connect { .. }), "{error}");
-        assert!(begun.elapsed() < SHORT * 10, "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < SHORT * 2, "{:?}", begun.elapsed());
     }
     first.stop().unwrap();
     drop(first);

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! `nbd_limit AT`, where AT is `unix:PATH` or an address. A thread a connection, with a disk of its own; structured replies to reads
-//! where the client asks for them, as all the servers do, since they cost it time; replies
-//! to requests that came together leave together. Who has nothing to do stays awake for a while, as our server does.
+//! where the client asks for them, as all the servers do, since they cost it time; replies to requests that came together leave
+//! together. Who has nothing to do stays awake for a while, as our server does.
 //!
 //! `nbd_limit pair AT IMAGE` is the same for a protected disk, and `scripts/bench.sh replica`'s: what is written goes into an image,
 //! and through a socket into the memory of another process, which was touched before. It keeps no epochs, and nothing in order but

@@ -153,6 +153,11 @@ pub trait Disk: Send {
         None
     }
 
+    /// Another way to the same disk, to be written by somebody else while this one is used. `None` of a disk that has none.
+    fn lend(&self) -> Option<Box<dyn Disk>> {
+        None
+    }
+
     /// Forgets what memory remembers of the medium: reads are of what it holds from now on, not of what an earlier process
     /// wrote and failed to flush. What is yet to be written stays.
     fn reread(&mut self) -> Result<(), DiskError> {
@@ -406,6 +411,10 @@ impl Disk for FileDisk {
     fn lend_flush(&self) -> Option<Flush> {
         let mut other = self.try_clone().ok()?;
         Some(Box::new(move || other.flush()))
+    }
+
+    fn lend(&self) -> Option<Box<dyn Disk>> {
+        Some(Box::new(self.try_clone().ok()?))
     }
 
     /// The page cache keeps what it could not write, as clean as the rest: it is dropped with that.

@@ -38,6 +38,12 @@ pub enum Mutant {
     FlushAgain,
     /// A flush that was lent counts for what was written while it was under way.
     LentCoversLater,
+    /// The word that an image is a checkpoint is said though the image was changed before it could be.
+    WordNotTakenBack,
+    /// What a guest changed while it was copied counts as copied.
+    ForgetChanged,
+    /// An image is written while a copy into it is under way.
+    WriteBesideCopy,
     /// What the page cache shows of an image counts as being there, after a flush of it failed.
     TrustCachedImage,
     /// A guest's images are called whole as soon as one of them is.
@@ -122,7 +128,7 @@ impl Mutant {
         Self::RepeatUnowned,
     ];
     /// Those it cannot, since its hosts never come back; the replica's own crash tests do.
-    pub const OF_CRASHES: [Self; 8] = [
+    pub const OF_CRASHES: [Self; 10] = [
         Self::WholeBeforeFlush,
         Self::ResyncAfterWrite,
         Self::ForgetDirectory,
@@ -130,6 +136,8 @@ impl Mutant {
         Self::TrustPageCache,
         Self::FlushAgain,
         Self::LentCoversLater,
+        Self::WordNotTakenBack,
+        Self::ForgetChanged,
         Self::TrustCachedImage,
     ];
     /// Those that only the crash tests of several disks can.

@@ -127,6 +127,13 @@ impl Block {
     }
 }
 
+impl Clone for Block {
+    /// The same bytes, in memory of the same pool.
+    fn clone(&self) -> Self {
+        self.pool.copy(self)
+    }
+}
+
 impl Drop for Block {
     fn drop(&mut self) {
         self.pool.give_back(std::mem::take(&mut self.bytes));

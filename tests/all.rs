@@ -50,7 +50,7 @@ mod resync;
 mod service;
 mod several_disks;
 mod sim;
-mod slow_flush;
+mod slow_medium;
 mod status;
 mod tidy;
 mod top;

@@ -8,21 +8,23 @@
 //! Every write to the image comes through here, so that none can come before the word that the image is not whole.
 //! It is one flush of the record for a burst of checkpoints, and one after it; a checkpoint itself costs none.
 //!
-//! A flush may be lent ([`Base::lend_flush`]), so that nobody who reads or seals waits for the medium; a second one waits for
-//! the first.
+//! What waits for a medium may be lent, so that nobody who reads or seals waits too: a copy ([`Base::lend_copy`]), a flush
+//! ([`Base::lend_flush`]; a second one waits for the first), the word that it is whole ([`Base::lend_record`]). While a copy is
+//! under way, whoever else would change the image waits for its end: their order is the order of what is there.
 //!
 //! The trap is a flush that fails: the kernel forgets what it could not write, keeps showing it, and the next flush
 //! succeeds. So nothing is written or flushed here any more, and nobody takes over on such an image. Only a new initial
 //! copy makes it whole again, by another process and from what the medium holds; a guest that runs on its own disk is
 //! told, as by any disk.
 
+use super::extents::Run;
 use super::lock;
 use super::records::Member;
 use super::state::{Standing, Why};
 use crate::disk::{Disk, DiskError, Extent, Flush, Zeroing};
 use crate::mutant::{self, Mutant};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// A base image and its part in the records of the guest's images.
 pub struct Base {
@@ -33,21 +35,24 @@ pub struct Base {
     /// the medium.
     changes: u64,
     flushed: u64,
-    flushing: Arc<Flushing>,
+    shared: Arc<Shared>,
 }
 
-/// What a base shares with a flush of it that is under way.
+/// What a base shares with what it has lent.
 #[derive(Default)]
-struct Flushing {
-    /// Held while the medium is waited for. Of two flushes at once only one would be told what neither could write.
+struct Shared {
+    /// Held while a flush is waited for. Of two flushes at once only one would be told what neither could write.
     turn: Mutex<()>,
     /// A flush failed, and some of what it covered is lost, whatever reads say.
     lost: AtomicBool,
+    /// A copy is lent, and may be writing.
+    copying: Mutex<bool>,
+    copied: Condvar,
 }
 
-impl Flushing {
+impl Shared {
     /// Waits its turn, and does it, unless one before it has failed.
-    fn carry_out(&self, flush: impl FnOnce() -> Result<(), DiskError>) -> Result<(), DiskError> {
+    fn flush(&self, flush: impl FnOnce() -> Result<(), DiskError>) -> Result<(), DiskError> {
         let _turn = lock(&self.turn);
         self.check_lost()?;
         flush().inspect_err(|_| self.lost.store(!mutant::active(Mutant::FlushAgain), Ordering::SeqCst))
@@ -66,14 +71,14 @@ impl Flushing {
 pub struct LentFlush {
     flush: Flush,
     covers: u64,
-    flushing: Arc<Flushing>,
+    shared: Arc<Shared>,
 }
 
 impl LentFlush {
     /// Waits for the medium.
     pub fn carry_out(self) -> FlushEnded {
-        let Self { flush, covers, flushing } = self;
-        FlushEnded { covers, result: flushing.carry_out(flush) }
+        let Self { flush, covers, shared } = self;
+        FlushEnded { covers, result: shared.flush(flush) }
     }
 }
 
@@ -84,13 +89,78 @@ pub struct FlushEnded {
     result: Result<(), DiskError>,
 }
 
+/// A copy into a base, to be carried out while nobody waits for it. The base must be told of its end
+/// ([`Base::copy_ended`]).
+#[must_use]
+pub struct LentCopy {
+    run: Run,
+    disk: Box<dyn Disk>,
+    state: Member,
+    why: Why,
+    until: UntilCopied,
+}
+
+impl LentCopy {
+    /// Says that the image is not whole, and writes.
+    pub fn carry_out(self) -> CopyEnded {
+        let Self { run, mut disk, state, why, until } = self;
+        let write = |disk: &mut dyn Disk| run.write_to(disk);
+        let result = until.0.check_lost().and_then(|()| change(&mut *disk, &state, why, write));
+        CopyEnded { run, result }
+    }
+}
+
+/// Others wait as long as this lives.
+struct UntilCopied(Arc<Shared>);
+
+impl Drop for UntilCopied {
+    fn drop(&mut self) {
+        *lock(&self.0.copying) = false;
+        self.0.copied.notify_all();
+    }
+}
+
+/// What became of it. The run is freed with this: let go of all locks first.
+#[must_use]
+pub struct CopyEnded {
+    /// What was to be copied.
+    pub run: Run,
+    result: Result<(), DiskError>,
+}
+
+/// The word that an image is whole, to be made durable while nobody waits for it.
+#[must_use]
+pub struct LentRecord(Member, Standing);
+
+impl LentRecord {
+    /// Waits for the media of all the records, unless the image was written to again.
+    pub fn carry_out(self) -> Result<(), DiskError> {
+        self.0.settle(self.1)
+    }
+}
+
+/// Says that an image is not whole, and then changes it.
+fn change(
+    disk: &mut dyn Disk,
+    state: &Member,
+    why: Why,
+    change: impl FnOnce(&mut dyn Disk) -> Result<(), DiskError>,
+) -> Result<(), DiskError> {
+    if mutant::active(Mutant::ResyncAfterWrite) {
+        change(disk)?;
+        return state.record(Standing::Resync(why));
+    }
+    state.record(Standing::Resync(why))?;
+    change(disk)
+}
+
 impl Base {
     /// An image as it is found. A process that was killed may have left writes in the page cache, so it is flushed
     /// before it is whole, whatever is written to it here.
     #[must_use]
     pub fn new(disk: Box<dyn Disk>, state: Member) -> Self {
         let changes = u64::from(!mutant::active(Mutant::TrustPageCache));
-        Self { disk, state, why: Why::InitialCopy, changes, flushed: 0, flushing: Arc::default() }
+        Self { disk, state, why: Why::InitialCopy, changes, flushed: 0, shared: Arc::default() }
     }
 
     /// What the guest's images are worth after a crash now.
@@ -108,6 +178,7 @@ impl Base {
     /// All of it will be written anew, or compared first; from now on it is not whole. What an earlier process failed to
     /// flush is not compared.
     pub fn begin_copy(&mut self) -> Result<(), DiskError> {
+        self.await_copy();
         self.check_lost()?;
         self.why = Why::InitialCopy;
         self.state.record(Standing::Resync(self.why))?;
@@ -116,7 +187,7 @@ impl Base {
 
     /// Refused once a flush has failed: what this image reads as is not what it is.
     pub fn check_lost(&self) -> Result<(), DiskError> {
-        self.flushing.check_lost()
+        self.shared.check_lost()
     }
 
     /// How often it was changed.
@@ -129,7 +200,30 @@ impl Base {
     /// becomes of it to [`Self::flush_ended`].
     pub fn lend_flush(&self) -> Option<LentFlush> {
         let flush = if self.flushed < self.changes { self.disk.lend_flush() } else { None };
-        flush.map(|flush| LentFlush { flush, covers: self.changes, flushing: self.flushing.clone() })
+        flush.map(|flush| LentFlush { flush, covers: self.changes, shared: self.shared.clone() })
+    }
+
+    /// The copy of a run, which goes back where the disk lends none. One that is under way is waited for.
+    pub fn lend_copy(&self, run: Run) -> Result<LentCopy, Run> {
+        self.await_copy();
+        let Some(disk) = self.disk.lend() else { return Err(run) };
+        *lock(&self.shared.copying) = true;
+        Ok(LentCopy { run, disk, state: self.state.clone(), why: self.why, until: UntilCopied(self.shared.clone()) })
+    }
+
+    /// A copy that was lent has been carried out, as far as it went.
+    pub fn copy_ended(&mut self, ended: &mut CopyEnded) -> Result<(), DiskError> {
+        self.changes += 1;
+        std::mem::replace(&mut ended.result, Ok(()))
+    }
+
+    /// Waits for the copy that is lent.
+    fn await_copy(&self) {
+        if mutant::active(Mutant::WriteBesideCopy) {
+            return;
+        }
+        let copying = lock(&self.shared.copying);
+        drop(self.shared.copied.wait_while(copying, |copying| *copying).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// A flush that was lent has been carried out.
@@ -148,33 +242,38 @@ impl Base {
     /// Makes the image whole, as it is, once the guest's other images are too. A checkpoint that became whole before
     /// and was not written to since keeps its number.
     pub fn settle(&mut self, whole: Standing) -> Result<(), DiskError> {
+        self.lend_record(whole)?.map_or(Ok(()), LentRecord::carry_out)
+    }
+
+    /// The last word of [`Self::settle`], after the flush; `None` when it was said before. It is taken back by the next
+    /// change.
+    pub fn lend_record(&mut self, whole: Standing) -> Result<Option<LentRecord>, DiskError> {
         if mutant::active(Mutant::WholeBeforeFlush) {
-            self.state.record(whole)?;
+            self.state.reach(whole);
+            self.state.settle(whole)?;
         }
+        self.await_copy();
         self.flush()?;
         let known = match (whole, self.standing()) {
             (Standing::Checkpoint { .. }, known @ Standing::Checkpoint { .. }) => known,
             _ => whole,
         };
         if self.state.is(known) {
-            return Ok(());
+            return Ok(None);
         }
-        self.state.record(whole)
+        self.state.reach(whole);
+        Ok(Some(LentRecord(self.state.clone(), whole)))
     }
 
     /// Says that the image is not whole, and then changes it.
-    fn change(&mut self, change: impl FnOnce(&mut dyn Disk) -> Result<(), DiskError>) -> Result<(), DiskError> {
+    fn change(&mut self, does: impl FnOnce(&mut dyn Disk) -> Result<(), DiskError>) -> Result<(), DiskError> {
+        self.await_copy();
         self.check_lost()?;
         self.changes += 1;
         if self.state.is(Standing::Guest) {
-            return change(&mut *self.disk);
+            return does(&mut *self.disk);
         }
-        if mutant::active(Mutant::ResyncAfterWrite) {
-            change(&mut *self.disk)?;
-            return self.state.record(Standing::Resync(self.why));
-        }
-        self.state.record(Standing::Resync(self.why))?;
-        change(&mut *self.disk)
+        change(&mut *self.disk, &self.state, self.why, does)
     }
 }
 
@@ -202,8 +301,8 @@ impl Disk for Base {
     fn flush(&mut self) -> Result<(), DiskError> {
         self.check_lost()?;
         if self.flushed < self.changes {
-            let Self { disk, flushing, .. } = self;
-            flushing.carry_out(|| disk.flush())?;
+            let Self { disk, shared, .. } = self;
+            shared.flush(|| disk.flush())?;
             self.flushed = self.changes;
         }
         Ok(())

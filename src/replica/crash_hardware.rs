@@ -166,6 +166,9 @@ impl<const DISKS: usize> Disk for Machine<DISKS> {
         let machine = self.clone();
         Some(Box::new(move || machine.call(Event::Flush)))
     }
+    fn lend(&self) -> Option<Box<dyn Disk>> {
+        Some(Box::new(self.clone()))
+    }
     fn reread(&mut self) -> Result<(), DiskError> {
         let mut hardware = self.get();
         if hardware.fate != Fate::KilledAfter(0) {

@@ -13,7 +13,7 @@
 //! image is whole when it returned, a resync is wrong too. After a flush of the image failed, its process may neither write
 //! nor flush it again, nor take over on it.
 
-use super::base::{FlushEnded, LentFlush};
+use super::base::{CopyEnded, FlushEnded, LentCopy, LentFlush, LentRecord};
 use super::crash_hardware::{Arrived, Event, Fate, Image, Machine, Medium, standing};
 use super::epochs::{Replica, ReplicaConfig, Stage};
 use super::state::{Standing, State};
@@ -36,9 +36,15 @@ enum Op {
     GuestFlush,
     Seal,
     Apply(u64),
-    /// A round is copied, and its flush carried out.
+    /// A round begins, if none is under way, and its next copy is carried out.
+    Copy,
+    /// The replica is told.
+    EndCopy,
+    /// All of a round is copied, and its flush carried out.
     Round,
-    /// It ends.
+    /// The word after it is lent.
+    Word,
+    /// It is said, and the round ends.
     EndRound,
     Takeover,
     Stop,
@@ -52,7 +58,7 @@ enum Op {
     },
 }
 
-const OPS: [Op; 19] = [
+const OPS: [Op; 22] = [
     Op::Sync,
     Op::Primary(0),
     Op::Primary(1),
@@ -63,7 +69,10 @@ const OPS: [Op; 19] = [
     Op::Seal,
     Op::Apply(1),
     Op::Apply(u64::MAX),
+    Op::Copy,
+    Op::EndCopy,
     Op::Round,
+    Op::Word,
     Op::EndRound,
     Op::Takeover,
     Op::Stop,
@@ -135,13 +144,23 @@ impl Model {
     }
 }
 
+/// What is under way at the end of a round.
+enum Flushed {
+    Flush(Option<FlushEnded>),
+    Word(Option<LentRecord>),
+}
+
 /// One history as it runs.
 struct Run {
     machine: Machine<1>,
     model: Model,
     replica: Option<Replica>,
-    /// A round that has not ended: its flush, the checkpoint it makes whole, and how often the image had been written.
-    round: Option<(Option<FlushEnded>, Option<Image>, u64)>,
+    copied: Option<CopyEnded>,
+    /// A round that has not ended, the checkpoint it makes whole if this generation is still in force, and how often the image
+    /// had been written.
+    round: Option<(Flushed, Option<Image>, (u64, u64))>,
+    /// The checkpoint that the round under way is of.
+    latest: Option<Image>,
     booted: bool,
     byte: u8,
 }
@@ -150,7 +169,7 @@ impl Run {
     fn new() -> Self {
         let model = Model { floor: Some(Image::default()), ..Model::default() };
         let machine = Machine::of(0, &Arc::default());
-        Self { machine, model, replica: None, round: None, booted: false, byte: 0 }
+        Self { machine, model, replica: None, copied: None, round: None, latest: None, booted: false, byte: 0 }
     }
 
     fn medium(&self) -> Medium {
@@ -185,7 +204,9 @@ impl Run {
             Op::Guest | Op::GuestFlush => self.booted || self.replica.is_some(),
             Op::Kill => self.booted || self.replica.is_some(),
             Op::Evict => self.machine.get().failed[0],
-            Op::Round => self.replica.is_some() && self.round.is_none(),
+            Op::Copy | Op::Round => self.replica.is_some() && self.copied.is_none() && self.round.is_none(),
+            Op::EndCopy => self.copied.is_some(),
+            Op::Word => matches!(self.round, Some((Flushed::Flush(_), ..))),
             Op::EndRound => self.round.is_some(),
             Op::PowerCut { .. } => true,
             _ => self.replica.is_some(),
@@ -210,7 +231,7 @@ impl Run {
     }
 
     fn end(&mut self) {
-        (self.replica, self.round) = (None, None);
+        (self.replica, self.copied, self.round) = (None, None, None);
         self.booted = false;
         // The record of the guest may have arrived, though nobody was told so.
         if self.model.taken && !self.model.settled && !self.machine.get().any_failed {
@@ -312,24 +333,48 @@ impl Run {
                         if model.taken { Must::Guest } else { model.latest.map_or(Must::Resync, Must::Checkpoint) };
                 }
             }
-            Op::Round => {
-                replica.begin_round();
-                let latest = model.latest;
-                let mut copied = replica.copy_round(1);
-                while matches!(copied, Ok(true)) {
-                    copied = replica.copy_round(1);
+            Op::Copy | Op::Round => {
+                if !replica.is_in_round() {
+                    replica.begin_round();
+                    self.latest = model.latest;
                 }
-                if copied.is_ok() {
-                    let ended = replica.lend_flush().map(LentFlush::carry_out);
-                    self.round = Some((ended, latest, machine.get().writes));
+                let mut copied = Ok(true);
+                while op == Op::Round && matches!(copied, Ok(true)) {
+                    copied = match replica.lend_copy().map(LentCopy::carry_out) {
+                        Some(mut ended) => replica.copy_ended(&mut ended),
+                        None => replica.copy_round(1),
+                    };
+                }
+                if op == Op::Copy {
+                    self.copied = replica.lend_copy().map(LentCopy::carry_out);
+                } else if copied.is_ok() {
+                    let ended = Flushed::Flush(replica.lend_flush().map(LentFlush::carry_out));
+                    self.round = Some((ended, self.latest, (generation, machine.get().writes)));
                 }
             }
+            Op::EndCopy => _ = self.copied.take().map(|mut ended| replica.copy_ended(&mut ended)),
+            Op::Word => {
+                let Some((Flushed::Flush(ended), latest, writes)) = self.round.take() else { return };
+                self.round = replica.lend_record(ended).ok().map(|lent| (Flushed::Word(lent), latest, writes));
+            }
             Op::EndRound => {
-                let Some((ended, latest, writes)) = self.round.take() else { return };
-                let ended = replica.end_round(ended);
-                if model.taken && ended.as_ref().is_ok_and(|more| !more) {
+                let Some((flushed, latest, writes)) = self.round.take() else { return };
+                // A word that was lent before a takeover is none of the guest's.
+                let is_word = matches!(flushed, Flushed::Word(_));
+                let lent = match flushed {
+                    Flushed::Flush(ended) => replica.lend_record(ended),
+                    Flushed::Word(lent) => Ok(lent),
+                };
+                let ended = lent.and_then(|lent| replica.end_round(lent.map(LentRecord::carry_out)));
+                // Another record that could not be written has taken the word back; the next round says it.
+                let said = !machine.get().any_failed;
+                if model.taken && ended.as_ref().is_ok_and(|more| !more) && !(is_word && replica.is_unsettled()) {
                     model.must = Must::Guest;
-                } else if ended.is_ok() && stage == Stage::Running && machine.get().writes == writes {
+                } else if ended.is_ok()
+                    && said
+                    && stage == Stage::Running
+                    && writes == (generation, machine.get().writes)
+                {
                     model.must = latest.map_or(Must::Anything, Must::Checkpoint);
                 }
             }
@@ -435,6 +480,8 @@ fn beginnings() -> Vec<Vec<Act>> {
         after(&taken_over, &[Op::Round]),
         after(&taken_over, &[Op::Apply(u64::MAX)]),
         after(&WHOLE, &[Op::Kill, Op::Boot]),
+        after(&WHOLE, &[Op::Primary(1), Op::Seal, Op::Takeover, Op::Copy]),
+        after(&WHOLE, &[Op::Primary(1), Op::Seal, Op::Round, Op::Word]),
         taken_over,
     ];
     let whole = |ops: Vec<Op>| ops.into_iter().map(|op| (op, Fate::Whole)).collect::<Vec<_>>();

@@ -23,7 +23,7 @@
 //! | Failover, FailoverFailed, Done | `seal`, `takeover` | nothing | – |
 //!
 //! A checkpoint moves two structures and copies nothing. QEMU's copy-before-write pays for a checkpoint by emptying
-//! two images; here the debt is the sealed epochs, paid in the background by [`Replica::apply_some`].
+//! two images; here the debt is the sealed epochs, paid in the background in rounds ([`Replica::begin_round`]).
 //!
 //! The trap: after a takeover guest B writes on while the layers are merged. A write goes in place where a layer
 //! covers it and straight to the base where none does, so the merge can neither undo it nor go on for ever, and
@@ -113,7 +113,7 @@ pub struct ReplicaStatus {
     pub debt_bytes: u64,
     /// Memory in use by all layers.
     pub memory_bytes: u64,
-    /// Spill files in use by all layers.
+    /// What spill files take, one that waits for the next epoch included.
     pub spill_bytes: u64,
     /// Checkpoints sealed since the initial copy, that copy's own included.
     pub seals: u64,
@@ -468,6 +468,11 @@ impl Replica {
             (standing, Stage::Running) => !standing.is_whole(),
             _ => false,
         }
+    }
+
+    /// Whether there is a next epoch, which may not fit into memory.
+    pub(super) fn spills(&self) -> bool {
+        self.stage == Stage::Running
     }
 
     /// Bytes still to be copied to the base.

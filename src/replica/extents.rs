@@ -9,7 +9,8 @@
 //!
 //! A write goes in place where an extent is, and becomes a new extent in the gaps; a block that is all of one takes its
 //! place. So no data is ever split, the spill file holds no garbage, and a layer is never larger than the disk. New
-//! extents live in memory while the [`Budget`] lasts and are appended to an unlinked spill file after that.
+//! extents live in memory while the [`Budget`] lasts and are appended to an unlinked spill file after that. What is copied
+//! down is a [`Run`]: that needs the layer at its beginning and at its end only.
 //!
 //! Zeroes are extents without bytes: a guest that discards its whole disk fills no memory here, and what is copied down
 //! is a hole. Only they are split, by data that is written into them.
@@ -20,25 +21,27 @@
 //!
 //! Source: the redo-log half of QEMU `docs/block-replication.txt` ("active disk", "hidden disk").
 
+mod budget;
+mod run;
 #[cfg(test)]
 mod tests;
 
+pub use self::budget::Budget;
+pub use self::run::Run;
+
+use self::budget::{SpillFile, no_space};
 use crate::disk::{Disk, DiskError, Extent as Described, Zeroing};
-use crate::pool::{Block, Pool};
+use crate::pool::Block;
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Longest extent; a longer write becomes several. It bounds one step of copying a layer down.
 pub const MAX_EXTENT_BYTES: usize = 1 << 20;
 /// Longest extent of zeroes: where the disk below writes them by hand, one step of copying a layer down writes so many.
 pub const MAX_ZEROES_BYTES: u64 = 32 << 20;
-/// From this length on an extent is copied down as it is: to make one write of several saves less than it costs.
-const LARGE_EXTENT_BYTES: usize = 128 << 10;
+/// X LARGE_EXTENT_BYTES: usize = 128 << 10;
 /// What an extent's place in the index is charged, beside its bytes.
 pub const EXTENT_COST_BYTES: u64 = 128;
 
@@ -90,61 +93,9 @@ impl Content<'_> {
     }
 }
 
-/// What all layers of a guest's replicas may use together.
-#[derive(Debug)]
-pub struct Budget {
-    memory_limit_bytes: u64,
-    spill_limit_bytes: u64,
-    spill_dir: Option<PathBuf>,
-    memory_bytes: AtomicU64,
-    spill_bytes: AtomicU64,
-    pool: Pool,
-}
-
-impl Budget {
-    /// `memory_limit_bytes` of memory, then `spill_limit_bytes` in files in `spill_dir`; without a directory,
-    /// memory is all there is.
-    #[must_use]
-    pub fn new(memory_limit_bytes: u64, spill_dir: Option<PathBuf>, spill_limit_bytes: u64) -> Arc<Self> {
-        let (memory_bytes, spill_bytes) = Default::default();
-        // Beside what layers use: what the next epoch will want again.
-        let pool = Pool::keeping((memory_limit_bytes / 4) as usize);
-        Arc::new(Self { memory_limit_bytes, spill_limit_bytes, spill_dir, memory_bytes, spill_bytes, pool })
-    }
-
-    /// Memory in use, the index included, in bytes.
-    #[must_use]
-    pub fn memory_bytes(&self) -> u64 {
-        self.memory_bytes.load(Relaxed)
-    }
-
-    /// Whether the next extents are likely to find room in memory.
-    #[must_use]
-    pub fn has_memory(&self) -> bool {
-        self.memory_bytes() + MAX_EXTENT_BYTES as u64 <= self.data_limit_bytes()
-    }
-
-    /// A part is kept for the index of what is spilled.
-    fn data_limit_bytes(&self) -> u64 {
-        self.memory_limit_bytes - self.memory_limit_bytes / 4
-    }
-
-    /// Spill files' contents, in bytes.
-    #[must_use]
-    pub fn spill_bytes(&self) -> u64 {
-        self.spill_bytes.load(Relaxed)
-    }
-
-    /// Takes `bytes` of a purse unless that exceeds its limit.
-    fn take(purse: &AtomicU64, limit_bytes: u64, bytes: u64) -> bool {
-        let sum = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= limit_bytes);
-        purse.fetch_update(Relaxed, Relaxed, sum).is_ok()
-    }
-}
-
 #[derive(Debug)]
 enum Place {
-    Memory(Block),
+    Memory(Arc<Block>),
     Spill { at: u64 },
     Zeroes { keep_allocated: bool },
 }
@@ -167,11 +118,12 @@ pub struct Overlay {
     extents: BTreeMap<u64, Extent>,
     bytes: u64,
     budget: Arc<Budget>,
-    spill: Option<File>,
+    spill: Option<SpillFile>,
     spill_end: u64,
     /// What this layer took from the budget, to be given back.
     memory_taken: u64,
-    spill_taken: u64,
+    /// Another one after each change, of no other layer ever.
+    version: u64,
 }
 
 impl Overlay {
@@ -179,7 +131,7 @@ impl Overlay {
     #[must_use]
     pub fn new(budget: &Arc<Budget>) -> Self {
         let budget = Arc::clone(budget);
-        Self { extents: BTreeMap::new(), bytes: 0, budget, spill: None, spill_end: 0, memory_taken: 0, spill_taken: 0 }
+        Self { extents: BTreeMap::new(), bytes: 0, budget, spill: None, spill_end: 0, memory_taken: 0, version: 0 }
     }
 
     /// Bytes covered.
@@ -242,6 +194,7 @@ impl Overlay {
     /// Writes at `offset`. The caller has checked the range. On an error the range holds old and new bytes mixed, in
     /// whole pieces, and everything outside it is untouched.
     pub fn write(&mut self, offset: u64, content: Content<'_>) -> Result<(), DiskError> {
+        self.changed();
         for piece in self.pieces(offset, content.len_bytes()) {
             match piece {
                 Piece::Extent { start, range } => {
@@ -265,7 +218,8 @@ impl Overlay {
             // What it replaces as a whole goes, and costs as much.
             [Piece::Extent { start, .. }] if start == offset => match self.extents.get_mut(&start) {
                 Some(Extent { len: old_len, place: Place::Memory(old) }) if *old_len == len => {
-                    *old = std::mem::take(block);
+                    *old = Arc::new(std::mem::take(block));
+                    self.changed();
                     return Ok(());
                 }
                 _ => false,
@@ -275,8 +229,9 @@ impl Overlay {
         if !is_gap || !self.take(self.budget.data_limit_bytes(), EXTENT_COST_BYTES + len as u64) {
             return self.write(offset, Content::Data(block));
         }
+        self.changed();
         self.bytes += len as u64;
-        self.extents.insert(offset, Extent { len, place: Place::Memory(std::mem::take(block)) });
+        self.extents.insert(offset, Extent { len, place: Place::Memory(Arc::new(std::mem::take(block))) });
         Ok(())
     }
 
@@ -324,48 +279,13 @@ impl Overlay {
     }
 
     /// Copies the first covered bytes to `disk` and then forgets them; whoever reads through this layer to `disk` sees
-    /// no difference. Of data at most `max_bytes` and at least one extent, of zeroes at most [`MAX_ZEROES_BYTES`].
-    /// Returns how many, 0 when the layer is empty. On an error nothing is forgotten.
+    /// no difference. How many are those of [`Self::first_run`]; returned, 0 when the layer is empty. On an error nothing is
+    /// forgotten.
     pub fn move_first(&mut self, disk: &mut dyn Disk, max_bytes: usize) -> Result<usize, DiskError> {
-        let Some((&start, first)) = self.extents.first_key_value() else { return Ok(0) };
-        let zeroes = match first.place {
-            Place::Zeroes { keep_allocated } => Some(keep_allocated),
-            Place::Memory(_) | Place::Spill { .. } => None,
-        };
-        let max_bytes = if zeroes.is_some() { MAX_ZEROES_BYTES as usize } else { max_bytes.min(MAX_EXTENT_BYTES) };
-        if let (Place::Memory(bytes), len) = (&first.place, first.len)
-            && len >= LARGE_EXTENT_BYTES
-        {
-            disk.write(start, bytes)?;
-            self.forget_first();
-            return Ok(len);
-        }
-        let (mut run, mut len, mut count) = (Vec::new(), 0, 0);
-        for (at, extent) in &self.extents {
-            let same = match extent.place {
-                Place::Zeroes { keep_allocated } => zeroes == Some(keep_allocated),
-                Place::Memory(_) | Place::Spill { .. } => zeroes.is_none(),
-            };
-            let fits = len == 0 || len + extent.len <= max_bytes;
-            if *at != start + len as u64 || !same || !fits {
-                break;
-            }
-            if zeroes.is_none() {
-                run.resize(len + extent.len, 0);
-                self.read_extent(extent, 0, &mut run[len..])?;
-            }
-            len += extent.len;
-            count += 1;
-        }
-        let content = match zeroes {
-            Some(keep_allocated) => Content::Zeroes { len_bytes: len as u64, keep_allocated },
-            None => Content::Data(&run),
-        };
-        content.write_to(disk, start)?;
-        for _ in 0..count {
-            self.forget_first();
-        }
-        Ok(len)
+        let Some(run) = self.first_run(max_bytes) else { return Ok(0) };
+        run.write_to(disk)?;
+        self.forget_run(&run);
+        Ok(run.len_bytes())
     }
 
     /// Forgets the first extent and returns how many bytes that were, 0 when the layer is empty: a large layer is
@@ -376,10 +296,15 @@ impl Overlay {
 
     fn forget(&mut self, start: u64) -> usize {
         let Some(extent) = self.extents.remove(&start) else { return 0 };
+        self.changed();
         self.bytes -= extent.len as u64;
         let in_memory = matches!(extent.place, Place::Memory(_));
         self.give_back(EXTENT_COST_BYTES + if in_memory { extent.len as u64 } else { 0 });
         extent.len
+    }
+
+    fn changed(&mut self) {
+        self.version = self.budget.next_version();
     }
 
     fn has_zeroes(&self, start: u64) -> bool {
@@ -387,14 +312,14 @@ impl Overlay {
     }
 
     fn take(&mut self, limit_bytes: u64, bytes: u64) -> bool {
-        let taken = Budget::take(&self.budget.memory_bytes, limit_bytes, bytes);
+        let taken = self.budget.take_memory(limit_bytes, bytes);
         self.memory_taken += if taken { bytes } else { 0 };
         taken
     }
 
     fn give_back(&mut self, bytes: u64) {
         self.memory_taken -= bytes;
-        self.budget.memory_bytes.fetch_sub(bytes, Relaxed);
+        self.budget.give_memory(bytes);
     }
 
     /// The pieces of a range, in order and without a hole.
@@ -424,7 +349,7 @@ impl Overlay {
         match &extent.place {
             Place::Memory(bytes) => into.copy_from_slice(&bytes[skip..skip + into.len()]),
             Place::Spill { at } => {
-                let file = self.spill.as_ref().expect("a spilled extent has a file");
+                let file = &self.spill.as_ref().expect("a spilled extent has a file").file;
                 file.read_exact_at(into, at + skip as u64).map_err(|e| DiskError::io("read a spill file", e))?;
             }
             Place::Zeroes { .. } => into.fill(0),
@@ -434,20 +359,22 @@ impl Overlay {
 
     /// Writes into an extent, which is not one of zeroes if the content is data.
     fn overwrite(&mut self, start: u64, offset: u64, content: Content<'_>) -> Result<(), DiskError> {
+        self.changed();
         let skip = (offset - start) as usize;
         let extent = self.extents.get_mut(&start).expect("a piece names an extent that exists");
         let len = content.len_bytes() as usize;
         let mut freed_bytes = 0;
         match (&mut extent.place, content) {
-            (Place::Memory(old), Content::Data(bytes)) => old[skip..skip + len].copy_from_slice(bytes),
+            // One that is being copied down meanwhile stays as it was there.
+            (Place::Memory(old), Content::Data(bytes)) => Arc::make_mut(old)[skip..skip + len].copy_from_slice(bytes),
             (place @ Place::Memory(_), Content::Zeroes { keep_allocated, .. }) if len == extent.len => {
                 (*place, freed_bytes) = (Place::Zeroes { keep_allocated }, len as u64);
             }
-            (Place::Memory(old), Content::Zeroes { .. }) => old[skip..skip + len].fill(0),
+            (Place::Memory(old), Content::Zeroes { .. }) => Arc::make_mut(old)[skip..skip + len].fill(0),
             (Place::Spill { at }, content) => {
                 let zeroes = vec![0; if let Content::Zeroes { .. } = content { len } else { 0 }];
                 let bytes = if let Content::Data(bytes) = content { bytes } else { &zeroes };
-                let file = self.spill.as_ref().expect("a spilled extent has a file");
+                let file = &self.spill.as_ref().expect("a spilled extent has a file").file;
                 file.write_all_at(bytes, *at + skip as u64).map_err(|e| DiskError::io("write a spill file", e))?;
             }
             (Place::Zeroes { keep_allocated: kept }, Content::Zeroes { keep_allocated, .. }) => {
@@ -466,7 +393,7 @@ impl Overlay {
             let Extent { len, place: Place::Zeroes { keep_allocated } } = self.extents[&start] else { return Ok(()) };
             let (after, end) = (at + bytes.len() as u64, start + len as u64);
             let between = start < at && after < end;
-            if between && !self.take(self.budget.memory_limit_bytes, EXTENT_COST_BYTES) {
+            if between && !self.take(self.budget.memory_limit_bytes(), EXTENT_COST_BYTES) {
                 return Err(no_space());
             }
             let placed = self.place(bytes);
@@ -500,7 +427,7 @@ impl Overlay {
             Content::Zeroes { len_bytes, keep_allocated } => {
                 let end = offset + len_bytes;
                 for at in (offset..end).step_by(MAX_ZEROES_BYTES as usize) {
-                    if !self.take(self.budget.memory_limit_bytes, EXTENT_COST_BYTES) {
+                    if !self.take(self.budget.memory_limit_bytes(), EXTENT_COST_BYTES) {
                         return Err(no_space());
                     }
                     let len = (end - at).min(MAX_ZEROES_BYTES);
@@ -514,10 +441,10 @@ impl Overlay {
 
     /// Finds room for an extent of data.
     fn place(&mut self, bytes: &[u8]) -> Result<Extent, DiskError> {
-        let limit_bytes = self.budget.memory_limit_bytes;
+        let limit_bytes = self.budget.memory_limit_bytes();
         let len = bytes.len();
         if self.take(self.budget.data_limit_bytes(), EXTENT_COST_BYTES + len as u64) {
-            return Ok(Extent { len, place: Place::Memory(self.budget.pool.copy(bytes)) });
+            return Ok(Extent { len, place: Place::Memory(Arc::new(self.budget.pool().copy(bytes))) });
         }
         if !self.take(limit_bytes, EXTENT_COST_BYTES) {
             return Err(no_space());
@@ -533,43 +460,22 @@ impl Overlay {
 
     /// Appends to the spill file; its end moves only when every byte is there.
     fn spill(&mut self, bytes: &[u8]) -> Result<u64, DiskError> {
-        let budget = &self.budget;
-        let dir = budget.spill_dir.as_deref().ok_or_else(no_space)?;
-        let len = bytes.len() as u64;
-        if !Budget::take(&budget.spill_bytes, budget.spill_limit_bytes, len) {
-            return Err(no_space());
+        let (at, end) = (self.spill_end, self.spill_end + bytes.len() as u64);
+        if self.spill.is_none() {
+            self.spill = Some(self.budget.spill_file()?);
         }
-        self.spill_taken += len;
-        let file = match &mut self.spill {
-            Some(file) => file,
-            none => none.insert(unlinked_file(dir)?),
-        };
-        file.write_all_at(bytes, self.spill_end).map_err(|e| DiskError::io("write a spill file", e))?;
-        let at = self.spill_end;
-        self.spill_end += len;
+        let Some(spill) = &mut self.spill else { return Err(no_space()) };
+        self.budget.grow(spill, end)?;
+        spill.file.write_all_at(bytes, at).map_err(|e| DiskError::io("write a spill file", e))?;
+        self.spill_end = end;
         Ok(at)
     }
 }
 
 impl Drop for Overlay {
+    /// Takes no time for the spill file, however long it is; for what is in memory, see [`Self::forget_first`].
     fn drop(&mut self) {
-        self.budget.memory_bytes.fetch_sub(self.memory_taken, Relaxed);
-        self.budget.spill_bytes.fetch_sub(self.spill_taken, Relaxed);
+        self.budget.give_memory(self.memory_taken);
+        self.spill.take().into_iter().for_each(|spill| self.budget.spare(spill));
     }
-}
-
-fn no_space() -> DiskError {
-    DiskError::NoSpace { what: "the replica's layers".into() }
-}
-
-/// A file that goes away with its last handle: a replica that crashes leaves nothing behind, and what it spilled
-/// would mean nothing to the next one.
-fn unlinked_file(dir: &Path) -> Result<File, DiskError> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let name = format!("xen-colo-{}-{}.spill", std::process::id(), NEXT.fetch_add(1, Relaxed));
-    let path = dir.join(name);
-    let fail = |e| DiskError::io(format!("create {}", path.display()), e);
-    let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).map_err(fail)?;
-    fs::remove_file(&path).map_err(fail)?;
-    Ok(file)
 }

@@ -14,8 +14,9 @@
 //! The traps: locks are taken in the order of the disks, and only here are several held at once; and an error that does
 //! not name its disk sends the operator to the wrong one.
 
-use super::base::LentFlush;
+use super::base::{LentFlush, LentRecord};
 use super::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig, ReplicaError, ReplicaStatus};
+use super::extents::{Budget, Overlay};
 use super::lock;
 use super::mirror::resync::ChunkHash;
 use super::mirror::{Forward, Holds, Mirror, MirrorHandle, MirrorStatus, SyncStep, Target};
@@ -166,10 +167,32 @@ impl Mirrors {
 /// A base image, and where its record is kept.
 pub type Image = (Box<dyn Disk>, Box<dyn StateFile>);
 
-/// Guest B's disks, and the gate before them: whoever wants all of them holds it while they wait, and whoever copies slice
-/// by slice passes it between two. A lock goes to whoever comes first, and that would be the next slice.
+/// Guest B's disks.
 #[derive(Clone)]
-pub struct Replicas(Arc<[Arc<Mutex<Replica>>]>, Arc<Mutex<()>>);
+pub struct Replicas(Arc<[Arc<Mutex<Replica>>]>, Arc<Budget>);
+
+/// Copies so much of the round of one disk. True while more of it is left.
+fn copy_share(replica: &Mutex<Replica>, share_bytes: u64) -> Result<bool, DiskError> {
+    let dropped = lock(replica).take_dropped();
+    dropped.into_iter().for_each(free);
+    let mut left_bytes = share_bytes.max(1);
+    loop {
+        let lent = lock(replica).lend_copy();
+        let Some(lent) = lent else { return lock(replica).copy_round(left_bytes) };
+        let mut ended = lent.carry_out();
+        // What was copied is freed when the lock is not held any more.
+        let more = lock(replica).copy_ended(&mut ended)?;
+        left_bytes = left_bytes.saturating_sub(ended.run.len_bytes() as u64);
+        if !more || left_bytes == 0 {
+            return Ok(more);
+        }
+    }
+}
+
+/// In steps: what is free may be used before all is.
+fn free(mut layer: Overlay) {
+    while layer.forget_first() > 0 {}
+}
 
 impl Replicas {
     /// Replicas over bases that do not outlive them, in the order of the guest's disks, not started.
@@ -194,7 +217,7 @@ impl Replicas {
         let budget = config.budget();
         let members = Member::of(states, set).into_iter();
         let replica = |(base, member)| Arc::new(Mutex::new(Replica::over(base, member, budget.clone())));
-        Self(bases.into_iter().zip(members).map(replica).collect(), Arc::default())
+        Self(bases.into_iter().zip(members).map(replica).collect(), budget)
     }
 
     /// Each disk.
@@ -214,7 +237,6 @@ impl Replicas {
     }
 
     fn all(&self) -> Vec<MutexGuard<'_, Replica>> {
-        let _gate = lock(&self.1);
         self.0.iter().map(|replica| lock(replica)).collect()
     }
 
@@ -266,7 +288,10 @@ impl Replicas {
         stopped.into_iter().collect::<Result<(), _>>()?;
         // A disk with nothing left to apply was stopped before another one was written: it says again what it is.
         let settle = |replica: &mut Replica| replica.apply_some(1).map(drop).map_err(ReplicaError::Disk);
-        all.iter_mut().enumerate().try_for_each(|(disk, replica)| of_disk(disk, settle(replica)))
+        all.iter_mut().enumerate().try_for_each(|(disk, replica)| of_disk(disk, settle(replica)))?;
+        drop(all);
+        self.1.trim(true);
+        Ok(())
     }
 
     /// Copies about `budget_bytes` of sealed epochs into the bases, every disk its share, and flushes them when a round
@@ -291,19 +316,25 @@ impl Replicas {
         }
         drop(all);
         let share_bytes = budget_bytes / self.0.len().max(1) as u64;
-        let copied = self.on_each(|replica| lock(replica).copy_round(share_bytes))?;
+        let copied = self.on_each(|replica| copy_share(replica, share_bytes))?;
         Ok(!copied.contains(&true))
     }
 
     fn end_round(&self) -> Result<bool, OfDisk<DiskError>> {
-        let ended = self.on_each(|replica| {
-            let lent = lock(replica).lend_flush();
-            let flushed = lent.map(LentFlush::carry_out);
+        let recorded = self.on_each(|replica| {
+            let flush = lock(replica).lend_flush();
+            let flushed = flush.map(LentFlush::carry_out);
+            let record = lock(replica).lend_record(flushed)?;
+            let recorded = record.map(LentRecord::carry_out);
             let mut replica = lock(replica);
-            Ok((replica.end_round(flushed)?, replica.is_unsettled()))
-        })?;
-        let unsettled = ended.last().is_some_and(|(_, unsettled)| *unsettled);
-        Ok(unsettled || ended.iter().any(|(more, _)| *more))
+            let more = replica.end_round(recorded)?;
+            Ok((more, replica.is_unsettled(), replica.spills()))
+        });
+        let next_spills = recorded.as_ref().is_ok_and(|ended| ended.iter().any(|(_, _, spills)| *spills));
+        self.1.trim(!next_spills);
+        let ended = recorded?;
+        let unsettled = ended.last().is_some_and(|(_, unsettled, _)| *unsettled);
+        Ok(unsettled || ended.iter().any(|(more, ..)| *more))
     }
 
     fn on_each<T>(

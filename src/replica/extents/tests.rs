@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::disk::MemoryDisk;
+use crate::pool::Pool;
 use proptest::prelude::*;
+use std::fs;
 
 const SIZE: usize = 512;
 
@@ -78,6 +80,7 @@ proptest! {
         prop_assert_eq!(below.bytes(), &model[..]);
         prop_assert!(overlay.is_empty() && overlay.bytes() == 0);
         drop(overlay);
+        budget.trim(true);
         prop_assert_eq!((budget.memory_bytes(), budget.spill_bytes()), (0, 0));
     }
 }
@@ -148,6 +151,35 @@ fn the_spill_file_has_no_name_and_a_missing_directory_is_an_error() {
     assert!(matches!(overlay.write(100, data(b"x")), Err(DiskError::NoSpace { .. })), "no memory for its index");
     let mut lost = Overlay::new(&Budget::new(1000, Some(dir.path().join("gone")), 1 << 20));
     assert!(matches!(lost.write(0, data(&[1; 2000])), Err(DiskError::Io { .. })));
+}
+
+#[test]
+fn a_spill_file_is_written_over_by_the_next_layer_and_goes_where_room_is_wanted() {
+    let dir = tempfile::tempdir().unwrap();
+    // Of this, an extent of 300 bytes finds no room beside the index.
+    let budget = Budget::new(4 * EXTENT_COST_BYTES, Some(dir.path().into()), 1000);
+    let spilled = |len: usize| {
+        let mut overlay = Overlay::new(&budget);
+        overlay.write(0, data(&vec![len as u8; len])).map(|()| overlay)
+    };
+    let (first, second) = (spilled(400).unwrap(), spilled(300).unwrap());
+    assert_eq!(budget.spill_bytes(), 700);
+    drop(first);
+    let third = spilled(350).unwrap();
+    assert_eq!(budget.spill_bytes(), 700, "in the file of the first one");
+    assert!(whole(&third)[..350] == [94; 350] && whole(&third)[350..] == [0; 162]);
+    assert!(matches!(spilled(450), Err(DiskError::NoSpace { .. })), "all files are in use");
+    drop(second);
+    let mut fourth = spilled(450).unwrap();
+    assert_eq!(budget.spill_bytes(), 850, "what the file is longer now");
+    drop(third);
+    fourth.write(1000, data(&[1; 500])).unwrap();
+    assert_eq!(budget.spill_bytes(), 950, "the spare one made room");
+    drop(fourth);
+    budget.trim(false);
+    assert_eq!(budget.spill_bytes(), 950, "for the next epoch");
+    budget.trim(true);
+    assert_eq!((budget.spill_bytes(), budget.memory_bytes()), (0, 0));
 }
 
 #[test]

@@ -1,0 +1,241 @@
+//! A medium that takes its time over a copy, a flush, or a record: nobody waits for it but who must.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::{sleep, spawn};
+use std::time::Duration;
+use xen_colo::disk::{Disk, DiskError, Flush, MemoryDisk};
+use xen_colo::mutant::{self, Mutant};
+use xen_colo::replica::epochs::ReplicaConfig;
+use xen_colo::replica::set::Replicas;
+use xen_colo::replica::state::{Standing, StateFile};
+
+/// Long enough to see that somebody waits.
+const A_WHILE: Duration = Duration::from_millis(50);
+/// A step that waits for the medium goes on after this, and finds that it ended too early.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+type Outcome = Result<(), DiskError>;
+
+/// What a test waits for, and then lets end as it says.
+#[derive(Clone)]
+struct Slow {
+    begun: Sender<()>,
+    ends: Arc<Mutex<Receiver<Outcome>>>,
+}
+
+impl Slow {
+    fn new() -> (Self, Receiver<()>, Sender<Outcome>) {
+        let ((end, ends), (begun, begins)) = (channel(), channel());
+        (Self { begun, ends: Arc::new(Mutex::new(ends)) }, begins, end)
+    }
+
+    fn wait(&self) -> Outcome {
+        self.begun.send(()).unwrap();
+        self.ends.lock().unwrap().recv_timeout(PATIENCE).unwrap_or_else(|_| failed("nobody let it end"))
+    }
+}
+
+fn failed(why: &str) -> Outcome {
+    Err(DiskError::io("a medium", std::io::Error::other(why.to_owned())))
+}
+
+/// A disk of which some ways are slow.
+#[derive(Clone)]
+struct Disks {
+    bytes: Arc<Mutex<MemoryDisk>>,
+    flush: Option<Slow>,
+    copy: Option<Slow>,
+    /// This way to it is the one that was lent.
+    is_lent: bool,
+}
+
+impl Disks {
+    fn new(flush: Option<Slow>, copy: Option<Slow>) -> Self {
+        Self { bytes: Arc::new(Mutex::new(MemoryDisk::new(4096))), flush, copy, is_lent: false }
+    }
+}
+
+impl Disk for Disks {
+    fn size_bytes(&self) -> u64 {
+        self.bytes.lock().unwrap().size_bytes()
+    }
+
+    fn read(&mut self, offset: u64, into: &mut [u8]) -> Outcome {
+        self.bytes.lock().unwrap().read(offset, into)
+    }
+
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> Outcome {
+        match &self.copy {
+            Some(slow) if self.is_lent => slow.wait()?,
+            _ => {}
+        }
+        self.bytes.lock().unwrap().write(offset, bytes)
+    }
+
+    /// As a file's, whose error another flush has been told of.
+    fn flush(&mut self) -> Outcome {
+        Ok(())
+    }
+
+    fn lend_flush(&self) -> Option<Flush> {
+        let slow = self.flush.clone()?;
+        Some(Box::new(move || slow.wait()))
+    }
+
+    fn lend(&self) -> Option<Box<dyn Disk>> {
+        Some(Box::new(Self { is_lent: true, ..self.clone() }))
+    }
+}
+
+/// A record that is slow to become durable, in the word that has this in it.
+struct SlowRecord {
+    slow: Slow,
+    word: &'static str,
+    last: String,
+    said: Arc<Mutex<Vec<String>>>,
+}
+
+impl StateFile for SlowRecord {
+    fn read(&mut self) -> Result<Option<Vec<u8>>, DiskError> {
+        Ok(None)
+    }
+    fn write(&mut self, record: &[u8]) -> Outcome {
+        self.last = String::from_utf8_lossy(record).into_owned();
+        Ok(())
+    }
+    fn sync(&mut self) -> Outcome {
+        if self.last.contains(self.word) {
+            self.slow.wait()?;
+        }
+        self.said.lock().unwrap().push(self.last.clone());
+        Ok(())
+    }
+    fn sync_dir(&mut self) -> Outcome {
+        Ok(())
+    }
+}
+
+/// The primary writes, a checkpoint is made, and the guest sees it.
+fn goes_on(replicas: &Replicas) {
+    replicas.primary_views(1).next().unwrap().write(0, b"later").unwrap();
+    replicas.seal().unwrap();
+    let mut seen = [0; 5];
+    replicas.guest_views().next().unwrap().read(0, &mut seen).unwrap();
+    assert_eq!(&seen, b"later");
+    assert!(replicas.status()[0].seals > 1);
+}
+
+/// At its first checkpoint, with another one to be applied.
+fn begun(replicas: &Replicas) {
+    replicas.start_sync(1).unwrap();
+    replicas.seal().unwrap();
+    replicas.primary_views(1).next().unwrap().write(0, b"first").unwrap();
+    replicas.seal().unwrap();
+}
+
+/// A guest's flush, until it is not busy any more.
+fn flushed(replicas: &Replicas, bug: Option<Mutant>) -> Outcome {
+    mutant::plant(bug);
+    let mut guest = replicas.guest_views().next().unwrap();
+    loop {
+        match guest.flush() {
+            Err(DiskError::Busy) => {}
+            flushed => return flushed,
+        }
+    }
+}
+
+#[test]
+fn a_flush_that_is_under_way_keeps_nobody_but_another_flush() {
+    for fails in [false, true] {
+        let (slow, begins, end) = Slow::new();
+        let replicas = Replicas::new(vec![Box::new(Disks::new(Some(slow), None))], ReplicaConfig::default());
+        begun(&replicas);
+        let here = replicas.clone();
+        let applying = spawn(move || here.apply_round());
+        begins.recv().unwrap();
+        goes_on(&replicas);
+        replicas.takeover(2).unwrap();
+        replicas.guest_views().next().unwrap().write(8, b"mine").unwrap();
+        // A second flush would not be told what the first one was, so it waits for it.
+        let here = replicas.clone();
+        let flushing = spawn(move || flushed(&here, None));
+        sleep(A_WHILE);
+        assert!(!applying.is_finished() && !flushing.is_finished());
+        end.send(if fails { failed("as told") } else { Ok(()) }).unwrap();
+        let (applied, flushed) = (applying.join().unwrap(), flushing.join().unwrap());
+        let status = replicas.status().remove(0);
+        if fails {
+            assert!(matches!(flushed, Err(DiskError::FlushFailed { .. })), "{flushed:?}");
+            assert!(applied.is_err() && replicas.is_lost());
+            assert!(!status.standing.is_whole(), "{status:?}");
+        } else {
+            flushed.unwrap();
+            applied.unwrap();
+            assert_eq!(status.standing, Standing::Guest, "{status:?}");
+        }
+    }
+}
+
+/// What is on the disk of a guest that took over while a copy was under way, wrote where that one does, and flushed.
+fn taken_over_during_a_copy(bug: Option<Mutant>) -> [u8; 12] {
+    let (slow, begins, end) = Slow::new();
+    let disk = Disks::new(None, Some(slow));
+    let replicas = Replicas::new(vec![Box::new(disk.clone())], ReplicaConfig::default());
+    begun(&replicas);
+    let here = replicas.clone();
+    let applying = spawn(move || here.apply_round());
+    begins.recv().unwrap();
+    goes_on(&replicas);
+    replicas.takeover(2).unwrap();
+    replicas.guest_views().next().unwrap().write(0, b"mine").unwrap();
+    let here = replicas.clone();
+    let flushing = spawn(move || flushed(&here, bug));
+    sleep(A_WHILE);
+    assert!(!applying.is_finished());
+    assert!(!flushing.is_finished() || bug.is_some(), "what the copy overwrites was written before its end");
+    end.send(Ok(())).unwrap();
+    // It merges what is left, as slowly.
+    end.send(Ok(())).unwrap();
+    applying.join().unwrap().unwrap();
+    flushing.join().unwrap().unwrap();
+    let mut found = [0; 12];
+    disk.bytes.lock().unwrap().read(0, &mut found).unwrap();
+    found
+}
+
+#[test]
+fn a_copy_that_is_under_way_keeps_nobody_and_undoes_nothing() {
+    assert_eq!(&taken_over_during_a_copy(None)[..5], b"miner");
+    let found = taken_over_during_a_copy(Some(Mutant::WriteBesideCopy));
+    assert_ne!(&found[..5], b"miner", "the planted bug was not seen");
+}
+
+#[test]
+fn a_record_that_is_under_way_keeps_nobody_but_the_next_record() {
+    for word in ["resync applying", "checkpoint"] {
+        let (slow, begins, end) = Slow::new();
+        let said = Arc::new(Mutex::new(Vec::new()));
+        let record = SlowRecord { slow, word, last: String::new(), said: said.clone() };
+        let image: (Box<dyn Disk>, Box<dyn StateFile>) = (Box::new(Disks::new(None, None)), Box::new(record));
+        let replicas = Replicas::open(vec![image], 7, ReplicaConfig::default()).unwrap();
+        begun(&replicas);
+        let here = replicas.clone();
+        let applying = spawn(move || here.apply_round());
+        begins.recv().unwrap();
+        goes_on(&replicas);
+        replicas.takeover(2).unwrap();
+        let here = replicas.clone();
+        let flushing = spawn(move || flushed(&here, None));
+        sleep(A_WHILE);
+        assert!(!applying.is_finished() && !flushing.is_finished());
+        end.send(Ok(())).unwrap();
+        applying.join().unwrap().unwrap();
+        flushing.join().unwrap().unwrap();
+        let said = said.lock().unwrap();
+        let at = |word: &str| said.iter().position(|record| record.contains(word));
+        assert!(at(word) < at("taken-over") && at("taken-over") < at(" guest"), "{said:?}");
+        assert!(at(" guest") == Some(said.len() - 1), "{said:?}");
+    }
+}

@@ -264,10 +264,10 @@ impl Disk for MemoryDisk {
     }
 }
 
-/// A disk in a file or on a block device.
-#[derive(Debug)]
+/// A disk in a file or on a block device. A clone is the same open image, and costs no descriptor.
+#[derive(Clone, Debug)]
 pub struct FileDisk {
-    file: File,
+    file: Arc<File>,
     path: PathBuf,
     size_bytes: u64,
     /// A flush has failed, through any handle: nothing is written any more.
@@ -288,7 +288,13 @@ impl FileDisk {
         match OpenOptions::new().read(true).write(true).create_new(true).open(path) {
             Ok(file) => {
                 file.set_len(size_bytes).map_err(|e| DiskError::io(what(), e))?;
-                Ok(Self { file, path: path.to_owned(), size_bytes, flush_failed: Arc::default(), tells_waits: true })
+                Ok(Self {
+                    file: file.into(),
+                    path: path.to_owned(),
+                    size_bytes,
+                    flush_failed: Arc::default(),
+                    tells_waits: true,
+                })
             }
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Self::open(path),
             Err(e) => Err(DiskError::io(what(), e)),
@@ -307,7 +313,13 @@ impl FileDisk {
         let file = options.open(path).map_err(|e| DiskError::io(what(), e))?;
         // Seeking to the end gives the size of a block device too, where the metadata says 0.
         let size_bytes = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(|e| DiskError::io(what(), e))?;
-        Ok(Self { file, path: path.to_owned(), size_bytes, flush_failed: Arc::default(), tells_waits: true })
+        Ok(Self {
+            file: file.into(),
+            path: path.to_owned(),
+            size_bytes,
+            flush_failed: Arc::default(),
+            tells_waits: true,
+        })
     }
 
     /// Locks the image against other processes that do so too: many may read, or one may write. False when another has
@@ -332,13 +344,6 @@ impl FileDisk {
     /// Gives the lock up, whatever handles are left.
     pub fn unlock(&self) -> Result<(), DiskError> {
         self.file.unlock().map_err(self.failed("unlock"))
-    }
-
-    /// A second handle on the same open image.
-    pub fn try_clone(&self) -> Result<Self, DiskError> {
-        let file = self.file.try_clone().map_err(|e| DiskError::io(format!("reopen {}", self.path.display()), e))?;
-        let (path, flush_failed) = (self.path.clone(), self.flush_failed.clone());
-        Ok(Self { file, path, size_bytes: self.size_bytes, flush_failed, tells_waits: self.tells_waits })
     }
 
     /// Whether what is written can still become durable.
@@ -409,12 +414,12 @@ impl Disk for FileDisk {
     }
 
     fn lend_flush(&self) -> Option<Flush> {
-        let mut other = self.try_clone().ok()?;
+        let mut other = self.clone();
         Some(Box::new(move || other.flush()))
     }
 
     fn lend(&self) -> Option<Box<dyn Disk>> {
-        Some(Box::new(self.try_clone().ok()?))
+        Some(Box::new(self.clone()))
     }
 
     /// The page cache keeps what it could not write, as clean as the rest: it is dropped with that.
@@ -523,7 +528,7 @@ mod tests {
     fn after_a_failed_flush_nothing_is_written_through_any_handle() {
         // A device that takes everything and cannot be flushed.
         let mut disk = FileDisk::open(Path::new("/dev/null")).unwrap();
-        let mut other = disk.try_clone().unwrap();
+        let mut other = disk.clone();
         other.write(0, &[]).unwrap();
         assert!(matches!(disk.flush(), Err(DiskError::Io { .. })));
         let how = Zeroing::default();

@@ -3,7 +3,10 @@
 use crate::common::{installed, one_line, run, succeeds, xl_colo};
 use crate::nbd_command::{Nbd, chosen};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// An authority, a server and a client it has signed, by the names that everybody uses; and a stranger's client.
 fn make_certificates(dir: &Path) {
@@ -102,4 +105,24 @@ async fn certificates_that_cannot_be_used_are_named() {
     assert!(said.contains("ca-cert.pem"), "{said}");
     let said = one_line(&start("tls1").await, 1);
     assert!(said.contains("no --object has the id \"tls1\""), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_does_not_finish_its_tls_handshake_is_hung_up_on() {
+    let dir = tempfile::tempdir().unwrap();
+    make_certificates(dir.path());
+    let object = format!("tls-creds-x509,id=tls0,endpoint=server,dir={}/pki", dir.path().display());
+    let nbd = Nbd::serve(&[7; 4096], &["-t", "--object", &object, "--tls-creds", "tls0"]);
+    let mut silent = UnixStream::connect(nbd.socket()).unwrap();
+    silent.read_exact(&mut [0; 18]).unwrap();
+    silent.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x05\0\0\0\0").unwrap();
+    silent.read_exact(&mut [0; 20]).unwrap();
+    // The beginning of a hello of 4 KiB, and then a byte now and then: each is something to read.
+    silent.write_all(b"\x16\x03\x01\x10\0").unwrap();
+    let begun = Instant::now();
+    while silent.write_all(b"\x01").is_ok() {
+        assert!(begun.elapsed() < Duration::from_secs(25), "it has its place still");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    assert!(begun.elapsed() > Duration::from_secs(5), "it was given no time");
 }

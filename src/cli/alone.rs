@@ -20,20 +20,24 @@ pub struct ReportArgs {
     pub guest: Option<String>,
 }
 
+/// Where `nbd` listens unless it is told.
+const ANY_ADDRESS: &str = "0.0.0.0";
+const NBD_PORT: u16 = 10809;
+
 /// Arguments of `nbd`: the letters, meanings and defaults are qemu-nbd's.
 #[derive(Args, Debug)]
 pub struct NbdArgs {
     /// The image: a file or a block device
     pub image: PathBuf,
-    /// Serve on a Unix socket
+    /// Serve on a Unix socket, whatever -p and -b say
     #[arg(short = 'k', long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// Serve on this TCP port
-    #[arg(short, long, value_name = "PORT", default_value_t = 10809, conflicts_with = "socket")]
-    pub port: u16,
-    /// Serve on this address
-    #[arg(short, long, value_name = "ADDRESS", default_value = "0.0.0.0", conflicts_with = "socket")]
-    pub bind: String,
+    /// Serve on this TCP port; 10809 by default
+    #[arg(short, long, value_name = "PORT")]
+    pub port: Option<u16>,
+    /// Serve on this address; on all by default
+    #[arg(short, long, value_name = "ADDRESS")]
+    pub bind: Option<String>,
     /// The image's format; raw is the only one
     #[arg(short, long, default_value = "raw", value_parser = ["raw"])]
     pub format: String,
@@ -44,7 +48,7 @@ pub struct NbdArgs {
     #[arg(short = 'D', long, value_name = "TEXT", default_value = "")]
     pub description: String,
     /// Serve from this byte of the image on
-    #[arg(short, long, value_name = "BYTES", default_value_t = 0)]
+    #[arg(short, long, value_name = "BYTES", default_value_t = 0, value_parser = any_base)]
     pub offset: u64,
     /// Take no writes
     #[arg(short, long)]
@@ -52,8 +56,8 @@ pub struct NbdArgs {
     /// Serve a replica's image that is not whole, to save what is in it
     #[arg(long, requires = "read_only")]
     pub salvage: bool,
-    /// Clients at the same time; 0 for any number
-    #[arg(short = 'e', long, value_name = "NUMBER", default_value_t = 1)]
+    /// Clients at the same time, and one more waits; 0 for any number
+    #[arg(short = 'e', long, value_name = "NUMBER", default_value_t = 1, value_parser = clients)]
     pub shared: usize,
     /// Go on when the last client has left
     #[arg(short = 't', long)]
@@ -91,13 +95,35 @@ pub struct NbdArgs {
     pub verbose: bool,
 }
 
+/// A number as C has it: 0x before sixteen digits, 0 before eight.
+fn any_base(text: &str) -> Result<u64, String> {
+    let (digits, base) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => (digits, 16),
+        None if text.len() > 1 && text.starts_with('0') => (&text[1..], 8),
+        None => (text, 10),
+    };
+    // A sign is no digit, whatever from_str_radix says.
+    let plain = digits.starts_with(|digit: char| digit.is_ascii_hexdigit());
+    let number = u64::from_str_radix(digits, base).ok().filter(|_| plain);
+    number.ok_or_else(|| "a number is wanted: 1024, 0x400 or 02000".to_owned())
+}
+
+fn clients(text: &str) -> Result<usize, String> {
+    usize::try_from(any_base(text)?).map_err(|error| error.to_string())
+}
+
 impl NbdArgs {
     /// What they come to.
     pub fn config(self) -> Result<Config, String> {
+        let at_is_chosen = self.socket.is_some() || self.bind.is_some() || self.port.is_some();
         let at = match self.socket {
             Some(path) => Where::Unix(path),
-            None => Where::Tcp(self.bind, self.port),
+            None => Where::Tcp(self.bind.unwrap_or_else(|| ANY_ADDRESS.into()), self.port.unwrap_or(NBD_PORT)),
         };
+        let discard = matches!(self.discard.as_str(), "unmap" | "on");
+        if self.detect_zeroes == "unmap" && !discard {
+            return Err("--detect-zeroes=unmap frees space, and so wants --discard=unmap as well".into());
+        }
         let tls = match (self.tls_creds, self.object) {
             (Some(id), Some(object)) if object.id != id => {
                 return Err(format!("no --object has the id {id:?}; there is {:?}", object.id));
@@ -108,6 +134,7 @@ impl NbdArgs {
         Ok(Config {
             image: self.image,
             at,
+            at_is_chosen,
             name: self.export_name,
             description: self.description,
             offset_bytes: self.offset,
@@ -120,7 +147,7 @@ impl NbdArgs {
                 "unsafe" => Cache::Unsafe,
                 _ => Cache::WriteBack,
             },
-            discard: matches!(self.discard.as_str(), "unmap" | "on"),
+            discard,
             detect_zeroes: self.detect_zeroes != "off",
             unmap_zeroes: self.detect_zeroes == "unmap",
             pid_file: self.pid_file,

@@ -48,8 +48,8 @@ pub(super) fn make_others(
     let disks = each.collect::<Result<Vec<_>, _>>()?;
     check_distinct(images)?;
     disks.iter().zip(is_new).filter(|(_, is_new)| *is_new).try_for_each(|(disk, _)| disk.lock_alone())?;
-    let handles = disks.iter().map(FileDisk::try_clone).collect::<Result<_, _>>()?;
-    Ok((disks, Alone(handles)))
+    let alone = Alone(disks.clone());
+    Ok((disks, alone))
 }
 
 /// Two names of one image would be two disks that overwrite each other.

@@ -53,9 +53,9 @@ pub(super) struct Windows {
 }
 
 impl Windows {
-    pub(super) fn to(socket: &Stream) -> io::Result<Self> {
+    pub(super) fn to(socket: Stream) -> Self {
         let (open, taken, pages) = Default::default();
-        Ok(Self { socket: socket.try_clone()?, open, taken, pages, failures: 0 })
+        Self { socket, open, taken, pages, failures: 0 }
     }
 
     fn window(&mut self, file: BorrowedFd<'_>, of: &Stat, number: u64) -> io::Result<Arc<Window>> {
@@ -144,7 +144,7 @@ mod tests {
 
     fn way() -> (Windows, UnixStream) {
         let (here, there) = UnixStream::pair().unwrap();
-        (Windows::to(&Stream::Unix(here)).unwrap(), there)
+        (Windows::to(Stream::Unix(here.into())), there)
     }
 
     #[test]

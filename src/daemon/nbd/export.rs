@@ -1,8 +1,8 @@
 //! `xl-colo nbd`: one image, served as `qemu-nbd` serves it.
 //!
 //! The letters and their meanings are qemu-nbd's (qemu `docs/tools/qemu-nbd.rst`), so that scripts written for it run.
-//! The traps: without `-t` it ends with its last client, `-e` counts clients, discarding is ignored unless asked for, and
-//! `--fork` returns once clients can connect.
+//! The traps: without `-t` it ends with its last client, `-e` counts clients and one more waits, discarding is ignored unless
+//! asked for, and `--fork` returns once clients can connect.
 //!
 //! A replica's image is served by its record ([`crate::replica::state`]): one that is not whole only to save what is in
 //! it, and one that is a checkpoint is none any more once somebody can write to it. Otherwise its primary would send it
@@ -55,8 +55,10 @@ pub enum Cache {
 pub struct Config {
     /// The image.
     pub image: PathBuf,
-    /// Where clients connect; a socket that systemd passes takes its place.
+    /// Where clients connect; a socket that systemd passes takes its place, if nothing else was asked for.
     pub at: Where,
+    /// Something was.
+    pub at_is_chosen: bool,
     /// The export's name.
     pub name: String,
     /// The export's description.
@@ -67,7 +69,7 @@ pub struct Config {
     pub read_only: bool,
     /// Serves an image that is not whole.
     pub salvage: bool,
-    /// Clients at the same time; 0 for any number.
+    /// Clients at the same time; 0 for any number. One more waits for a place.
     pub max_connections: usize,
     /// Goes on when the last client has left.
     pub persistent: bool,
@@ -123,6 +125,9 @@ pub enum ExportError {
     /// The certificates cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// There is a socket already, and another one was asked for.
+    #[error("a socket was passed by systemd (LISTEN_FDS): leave out -k, -b and -p, or start this without it")]
+    TwoSockets,
     /// The name or the description is longer than the protocol can carry.
     #[error("the export's {0} is longer than {MAX_STRING_BYTES} bytes")]
     TooLong(&'static str),
@@ -177,15 +182,16 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
     let mut export = Export::new(config.name.clone(), disk.size_bytes());
     export.description.clone_from(&config.description);
     export.read_only = config.read_only;
-    export.multi_conn = true;
+    // Who may have one connection is not told that it may have several: nbdcopy would wait for the second.
+    export.multi_conn = config.max_connections != 1;
     export.fast_zero = true;
-    let mut last = disk.try_clone()?;
-    let open = move |_| Ok(Box::new(disk.try_clone()?) as Box<dyn Disk>);
+    let mut last = disk.clone();
+    let open = move |_| Ok(Box::new(disk.clone()) as Box<dyn Disk>);
     let tls = config.tls.as_ref().map(tls::load).transpose()?;
     let max_connections = config.max_connections;
     let service = Service { exports: vec![export], open: Box::new(open), max_connections, tls };
     let running = Running::default();
-    let (listener, socket) = listen(&config.at).await?;
+    let (listener, socket) = listen(&config).await?;
     if let (Standing::Checkpoint { .. }, false) = (state.standing(), config.read_only) {
         state.record(Standing::Guest)?;
     }
@@ -244,9 +250,12 @@ fn leave_the_caller() -> io::Result<()> {
     Ok(())
 }
 
-async fn listen(at: &Where) -> Result<(Listener, Option<PathBuf>), ExportError> {
+async fn listen(config: &Config) -> Result<(Listener, Option<PathBuf>), ExportError> {
     let mut passed = listenfd::ListenFd::from_env();
     if passed.len() > 0 {
+        if config.at_is_chosen {
+            return Err(ExportError::TwoSockets);
+        }
         let unix = passed.take_unix_listener(0).ok().flatten().map(Listener::Unix);
         // A socket of another family is left where it was.
         let listener = match unix {
@@ -256,7 +265,7 @@ async fn listen(at: &Where) -> Result<(Listener, Option<PathBuf>), ExportError> 
         let missing = || failed("take the socket of LISTEN_FDS")(io::ErrorKind::NotFound.into());
         return Ok((listener.ok_or_else(missing)?, None));
     }
-    match at {
+    match &config.at {
         Where::Unix(path) => {
             let bound = address::bind_unix(path).await.and_then(Listener::blocking);
             Ok((bound.map_err(failed(format!("listen on {}", path.display())))?, Some(path.clone())))
@@ -283,7 +292,7 @@ fn open(config: &Config) -> Result<Served, ExportError> {
 }
 
 /// The part of an image that is served, in the way that was asked for.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Served {
     disk: FileDisk,
     offset_bytes: u64,
@@ -295,10 +304,6 @@ struct Served {
 }
 
 impl Served {
-    fn try_clone(&self) -> Result<Self, DiskError> {
-        Ok(Self { disk: self.disk.try_clone()?, ..*self })
-    }
-
     /// The place in the image, of a range that lies in the export.
     fn at(&self, offset: u64, len_bytes: u64) -> Result<u64, DiskError> {
         check_range(self.size_bytes, offset, len_bytes).map(|()| self.offset_bytes + offset)

@@ -2,18 +2,19 @@
 //!
 //! ```text
 //!   accept ── a place is free ──▶ thread: negotiate (deadline) ─▶ open the export's disk ─▶ serve until the client leaves
-//!      └───── none is ─────────▶ closed at once
+//!      └───── none is ─────────▶ who comes waits for one in the socket's backlog, as with qemu-nbd
 //! ```
 //!
-//! The trap: a thread that reads or accepts cannot be told to end. Its socket can: whoever ends the server shuts the
-//! sockets down.
+//! The traps: a thread that reads or accepts cannot be told to end. Its socket can: whoever ends the server shuts the
+//! sockets down. A deadline for one read is none for a handshake: TLS reads until it has a record, and a byte now and then would
+//! buy all the time there is.
 //!
-//! Source for the limits: `doc/proto.md`, "Security considerations".
+//! Source for the limits: `doc/proto.md`, "Security considerations"; for the backlog qemu `qemu-nbd.c`, `nbd_can_accept`.
 
 use super::aside::Windows;
 use super::beside::Beside;
 use super::{BUSY_RETRY, HANDSHAKE_DEADLINE, ServeError};
-use crate::daemon::address::widen;
+use crate::daemon::address::{keep_alive, widen};
 use crate::daemon::links::lock;
 use crate::disk::{Disk, DiskError};
 use crate::nbd::handshake::{Encryption, Export};
@@ -42,13 +43,13 @@ pub enum Listener {
     Unix(UnixListener),
 }
 
-/// A connection.
-#[derive(Debug)]
+/// A connection. A clone is the same, and costs no descriptor.
+#[derive(Clone, Debug)]
 pub enum Stream {
     /// TCP.
-    Tcp(TcpStream),
+    Tcp(Arc<TcpStream>),
     /// Unix.
-    Unix(UnixStream),
+    Unix(Arc<UnixStream>),
 }
 
 impl Listener {
@@ -71,25 +72,19 @@ impl Listener {
             Self::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
                 stream.set_nodelay(true)?;
-                Ok(Stream::Tcp(stream))
+                keep_alive(&stream);
+                Ok(Stream::Tcp(stream.into()))
             }
             Self::Unix(listener) => {
                 let (stream, _) = listener.accept()?;
                 widen(&stream);
-                Ok(Stream::Unix(stream))
+                Ok(Stream::Unix(stream.into()))
             }
         }
     }
 }
 
 impl Stream {
-    pub(super) fn try_clone(&self) -> io::Result<Self> {
-        Ok(match self {
-            Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
-            Self::Unix(stream) => Self::Unix(stream.try_clone()?),
-        })
-    }
-
     fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.set_read_timeout(timeout),
@@ -130,8 +125,8 @@ impl AsFd for Stream {
 impl Read for Stream {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         match self {
-            Self::Tcp(stream) => stream.read(into),
-            Self::Unix(stream) => stream.read(into),
+            Self::Tcp(stream) => (&**stream).read(into),
+            Self::Unix(stream) => (&**stream).read(into),
         }
     }
 }
@@ -139,8 +134,8 @@ impl Read for Stream {
 impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
-            Self::Tcp(stream) => stream.write(bytes),
-            Self::Unix(stream) => stream.write(bytes),
+            Self::Tcp(stream) => (&**stream).write(bytes),
+            Self::Unix(stream) => (&**stream).write(bytes),
         }
     }
 
@@ -149,18 +144,56 @@ impl Write for Stream {
     }
 }
 
+/// A stream of which nothing is read after a deadline, however many reads there were before.
+struct Timed {
+    stream: Stream,
+    until: Option<Instant>,
+}
+
+impl Read for Timed {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if let Some(until) = self.until {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            self.stream.set_read_timeout(Some(left))?;
+        }
+        self.stream.read(into)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
 /// A client's bytes, in the clear or not.
 enum Transport {
-    Plain(Stream),
-    Tls(Box<StreamOwned<ServerConnection, Stream>>),
+    Plain(Timed),
+    Tls(Box<StreamOwned<ServerConnection, Timed>>),
 }
 
 impl Transport {
-    fn stream(&self) -> &Stream {
-        match self {
-            Self::Plain(stream) => stream,
-            Self::Tls(stream) => stream.get_ref(),
-        }
+    /// A client that has so long for its handshake.
+    fn until(stream: Stream, until: Instant) -> Self {
+        Self::Plain(Timed { stream, until: Some(until) })
+    }
+
+    /// It has finished that, and may take its time.
+    fn end_deadline(&mut self) -> io::Result<()> {
+        let timed = match self {
+            Self::Plain(timed) => timed,
+            Self::Tls(stream) => &mut stream.sock,
+        };
+        timed.until = None;
+        timed.stream.set_read_timeout(None)?;
+        timed.stream.set_write_timeout(None)
     }
 
     /// The client's next bytes are its TLS hello.
@@ -190,10 +223,10 @@ impl Transport {
     /// As [`Self::read`], and awake for [`AWAKE`] if `quick` says that this client has been worth it. Others that want
     /// this processor get it, the client first of all where there is no second one.
     fn read_quickly(&mut self, into: &mut [u8], quick: &mut bool) -> io::Result<usize> {
-        let Self::Plain(stream) = self else { return self.read(into) };
+        let Self::Plain(timed) = self else { return self.read(into) };
         let begun = Instant::now();
         while *quick {
-            match stream.read_now(into) {
+            match timed.stream.read_now(into) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 read => return read,
@@ -224,7 +257,7 @@ pub struct Service {
     pub exports: Vec<Export>,
     /// The disks behind them.
     pub open: OpenDisk,
-    /// Connections at the same time; 0 for any number.
+    /// Connections at the same time; 0 for any number. Who comes then waits until one is over.
     pub max_connections: usize,
     /// With it, nobody is served in the clear.
     pub tls: Option<Arc<ServerConfig>>,
@@ -274,16 +307,23 @@ impl Running {
         }
     }
 
-    /// Takes a place for a connection.
-    fn begin(&self, stream: &Stream, max: usize) -> io::Result<Option<u64>> {
+    /// Waits until one of `max` places is free, or it has ended.
+    fn await_place(&self, max: usize) {
+        let open = lock(&self.open.0);
+        let is_full = |open: &mut Open| !open.ended && max > 0 && open.streams.len() >= max;
+        drop(self.open.1.wait_while(open, is_full).unwrap_or_else(std::sync::PoisonError::into_inner));
+    }
+
+    /// Takes a place for a connection. `None` when it has ended.
+    fn begin(&self, stream: &Stream) -> Option<u64> {
         let mut open = lock(&self.open.0);
-        if open.ended || (max > 0 && open.streams.len() >= max) {
-            return Ok(None);
+        if open.ended {
+            return None;
         }
         let number = open.next;
         open.next += 1;
-        open.streams.insert(number, stream.try_clone()?);
-        Ok(Some(number))
+        open.streams.insert(number, stream.clone());
+        Some(number)
     }
 
     fn leave(&self, number: u64, served: bool) {
@@ -306,6 +346,7 @@ pub fn serve_all(listener: &Listener, service: &Arc<Service>, running: &Running)
     // A crowd is told of once, not a client at a time.
     let mut crowded = false;
     loop {
+        running.await_place(service.max_connections);
         let stream = match listener.accept() {
             Ok(stream) => stream,
             Err(_) if lock(&running.open.0).ended => return Ok(()),
@@ -319,22 +360,8 @@ pub fn serve_all(listener: &Listener, service: &Arc<Service>, running: &Running)
             }
             Err(error) => return Err(error),
         };
-        let number = match running.begin(&stream, service.max_connections) {
-            Ok(Some(number)) => {
-                crowded = false;
-                number
-            }
-            Ok(None) => {
-                tracing::debug!(max = service.max_connections, "a client is one too many");
-                continue;
-            }
-            Err(error) => {
-                if !std::mem::replace(&mut crowded, true) {
-                    tracing::warn!(%error, "a client is not served");
-                }
-                continue;
-            }
-        };
+        crowded = false;
+        let Some(number) = running.begin(&stream) else { return Ok(()) };
         let (service, here) = (service.clone(), running.clone());
         let run = move || {
             let mut served = false;
@@ -362,9 +389,8 @@ fn is_crowded(error: &io::Error) -> bool {
 fn serve_client(stream: Stream, service: &Service, served: &mut bool) -> Result<(), ServeError> {
     let encryption = if service.tls.is_some() { Encryption::Required } else { Encryption::None };
     let mut server = Server::new(service.exports.clone(), encryption);
-    let mut transport = Transport::Plain(stream);
-    let until = Instant::now() + HANDSHAKE_DEADLINE;
-    transport.stream().set_write_timeout(Some(HANDSHAKE_DEADLINE))?;
+    stream.set_write_timeout(Some(HANDSHAKE_DEADLINE))?;
+    let mut transport = Transport::until(stream, Instant::now() + HANDSHAKE_DEADLINE);
     let index = loop {
         let next = server.negotiate();
         speak(&mut transport, &mut server)?;
@@ -377,33 +403,25 @@ fn serve_client(stream: Stream, service: &Service, served: &mut bool) -> Result<
                 server.encrypted();
             }
             (Next::Output | Next::Busy | Next::Later, None) => {}
-            (Next::Input, None) => {
-                let left = until.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(ServeError::Deadline);
-                }
-                transport.stream().set_read_timeout(Some(left))?;
-                match transport.read(server.room()) {
-                    Ok(0) => return Ok(()),
-                    Ok(bytes) => server.filled(bytes),
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(ServeError::Deadline),
-                    Err(error) => return Err(error.into()),
-                }
-            }
+            (Next::Input, None) => match transport.read(server.room()) {
+                Ok(0) => return Ok(()),
+                Ok(bytes) => server.filled(bytes),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(ServeError::Deadline),
+                Err(error) => return Err(error.into()),
+            },
         }
     };
     *served = true;
-    transport.stream().set_read_timeout(None)?;
-    transport.stream().set_write_timeout(None)?;
+    transport.end_deadline()?;
     let mut disk = (service.open)(index).map_err(io::Error::other)?;
     let open = || (service.open)(index);
     std::thread::scope(|scope| {
         // Ends before the scope does, which waits for those who work for it.
         let mut beside = match &transport {
-            Transport::Plain(stream) => {
+            Transport::Plain(Timed { stream, .. }) => {
                 server.defer();
-                server.open_aside(Box::new(Windows::to(stream)?));
-                Some(Beside::new(stream.try_clone()?, scope, &open))
+                server.open_aside(Box::new(Windows::to(stream.clone())));
+                Some(Beside::new(stream.clone(), scope, &open))
             }
             // Only one thread at a time can know where the cipher is.
             Transport::Tls(_) => None,
@@ -447,6 +465,7 @@ fn speak(transport: &mut Transport, server: &mut Server) -> io::Result<()> {
 pub(super) mod tests {
     use super::*;
     use crate::disk::MemoryDisk;
+    use rustix::net::sockopt::{socket_keepalive, tcp_keepcnt, tcp_keepidle, tcp_keepintvl};
 
     /// A server of one disk, and a client that has chosen it.
     pub(in super::super) struct Lab {
@@ -492,6 +511,15 @@ pub(super) mod tests {
     #[test]
     fn ending_it_wakes_whoever_accepts_and_whoever_reads() {
         Lab::new(512, Box::new(|_| Ok(Box::new(MemoryDisk::new(512))))).end();
+    }
+
+    #[test]
+    fn a_tcp_peer_that_is_gone_is_noticed() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let stream = Listener::Tcp(listener).accept().unwrap();
+        let asked = tcp_keepidle(&stream).unwrap() + tcp_keepintvl(&stream).unwrap() * tcp_keepcnt(&stream).unwrap();
+        assert!(socket_keepalive(&stream).unwrap() && asked == Duration::from_secs(60), "{asked:?}");
     }
 
     /// A medium that answers nobody until it has two to answer.

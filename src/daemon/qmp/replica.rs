@@ -267,7 +267,7 @@ impl ReplicaMonitor {
         for (image, back) in images.iter().zip(&backs) {
             // The same open file, whose lock goes with its last handle.
             let Back::Plain(disk) = &**back else { return error(format!("{} is replicated", image.path.display())) };
-            let base: Box<dyn crate::disk::Disk> = Box::new(disk.try_clone().map_err(failed)?);
+            let base: Box<dyn crate::disk::Disk> = Box::new(disk.clone());
             bases.push((base, Box::new(FileState::of(&image.path)) as _));
         }
         let mut set = [0; 4];

@@ -13,6 +13,7 @@ use crate::qmp::QmpError;
 use crate::qmp::commands::{ExportAdd, Listen};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 /// What an export serves.
@@ -137,20 +138,21 @@ async fn hang_up(connections: Vec<Connection>) {
     }
 }
 
+/// Who comes when there are so many connections waits in the socket's backlog, as with QEMU.
 async fn accept_all(listener: Listener, table: Arc<Mutex<Table>>, max_connections: usize) {
-    loop {
+    let places = Arc::new(Semaphore::new(if max_connections > 0 { max_connections } else { Semaphore::MAX_PERMITS }));
+    // It is never closed.
+    while let Ok(place) = places.clone().acquire_owned().await {
         let link = accept("an NBD client", || listener.accept()).await;
         let mut open = lock(&table);
         open.connections.retain(|_, connection| !connection.task.is_finished());
-        if max_connections > 0 && open.connections.len() >= max_connections {
-            continue;
-        }
         let number = open.next;
         open.next += 1;
         let ids: Vec<String> = open.exports.keys().cloned().collect();
         let exports = open.exports.values().map(|served| served.export.clone()).collect();
         let here = table.clone();
         let task = tokio::spawn(async move {
+            let _place = place;
             let chosen = here.clone();
             let choose = move |index: usize| {
                 let mut table = lock(&chosen);

@@ -13,9 +13,9 @@ readonly BINARY=${XL_COLO:?bench.sh nbd sets it} LIMIT=${NBD_LIMIT:?bench.sh nbd
 readonly ROUNDS=${ROUNDS:-3} CELL_SECONDS=${CELL_SECONDS:-1} CELLS=${CELLS:-.}
 readonly SIZE_MIB=256
 readonly SERVERS=(xl-colo qemu-nbd nbdkit-file nbdkit-memory limit)
-# rw:block:depth:connections
-readonly SHAPES=(randread:4k:1:1 randread:4k:32:1 randread:4k:64:1 randread:4k:16:4
-	randwrite:4k:1:1 randwrite:4k:32:1 randwrite:4k:64:1 randwrite:4k:16:4
+# rw:block:depth:connections; the depth is each connection's.
+readonly SHAPES=(randread:4k:1:1 randread:4k:32:1 randread:4k:64:1 randread:4k:1:4 randread:4k:32:4 randread:4k:64:4
+	randwrite:4k:1:1 randwrite:4k:32:1 randwrite:4k:64:1 randwrite:4k:1:4 randwrite:4k:32:4 randwrite:4k:64:4
 	read:64k:16:1 read:64k:16:4 write:64k:16:1 write:64k:16:4
 	read:1m:8:1 read:1m:8:4 write:1m:8:1 write:1m:8:4)
 

@@ -3,8 +3,8 @@
 #   bench.sh checkpoint   how long a guest stands still, against a memory copy and against the classic order
 #   bench.sh idle         what a protected idle guest costs each host, in percent of one core
 #   bench.sh disk         threads against io_uring, both of fio's, on a file: what our server need not use
-#   bench.sh nbd          our NBD server against qemu-nbd and nbdkit (10 minutes)
-#   bench.sh replica      a protected disk against a pair of QEMUs: writes, checkpoints, takeovers (10 minutes)
+#   bench.sh nbd          our NBD server against qemu-nbd and nbdkit (15 minutes)
+#   bench.sh replica      a protected disk against a pair of QEMUs: writes, checkpoints, takeovers (15 minutes)
 #   bench.sh compare      our comparator against QEMU's and against a plain relay, and the engine alone (2 minutes)
 #   bench.sh demo         the embedded guest's service, protected against unprotected (3 minutes)
 #   bench.sh xen          our engine against Xen's own, for xl save and for Remus, on nested Xen hosts (20 minutes)

@@ -506,3 +506,20 @@ async fn a_hosts_guest_is_ordered_about_and_what_happens_is_told() {
     let exit = told.iter().find(|event| event.name == "COLO_EXIT").unwrap();
     assert_eq!(exit.data, json!({"mode": "secondary", "reason": "request"}));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_more_than_max_connections_waits_for_a_place() {
+    let secondary = Secondary::start();
+    let mut monitor = secondary.monitor().await;
+    let nbd = secondary.path("nbd");
+    let addr = json!({"type": "unix", "data": {"path": nbd}});
+    order(&mut monitor, "nbd-server-start", json!({"addr": addr, "max-connections": 1})).await;
+    let mut greeting = [0; 18];
+    let mut first = UnixStream::connect(&nbd).await.unwrap();
+    first.read_exact(&mut greeting).await.unwrap();
+    let mut second = UnixStream::connect(&nbd).await.unwrap();
+    let waits = tokio::time::timeout(std::time::Duration::from_millis(200), second.read_exact(&mut greeting)).await;
+    assert!(waits.is_err(), "the second has a place: {waits:?}");
+    drop(first);
+    tokio::time::timeout(PATIENCE, second.read_exact(&mut greeting)).await.expect("a place").unwrap();
+}

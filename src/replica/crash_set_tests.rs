@@ -11,6 +11,7 @@
 //! Two things are held against each medium: what a record says is true of its image, byte for byte; and images that a
 //! guest would be booted on are one checkpoint of both, or both the guest's own with all it flushed.
 
+use super::base::{LentCopy, LentFlush, LentRecord};
 use super::crash_hardware::{Arrived, Event, Fate, Hardware, Image, Machine, Medium, Record, standing};
 use super::epochs::{Replica, ReplicaConfig, Stage};
 use super::set::Replicas;
@@ -33,6 +34,10 @@ enum Op {
     GuestFlush(usize),
     Seal,
     Apply(u64),
+    /// A round of both is copied and flushed, and its words are lent.
+    Words,
+    /// The word of one is said, and its round ends.
+    Say(usize),
     Takeover,
     Stop,
     /// A guest is booted on the images.
@@ -43,7 +48,7 @@ enum Op {
     },
 }
 
-const OPS: [Op; 16] = [
+const OPS: [Op; 19] = [
     Op::Sync,
     Op::Primary(0),
     Op::Primary(1),
@@ -54,6 +59,9 @@ const OPS: [Op; 16] = [
     Op::Seal,
     Op::Apply(1),
     Op::Apply(u64::MAX),
+    Op::Words,
+    Op::Say(0),
+    Op::Say(1),
     Op::Takeover,
     Op::Stop,
     Op::Boot,
@@ -184,6 +192,10 @@ struct Run {
     hardware: Arc<Mutex<Hardware<DISKS>>>,
     model: Model,
     replicas: Option<Replicas>,
+    /// Words that are lent.
+    words: [Option<LentRecord>; DISKS],
+    /// The checkpoint they are of, the generation, how often the images had been written, and who has said it.
+    round: (Option<Images>, (u64, u64), [bool; DISKS]),
     booted: bool,
     byte: u8,
 }
@@ -191,7 +203,8 @@ struct Run {
 impl Run {
     fn new() -> Self {
         let model = Model { floor: [Some(Image::default()); DISKS], ..Model::default() };
-        Self { hardware: Arc::default(), model, replicas: None, booted: false, byte: 0 }
+        let (hardware, words, round) = Default::default();
+        Self { hardware, model, replicas: None, words, round, booted: false, byte: 0 }
     }
 
     fn get(&self) -> MutexGuard<'_, Hardware<DISKS>> {
@@ -206,6 +219,8 @@ impl Run {
             Op::Boot => !lives,
             Op::Guest(_) | Op::GuestFlush(_) | Op::Kill => lives,
             Op::PowerCut { .. } => true,
+            Op::Words => self.replicas.is_some() && self.words.iter().all(Option::is_none),
+            Op::Say(disk) => self.words[disk].is_some(),
             _ => self.replicas.is_some(),
         };
         if !makes_sense {
@@ -251,7 +266,7 @@ impl Run {
     }
 
     fn end(&mut self) {
-        self.replicas = None;
+        (self.replicas, self.words) = Default::default();
         self.booted = false;
         // The record of the guest may have arrived, though nobody was told so.
         if self.model.taken && !self.model.settled && !self.get().any_failed {
@@ -347,6 +362,45 @@ impl Run {
                 if applied.is_ok_and(|more| !more) && (lives || model.taken) {
                     model.must =
                         if model.taken { Must::Guest } else { model.latest.map_or(Must::Resync, Must::Checkpoint) };
+                }
+            }
+            Op::Words => {
+                for disk in replicas.disks() {
+                    let mut replica = disk.lock().unwrap();
+                    if !replica.is_in_round() {
+                        replica.begin_round();
+                    }
+                }
+                self.round = Default::default();
+                for (replica, word) in replicas.disks().iter().zip(&mut self.words) {
+                    let mut replica = replica.lock().unwrap();
+                    let mut copied = Ok(true);
+                    while matches!(copied, Ok(true)) {
+                        copied = match replica.lend_copy().map(LentCopy::carry_out) {
+                            Some(mut ended) => replica.copy_ended(&mut ended),
+                            None => replica.copy_round(1),
+                        };
+                    }
+                    let flushed = replica.lend_flush().map(LentFlush::carry_out);
+                    *word = replica.lend_record(flushed).ok().flatten();
+                }
+                if self.words.iter().all(Option::is_some) {
+                    let writes = self.hardware.lock().unwrap().writes;
+                    self.round = (model.latest, (generation, writes), [false; DISKS]);
+                }
+            }
+            Op::Say(disk) => {
+                let Some(word) = self.words[disk].take() else { return };
+                let said = word.carry_out();
+                let is_said = said.is_ok() && !self.hardware.lock().unwrap().any_failed;
+                on(disk, &|replica| replica.end_round(Some(Ok(()))).is_ok());
+                self.round.2[disk] = is_said;
+                let now = (generation, self.hardware.lock().unwrap().writes);
+                if let (Some(latest), [true, true]) = (self.round.0, self.round.2)
+                    && stage == Stage::Running
+                    && self.round.1 == now
+                {
+                    model.must = Must::Checkpoint(latest);
                 }
             }
             Op::Takeover => {

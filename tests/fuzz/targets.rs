@@ -14,6 +14,7 @@ use xen_colo::hypervisor::vmstate;
 use xen_colo::image::{self, helper};
 use xen_colo::nbd::client::{Client, Limits};
 use xen_colo::nbd::handshake::{Encryption, Export};
+use xen_colo::nbd::netlink;
 use xen_colo::nbd::server::{Next, Server};
 use xen_colo::qmp;
 use xen_colo::replica::state::{State, StateFile};
@@ -36,9 +37,11 @@ pub(super) struct Target {
     pub(super) run: fn(Pieces) -> Said,
 }
 
-pub(super) const TARGETS: [Target; 20] = [
+pub(super) const TARGETS: [Target; 21] = [
     Target { name: "nbd-server", run: nbd_server },
     Target { name: "nbd-client", run: nbd_client },
+    // A datagram comes whole.
+    Target { name: "netlink", run: |pieces| vec![brief(&netlink::Answer::new(7).handle_input(&all(pieces)))] },
     Target {
         name: "stream",
         run: |pieces| {
@@ -174,7 +177,8 @@ fn all(pieces: Pieces) -> Vec<u8> {
 
 /// What a server said in all, and how it ended. How often it said something depends on how it was asked.
 fn nbd_server(pieces: Pieces) -> Said {
-    let exports = vec![Export::new("", DISK_BYTES as u64), Export::new("disk0", DISK_BYTES as u64)];
+    let all = Export { fast_zero: true, knows_changes: true, ..Export::new("disk0", DISK_BYTES as u64) };
+    let exports = vec![Export::new("", DISK_BYTES as u64), all];
     let mut server = Server::new(exports, Encryption::None);
     let (mut disk, mut heard) = (MemoryDisk::new(DISK_BYTES), Vec::new());
     let ending = 'all: {

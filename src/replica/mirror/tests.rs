@@ -114,6 +114,54 @@ fn at_the_bound_a_write_is_refused_before_anything_is_done() {
     assert!(mirror.write(0, &[1; 80]).is_err() && mirror.pressure(), "refused for what only a checkpoint frees");
 }
 
+/// A medium on which every write fails that touches this byte, after the bytes before it.
+struct Bad(MemoryDisk, u64);
+
+impl Disk for Bad {
+    fn size_bytes(&self) -> u64 {
+        self.0.size_bytes()
+    }
+    fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+        self.0.read(offset, into)
+    }
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        if (offset..offset + bytes.len() as u64).contains(&self.1) {
+            self.0.write(offset, &bytes[..(self.1 - offset) as usize])?;
+            return Err(DiskError::io("the guest's medium", std::io::Error::from_raw_os_error(5)));
+        }
+        self.0.write(offset, bytes)
+    }
+    fn flush(&mut self) -> Result<(), DiskError> {
+        Err(DiskError::io("the guest's medium", std::io::Error::from_raw_os_error(5)))
+    }
+}
+
+#[test]
+fn an_error_of_the_guests_own_medium_is_the_guests_and_no_copy_hides_it() {
+    let mut mirror = Mirror::new(Box::new(Bad(MemoryDisk::new(64), 9)), 1000);
+    mirror.attach(holding(Holds::Zeroes));
+    while mirror.next_sync_chunk().unwrap() != SyncStep::Finished {}
+    mirror.write(0, b"good").unwrap();
+    assert!(matches!(mirror.flush(), Err(DiskError::Io { .. })), "a flush that fails is the guest's news too");
+    assert_eq!(mirror.status().error, None, "and none of the other host's");
+    assert!(matches!(mirror.write(8, b"half"), Err(DiskError::Io { .. })));
+    let mut back = [9; 4];
+    mirror.read(8, &mut back).unwrap();
+    assert_eq!(&back, b"h\0\0\0", "as far as it came");
+    let status = mirror.status();
+    assert!(status.error.as_ref().is_some_and(|error| error.contains("medium")), "{status:?}");
+    assert!(!mirror.drained(0), "no checkpoint is whole with a disk that is not known");
+    mirror.write(0, b"goes").unwrap();
+    mirror.read(0, &mut back).unwrap();
+    assert_eq!(&back, b"goes", "the guest goes on");
+    // The next copy of the disk compares, or sends, what is there.
+    mirror.attach(holding(Holds::Anything));
+    assert!(matches!(mirror.next_sync_chunk().unwrap(), SyncStep::Queued { bytes: 64 }));
+    let mut target = MemoryDisk::new(64);
+    while forward(&mut mirror, &mut target) {}
+    assert_eq!((&target.bytes()[..4], &target.bytes()[8..12]), (&b"goes"[..], &b"h\0\0\0"[..]));
+}
+
 #[test]
 fn a_forwarding_error_is_loud_and_stays_and_the_guest_goes_on() {
     let mut mirror = in_step(64, 1000);

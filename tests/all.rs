@@ -5,6 +5,7 @@
 #![allow(unreachable_pub, reason = "a binary exports nothing; pub marks what the modules share")]
 
 mod back;
+mod block_device;
 mod cli;
 mod common;
 mod compare_command;

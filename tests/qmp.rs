@@ -220,12 +220,15 @@ async fn success_that_means_nothing_is_refused() {
     }
     assert_eq!(refusal(&mut monitor, "x-colo-lost-heartbeat", json!({})).await, "The feature 'colo' is not enabled");
     // Without a replication node there is nothing to replicate, and it is said.
-    let line = json!({"command-line": "drive_del top"});
-    assert_eq!(order(&mut monitor, "human-monitor-command", line).await, "");
+    let delete = json!({"command-line": "drive_del top"});
+    assert_eq!(order(&mut monitor, "human-monitor-command", delete).await, "");
     let nothing = refusal(&mut monitor, "xen-set-replication", enable(false)).await;
     assert!(nothing.starts_with("there is nothing to replicate: "), "{nothing}");
-    let add = "drive_add -n buddy driver=replication,mode=secondary,top-id=top,node-name=top,file.backing=disk0";
-    assert_eq!(order(&mut monitor, "human-monitor-command", json!({"command-line": add})).await, "");
+    let add = "drive_add -n buddy driver=replication,mode=secondary,top-id=top,node-name=top,file.backing=";
+    let line = |image: &str| json!({"command-line": format!("{add}{image}")});
+    let nowhere = order(&mut monitor, "human-monitor-command", line("zork")).await;
+    assert_eq!(nowhere, "Cannot find device='zork' nor node-name='zork'\r\n");
+    assert_eq!(order(&mut monitor, "human-monitor-command", line("disk0")).await, "");
     order(&mut monitor, "xen-set-replication", enable(false)).await;
     let again = refusal(&mut monitor, "xen-set-replication", enable(false)).await;
     assert_eq!(again, "Block replication is running or done");

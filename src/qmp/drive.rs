@@ -216,7 +216,9 @@ impl Options {
             Some("secondary") => {
                 // Active and hidden disk are files of QEMU's; here they are layers, and only what is below counts.
                 let image = self.get("file.backing.backing").or(self.get("file.backing"));
-                let image = image.ok_or("Hidden disk doesn't have backing file")?;
+                let has_hidden = self.0.keys().any(|key| key.starts_with("file.backing"));
+                let whose = if has_hidden { "Hidden" } else { "Active" };
+                let image = image.ok_or_else(|| format!("{whose} disk doesn't have backing file"))?;
                 Ok(Drive::Secondary { name, image: image.to_owned() })
             }
             Some(_) => Err("The option mode's value should be primary or secondary".into()),
@@ -332,6 +334,22 @@ mod tests {
         ] {
             let said = Drive::parse(&format!("node-name=r,driver=replication,mode=primary,{options}"), true);
             assert!(said.as_ref().is_err_and(|said| said.contains(why)), "{options}: {said:?}");
+        }
+    }
+
+    #[test]
+    fn a_secondarys_layers_need_a_disk_below_them() {
+        let parse = |options: &str| Drive::parse(&format!("id=top,driver=replication,mode=secondary{options}"), false);
+        let layers =
+            ",top-id=top,file.driver=qcow2,file.file.filename=a,file.backing.driver=qcow2,file.backing.file.filename=h";
+        let whole = parse(&format!("{layers},file.backing.backing=disk0"));
+        assert_eq!(whole, Ok(Drive::Secondary { name: "top".into(), image: "disk0".into() }));
+        for (options, why) in [
+            (layers, "Hidden disk doesn't have backing file"),
+            (",top-id=top,file.driver=qcow2,file.file.filename=a", "Active disk doesn't have backing file"),
+            ("", "Missing the option top-id"),
+        ] {
+            assert_eq!(parse(options), Err(why.into()), "{options}");
         }
     }
 

@@ -33,6 +33,8 @@ pub(super) enum Event {
     DirSync,
     /// A flush that failed, of whichever kind.
     Failed(Box<Event>, Arrived),
+    /// A write that failed, and what of it was done, if anything.
+    Refused(Option<Box<Event>>),
 }
 
 impl Event {
@@ -40,6 +42,26 @@ impl Event {
     pub(super) fn is_flush(&self) -> bool {
         matches!(self, Self::Flush | Self::RecordSync | Self::DirSync)
     }
+
+    /// How much of it may be done when it fails. Of a write, all of it is none that fails.
+    pub(super) fn failures(&self) -> &'static [Arrived] {
+        if self.is_flush() { &Arrived::ALL } else { &Arrived::ALL[..2] }
+    }
+
+    /// What a write has done that failed: a byte of an image, half of a record over the old one.
+    fn refused(self, arrived: Arrived, old: &Record) -> Self {
+        let done = match self {
+            Self::Write(at, bytes) => Self::Write(at, bytes[..1].to_vec()),
+            Self::Record(new) => Self::Record(half(&new, old.as_deref().unwrap_or_default())),
+            other => other,
+        };
+        Self::Refused((arrived == Arrived::Some).then(|| Box::new(done)))
+    }
+}
+
+/// A record of which the first half was written.
+fn half(new: &[u8], old: &[u8]) -> Vec<u8> {
+    torn(new, old, 20)
 }
 
 /// How much of what a failed flush covered.
@@ -62,7 +84,7 @@ pub(super) enum Fate {
     Whole,
     /// It is killed after so many.
     KilledAfter(usize),
-    /// The flush after so many fails.
+    /// The flush or write after so many fails.
     FailsAfter(usize, Arrived),
 }
 
@@ -120,8 +142,17 @@ impl<const DISKS: usize> Machine<DISKS> {
         let hardware = &mut *hardware;
         match &mut hardware.fate {
             Fate::KilledAfter(0) => return Err(DiskError::io("a dead process", io::Error::other("killed"))),
+            Fate::FailsAfter(0, arrived) if !event.is_flush() => {
+                let event = event.refused(*arrived, &hardware.records[self.disk]);
+                (hardware.any_failed, hardware.fate) = (true, Fate::Whole);
+                if let Event::Refused(Some(done)) = &event {
+                    hardware.media[self.disk].take(done);
+                    self.show(hardware, done);
+                }
+                hardware.log.push((self.disk, event));
+                return Err(DiskError::io("a medium", io::Error::other("failed")));
+            }
             Fate::FailsAfter(0, arrived) => {
-                assert!(event.is_flush(), "{event:?} is no flush");
                 hardware.failed[self.disk] |= matches!(event, Event::Flush);
                 hardware.any_failed = true;
                 let event = Event::Failed(Box::new(event), *arrived);
@@ -135,7 +166,14 @@ impl<const DISKS: usize> Machine<DISKS> {
         }
         hardware.went_on |= hardware.failed[self.disk] && matches!(event, Event::Write(..) | Event::Flush);
         hardware.media[self.disk].take(&event);
-        match &event {
+        self.show(hardware, &event);
+        hardware.log.push((self.disk, event));
+        Ok(())
+    }
+
+    /// In the page cache.
+    fn show(&self, hardware: &mut Hardware<DISKS>, event: &Event) {
+        match event {
             Event::Write(at, bytes) => {
                 hardware.images[self.disk][*at..at + bytes.len()].copy_from_slice(bytes);
                 hardware.writes += 1;
@@ -143,8 +181,6 @@ impl<const DISKS: usize> Machine<DISKS> {
             Event::Record(record) => hardware.records[self.disk] = Some(record.clone()),
             _ => {}
         }
-        hardware.log.push((self.disk, event));
-        Ok(())
     }
 }
 
@@ -202,7 +238,7 @@ pub(super) fn standing(record: Record) -> Standing {
 
 /// The beginning of a new record, before the rest of the old one.
 fn torn(new: &[u8], old: &[u8], at: usize) -> Vec<u8> {
-    [&new[..at], old.get(at..).unwrap_or_default()].concat()
+    [&new[..at.min(new.len())], old.get(at..).unwrap_or_default()].concat()
 }
 
 /// What survives a power cut, and what may.
@@ -228,6 +264,7 @@ impl Medium {
             Event::RecordSync => self.unsynced.drain(..).for_each(|record| self.record = record),
             Event::DirSync => self.named = self.created,
             Event::Failed(flush, arrived) => self.fail(flush, *arrived),
+            Event::Refused(done) => done.iter().for_each(|done| self.take(done)),
         }
     }
 
@@ -242,7 +279,7 @@ impl Medium {
             (Event::RecordSync, _) => {
                 let new = self.unsynced.pop().filter(|_| arrived == Arrived::Some);
                 self.unsynced.clear();
-                self.record = new.map_or_else(|| self.record.clone(), |new| torn(&new, &self.record, 20));
+                self.record = new.map_or_else(|| self.record.clone(), |new| half(&new, &self.record));
             }
             _ => {}
         }

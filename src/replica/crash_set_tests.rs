@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  history:  a beginning, then up to three operations, each of one disk or of both; a kill inside the first ones; a flush
-//!            of an image, a record or its name that fails
+//!            of an image, a record or its name that fails, or a write of one of the former
 //!  cut:      before and after each call to either image or either record
 //!  medium:   of each image and each record what may have arrived, whatever has of the other's
 //! ```
@@ -297,6 +297,9 @@ impl Run {
             Op::Guest(disk) if self.booted => {
                 if Disk::write(&mut Machine::of(disk, &self.hardware), 2, &[byte; 2]).is_ok() {
                     model.guest[disk][2..4].fill(byte);
+                } else {
+                    // It reads what it is left with.
+                    model.guest[disk] = self.hardware.lock().unwrap().images[disk];
                 }
                 return;
             }
@@ -340,6 +343,8 @@ impl Run {
             Op::Guest(disk) => {
                 if on(disk, &|replica| replica.guest_write(2, &[byte; 2]).is_ok()) {
                     model.guest[disk][2..4].fill(byte);
+                } else {
+                    let _ = replicas.disks()[disk].lock().unwrap().guest_read(0, &mut model.guest[disk]);
                 }
             }
             Op::GuestFlush(disk) => {
@@ -505,14 +510,15 @@ fn beginnings() -> Vec<Vec<Act>> {
     beginnings.into_iter().map(|ops| ops.into_iter().map(|op| (op, Fate::Whole)).collect()).collect()
 }
 
-/// Every history of up to `left` more operations; in each, one flush at most fails, and nothing of it arrives.
+/// Every history of up to `left` more operations; in each, one call at most fails.
 fn explore(before: &mut Vec<Act>, left: usize, found: &mut Found) -> Result<(), String> {
     let has_failed = before.iter().any(|(_, fate)| matches!(fate, Fate::FailsAfter(..)));
     for op in OPS {
         let Some(events) = run(before, (op, Fate::Whole), found)? else { continue };
         let mut fates = vec![Fate::Whole];
-        for (calls, _) in events.iter().enumerate().filter(|(_, event)| event.is_flush() && !has_failed) {
-            let fate = Fate::FailsAfter(calls, Arrived::Nothing);
+        for (calls, event) in events.iter().enumerate().filter(|_| !has_failed) {
+            // Of a flush nothing has arrived, of a write a part was written: less than either is like no call at all.
+            let fate = Fate::FailsAfter(calls, if event.is_flush() { Arrived::Nothing } else { Arrived::Some });
             run(before, (op, fate), found)?;
             fates.push(fate);
         }

@@ -3,7 +3,8 @@
 //! ```text
 //!  history:  a beginning, then up to three of: sync, write, flush, seal, apply, takeover, stop, boot,
 //!            a round and its end, kill (the page cache stays), power cut (nothing, or everything unflushed arrived), a kill inside an operation,
-//!            a flush of the image, its record or its name that fails (nothing, some or everything arrived), eviction
+//!            a flush of the image, its record or its name that fails (nothing, some or everything arrived), a write of either
+//!            that does (nothing or a part was written), eviction
 //!  cut:      before and after each call to the image and its record
 //!  medium:   of what is unflushed, each byte may have arrived or not; a record may be torn, a new name missing
 //! ```
@@ -263,6 +264,9 @@ impl Run {
             Op::Guest if self.booted => {
                 if Disk::write(&mut self.machine, 2, &[byte; 2]).is_ok() {
                     model.guest[2..4].fill(byte);
+                } else {
+                    // It reads what it is left with.
+                    model.guest = self.machine.get().images[0];
                 }
                 return;
             }
@@ -308,6 +312,8 @@ impl Run {
             Op::Guest => {
                 if replica.guest_write(2, &[byte; 2]).is_ok() {
                     model.guest[2..4].fill(byte);
+                } else {
+                    let _ = replica.guest_read(0, &mut model.guest);
                 }
             }
             Op::GuestFlush => {
@@ -497,15 +503,15 @@ fn beginnings() -> Vec<Vec<Act>> {
     beginnings.into_iter().map(whole).chain([copied.concat(), guest.concat()]).collect()
 }
 
-/// Every history of up to `left` more operations; in each, one flush at most fails.
+/// Every history of up to `left` more operations; in each, one call at most fails.
 fn explore(before: &mut Vec<Act>, left: usize, found: &mut Found) -> Result<(), String> {
     let has_failed = before.iter().any(|(_, fate)| matches!(fate, Fate::FailsAfter(..)));
     for op in OPS {
         let Some(events) = run(before, (op, Fate::Whole), found)? else { continue };
         let mut fates = vec![Fate::Whole];
         for (calls, event) in events.iter().enumerate() {
-            for arrived in Arrived::ALL.into_iter().filter(|_| event.is_flush() && !has_failed) {
-                let fate = Fate::FailsAfter(calls, arrived);
+            for arrived in event.failures().iter().filter(|_| !has_failed) {
+                let fate = Fate::FailsAfter(calls, *arrived);
                 run(before, (op, fate), found)?;
                 fates.push(fate);
             }

@@ -111,6 +111,8 @@ pub struct ReplicaStatus {
     pub sealed_epochs: usize,
     /// Bytes still to be copied to the base.
     pub debt_bytes: u64,
+    /// Bytes that were, since the takeover.
+    pub merged_bytes: u64,
     /// Memory in use by all layers.
     pub memory_bytes: u64,
     /// What spill files take, one that waits for the next epoch included.
@@ -135,6 +137,8 @@ pub struct Replica {
     generation: u64,
     session: u64,
     taken_over: bool,
+    /// Since then.
+    merged_bytes: u64,
     sealed: VecDeque<Overlay>,
     round: Option<applying::Round>,
     pending: Overlay,
@@ -167,6 +171,7 @@ impl Replica {
             generation: 0,
             session: 0,
             taken_over: false,
+            merged_bytes: 0,
             sealed: VecDeque::new(),
             round: None,
             pending: Overlay::new(&budget),
@@ -492,6 +497,7 @@ impl Replica {
             active_bytes: self.active.bytes(),
             sealed_epochs: self.sealed.len(),
             debt_bytes: self.debt_bytes(),
+            merged_bytes: self.merged_bytes,
             memory_bytes: self.budget.memory_bytes(),
             spill_bytes: self.budget.spill_bytes(),
             seals: self.seals,

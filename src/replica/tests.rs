@@ -295,6 +295,30 @@ fn the_secondarys_own_full_layer_is_its_guests_news_only() {
 }
 
 #[test]
+fn what_is_merged_after_a_takeover_is_counted() {
+    let (mut replica, _) = secondary_started();
+    replica.seal().unwrap();
+    replica.guest_write(0, &[0x44; 100]).unwrap();
+    settle(&mut replica);
+    assert_eq!(replica.status().merged_bytes, 0, "checkpoints are applied, not merged");
+    replica.primary_write(1, H as u64, &[0x55; H]).unwrap();
+    replica.seal().unwrap();
+    replica.guest_write(0, &[0x44; 100]).unwrap();
+    replica.takeover(2).unwrap();
+    let all = H as u64 + 100;
+    let mut seen = Vec::new();
+    loop {
+        let status = replica.status();
+        assert_eq!(status.debt_bytes + status.merged_bytes, all);
+        seen.push(status.merged_bytes);
+        if !replica.apply_some(1).unwrap() {
+            break;
+        }
+    }
+    assert_eq!((replica.status().merged_bytes, &seen[..2]), (all, &[0, H as u64][..]));
+}
+
+#[test]
 fn a_base_that_fails_loses_nothing_and_can_be_tried_again() {
     let (mut replica, base) = secondary_started();
     replica.seal().unwrap();

@@ -13,6 +13,7 @@ use crate::daemon::events::{self, Checkpoint, Progress, What, Work, cut};
 use crate::daemon::links::lock;
 use crate::daemon::pair::primary::PrimarySide;
 use crate::daemon::status::{PeerHealth, Protection, Status};
+use crate::replica::epochs::ReplicaStatus;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -34,8 +35,6 @@ pub(super) struct Telling {
     disk_links_down: u64,
     looked_at: Option<Instant>,
     progress: Option<(Instant, Progress)>,
-    /// What a takeover left to be merged.
-    commit_bytes: u64,
     /// What the stream had carried by the checkpoint that was told of last.
     stream_bytes: u64,
     output: Output,
@@ -228,10 +227,10 @@ impl Engine {
                 })
             }
             Role::Secondary(role) if role.side.took_over() => {
-                let left = role.side.replicas().status().iter().map(|replica| replica.debt_bytes).sum::<u64>();
-                self.telling.commit_bytes = self.telling.commit_bytes.max(left);
-                let total_bytes = self.telling.commit_bytes;
-                (left > 0).then(|| Progress { work: Work::Commit, done_bytes: total_bytes - left, total_bytes })
+                let disks = role.side.replicas().status();
+                let sum = |of: fn(&ReplicaStatus) -> u64| disks.iter().map(of).sum::<u64>();
+                let (left, done_bytes) = (sum(|disk| disk.debt_bytes), sum(|disk| disk.merged_bytes));
+                (left > 0).then_some(Progress { work: Work::Commit, done_bytes, total_bytes: done_bytes + left })
             }
             _ => None,
         }

@@ -96,6 +96,7 @@ impl Replica {
         self.judge(result)?;
         if let (Some(oldest), true) = (self.sealed.front_mut(), is_copied) {
             let in_vain = !oldest.forget_run(&ended.run);
+            self.merged_bytes += if in_vain || !self.taken_over { 0 } else { ended.run.len_bytes() as u64 };
             self.round.iter_mut().for_each(|round| round.in_vain = in_vain);
             self.pop_copied();
         }
@@ -169,6 +170,7 @@ impl Replica {
             let step_bytes = usize::try_from(left_bytes).unwrap_or(usize::MAX);
             let moved_bytes = oldest.move_first(&mut self.base, step_bytes)?;
             left_bytes = left_bytes.saturating_sub(moved_bytes as u64);
+            self.merged_bytes += if self.taken_over { moved_bytes as u64 } else { 0 };
             self.pop_copied();
         }
         Ok(())

@@ -65,8 +65,9 @@ pub(super) fn status(state: &State) -> Value {
 pub(super) fn merging(phase: &Phase) -> Value {
     let Phase::TakenOver(replicas, names) = phase else { return json!([]) };
     let job = |(name, status): (&String, ReplicaStatus)| {
-        let left = status.debt_bytes;
-        (status.stage != Stage::Done).then(|| json!({"type": "commit", "device": name, "len": left, "offset": 0}))
+        let (left, done) = (status.debt_bytes, status.merged_bytes);
+        let job = json!({"type": "commit", "device": name, "len": done + left, "offset": done});
+        (status.stage != Stage::Done).then_some(job)
     };
     names.iter().zip(replicas.status()).filter_map(job).collect()
 }

@@ -179,14 +179,14 @@ complete -c xl-colo -n "__fish_xl_colo_using_subcommand arbiter" -l listen -d 'W
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand arbiter" -l file -d 'The register' -r -F
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand arbiter" -l json -d 'Say what there is to say in JSON, an object a line; why a command failed too, on standard error: {"error":{"class":…,"text":…,"do":…}}'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand arbiter" -s h -l help -d 'Print help'
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s k -l socket -d 'Serve on a Unix socket' -r -F
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s p -l port -d 'Serve on this TCP port' -r
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s b -l bind -d 'Serve on this address' -r
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s k -l socket -d 'Serve on a Unix socket, whatever -p and -b say' -r -F
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s p -l port -d 'Serve on this TCP port; 10809 by default' -r
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s b -l bind -d 'Serve on this address; on all by default' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s f -l format -d 'The image\'s format; raw is the only one' -r -f -a "raw\t''"
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s x -l export-name -d 'The export\'s name' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s D -l description -d 'The export\'s description' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s o -l offset -d 'Serve from this byte of the image on' -r
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s e -l shared -d 'Clients at the same time; 0 for any number' -r
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s e -l shared -d 'Clients at the same time, and one more waits; 0 for any number' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -l cache -d 'What a completed write means: writeback, or writethrough and directsync (durable), or unsafe (flushes do nothing)' -r -f -a "none\t''
 writeback\t''
 writethrough\t''

@@ -288,13 +288,7 @@ impl FileDisk {
         match OpenOptions::new().read(true).write(true).create_new(true).open(path) {
             Ok(file) => {
                 file.set_len(size_bytes).map_err(|e| DiskError::io(what(), e))?;
-                Ok(Self {
-                    file: file.into(),
-                    path: path.to_owned(),
-                    size_bytes,
-                    flush_failed: Arc::default(),
-                    tells_waits: true,
-                })
+                Ok(Self::over(file, path, size_bytes))
             }
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Self::open(path),
             Err(e) => Err(DiskError::io(what(), e)),
@@ -313,13 +307,12 @@ impl FileDisk {
         let file = options.open(path).map_err(|e| DiskError::io(what(), e))?;
         // Seeking to the end gives the size of a block device too, where the metadata says 0.
         let size_bytes = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(|e| DiskError::io(what(), e))?;
-        Ok(Self {
-            file: file.into(),
-            path: path.to_owned(),
-            size_bytes,
-            flush_failed: Arc::default(),
-            tells_waits: true,
-        })
+        Ok(Self::over(file, path, size_bytes))
+    }
+
+    fn over(file: File, path: &Path, size_bytes: u64) -> Self {
+        let (file, path, flush_failed) = (Arc::new(file), path.to_owned(), Arc::default());
+        Self { file, path, size_bytes, flush_failed, tells_waits: true }
     }
 
     /// Locks the image against other processes that do so too: many may read, or one may write. False when another has

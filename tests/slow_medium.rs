@@ -2,12 +2,12 @@
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::thread::{sleep, spawn};
+use std::thread::{JoinHandle, sleep, spawn};
 use std::time::Duration;
 use xen_colo::disk::{Disk, DiskError, Flush, MemoryDisk};
 use xen_colo::mutant::{self, Mutant};
 use xen_colo::replica::epochs::ReplicaConfig;
-use xen_colo::replica::set::Replicas;
+use xen_colo::replica::set::{OfDisk, Replicas};
 use xen_colo::replica::state::{Standing, StateFile};
 
 /// Long enough to see that somebody waits.
@@ -146,23 +146,37 @@ fn flushed(replicas: &Replicas, bug: Option<Mutant>) -> Outcome {
     }
 }
 
+type Applied = Result<bool, OfDisk<DiskError>>;
+
+/// Somebody applies what is sealed, and is held up by the medium; all goes on, and then a guest takes over, writes at `offset`, and
+/// flushes. Both are under way when this returns, a while later.
+fn taken_over(
+    replicas: &Replicas,
+    begins: &Receiver<()>,
+    offset: u64,
+    bug: Option<Mutant>,
+) -> (JoinHandle<Applied>, JoinHandle<Outcome>) {
+    begun(replicas);
+    let here = replicas.clone();
+    let applying = spawn(move || here.apply_round());
+    begins.recv().unwrap();
+    goes_on(replicas);
+    replicas.takeover(2).unwrap();
+    replicas.guest_views().next().unwrap().write(offset, b"mine").unwrap();
+    let here = replicas.clone();
+    let flushing = spawn(move || flushed(&here, bug));
+    sleep(A_WHILE);
+    assert!(!applying.is_finished(), "it was not held up");
+    (applying, flushing)
+}
+
 #[test]
 fn a_flush_that_is_under_way_keeps_nobody_but_another_flush() {
     for fails in [false, true] {
         let (slow, begins, end) = Slow::new();
         let replicas = Replicas::new(vec![Box::new(Disks::new(Some(slow), None))], ReplicaConfig::default());
-        begun(&replicas);
-        let here = replicas.clone();
-        let applying = spawn(move || here.apply_round());
-        begins.recv().unwrap();
-        goes_on(&replicas);
-        replicas.takeover(2).unwrap();
-        replicas.guest_views().next().unwrap().write(8, b"mine").unwrap();
-        // A second flush would not be told what the first one was, so it waits for it.
-        let here = replicas.clone();
-        let flushing = spawn(move || flushed(&here, None));
-        sleep(A_WHILE);
-        assert!(!applying.is_finished() && !flushing.is_finished());
+        let (applying, flushing) = taken_over(&replicas, &begins, 8, None);
+        assert!(!flushing.is_finished(), "a second flush would not be told what the first one was");
         end.send(if fails { failed("as told") } else { Ok(()) }).unwrap();
         let (applied, flushed) = (applying.join().unwrap(), flushing.join().unwrap());
         let status = replicas.status().remove(0);
@@ -183,17 +197,7 @@ fn taken_over_during_a_copy(bug: Option<Mutant>) -> [u8; 12] {
     let (slow, begins, end) = Slow::new();
     let disk = Disks::new(None, Some(slow));
     let replicas = Replicas::new(vec![Box::new(disk.clone())], ReplicaConfig::default());
-    begun(&replicas);
-    let here = replicas.clone();
-    let applying = spawn(move || here.apply_round());
-    begins.recv().unwrap();
-    goes_on(&replicas);
-    replicas.takeover(2).unwrap();
-    replicas.guest_views().next().unwrap().write(0, b"mine").unwrap();
-    let here = replicas.clone();
-    let flushing = spawn(move || flushed(&here, bug));
-    sleep(A_WHILE);
-    assert!(!applying.is_finished());
+    let (applying, flushing) = taken_over(&replicas, &begins, 0, bug);
     assert!(!flushing.is_finished() || bug.is_some(), "what the copy overwrites was written before its end");
     end.send(Ok(())).unwrap();
     // It merges what is left, as slowly.
@@ -220,16 +224,8 @@ fn a_record_that_is_under_way_keeps_nobody_but_the_next_record() {
         let record = SlowRecord { slow, word, last: String::new(), said: said.clone() };
         let image: (Box<dyn Disk>, Box<dyn StateFile>) = (Box::new(Disks::new(None, None)), Box::new(record));
         let replicas = Replicas::open(vec![image], 7, ReplicaConfig::default()).unwrap();
-        begun(&replicas);
-        let here = replicas.clone();
-        let applying = spawn(move || here.apply_round());
-        begins.recv().unwrap();
-        goes_on(&replicas);
-        replicas.takeover(2).unwrap();
-        let here = replicas.clone();
-        let flushing = spawn(move || flushed(&here, None));
-        sleep(A_WHILE);
-        assert!(!applying.is_finished() && !flushing.is_finished());
+        let (applying, flushing) = taken_over(&replicas, &begins, 0, None);
+        assert!(!flushing.is_finished());
         end.send(Ok(())).unwrap();
         applying.join().unwrap().unwrap();
         flushing.join().unwrap().unwrap();

@@ -112,9 +112,6 @@ impl Extent {
     }
 }
 
-/// A flush that a disk has lent: [`Disk::lend_flush`].
-pub type Flush = Box<dyn FnOnce() -> Result<(), DiskError> + Send>;
-
 /// A block device of fixed size, addressed in bytes.
 pub trait Disk: Send {
     /// The size, constant for the disk's life.
@@ -147,13 +144,8 @@ pub trait Disk: Send {
     /// Makes every completed write durable.
     fn flush(&mut self) -> Result<(), DiskError>;
 
-    /// The same flush, to be carried out by somebody else and without the disk: it covers what is written by the time it is
-    /// carried out. `None` of a disk that lends none.
-    fn lend_flush(&self) -> Option<Flush> {
-        None
-    }
-
-    /// Another way to the same disk, to be written by somebody else while this one is used. `None` of a disk that has none.
+    /// Another way to the same disk, to be written or flushed by somebody else while this one is used: a flush of either covers
+    /// what was written by then, through whichever. `None` of a disk that has none.
     fn lend(&self) -> Option<Box<dyn Disk>> {
         None
     }
@@ -404,11 +396,6 @@ impl Disk for FileDisk {
             self.flush_failed.store(true, Ordering::Relaxed);
             self.failed("flush")(error)
         })
-    }
-
-    fn lend_flush(&self) -> Option<Flush> {
-        let mut other = self.clone();
-        Some(Box::new(move || other.flush()))
     }
 
     fn lend(&self) -> Option<Box<dyn Disk>> {

@@ -1,7 +1,7 @@
 //! The pieces that stand alone: a disk over NBD, a monitor, the comparator, a run's page.
 
 use crate::daemon::compare::port::PortAddress;
-use crate::daemon::nbd::export::{Cache, Config, Where};
+use crate::daemon::nbd::export::{ANY_ADDRESS, Cache, Config, NBD_PORT, Where};
 use crate::daemon::nbd::kernel::Served;
 use crate::daemon::nbd::tls::Credentials;
 use clap::{Args, Subcommand};
@@ -19,10 +19,6 @@ pub struct ReportArgs {
     #[arg(long, value_name = "NAME")]
     pub guest: Option<String>,
 }
-
-/// Where `nbd` listens unless it is told.
-const ANY_ADDRESS: &str = "0.0.0.0";
-const NBD_PORT: u16 = 10809;
 
 /// Arguments of `nbd`: the letters, meanings and defaults are qemu-nbd's.
 #[derive(Args, Debug)]
@@ -115,10 +111,12 @@ fn clients(text: &str) -> Result<usize, String> {
 impl NbdArgs {
     /// What they come to.
     pub fn config(self) -> Result<Config, String> {
-        let at_is_chosen = self.socket.is_some() || self.bind.is_some() || self.port.is_some();
-        let at = match self.socket {
-            Some(path) => Where::Unix(path),
-            None => Where::Tcp(self.bind.unwrap_or_else(|| ANY_ADDRESS.into()), self.port.unwrap_or(NBD_PORT)),
+        let at = match (self.socket, self.bind, self.port) {
+            (Some(path), ..) => Some(Where::Unix(path)),
+            (None, None, None) => None,
+            (None, address, port) => {
+                Some(Where::Tcp(address.unwrap_or_else(|| ANY_ADDRESS.into()), port.unwrap_or(NBD_PORT)))
+            }
         };
         let discard = matches!(self.discard.as_str(), "unmap" | "on");
         if self.detect_zeroes == "unmap" && !discard {
@@ -134,7 +132,6 @@ impl NbdArgs {
         Ok(Config {
             image: self.image,
             at,
-            at_is_chosen,
             name: self.export_name,
             description: self.description,
             offset_bytes: self.offset,

@@ -21,7 +21,7 @@ use super::extents::Run;
 use super::lock;
 use super::records::Member;
 use super::state::{Standing, Why};
-use crate::disk::{Disk, DiskError, Extent, Flush, Zeroing};
+use crate::disk::{Disk, DiskError, Extent, Zeroing};
 use crate::mutant::{self, Mutant};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -69,7 +69,7 @@ impl Shared {
 /// A flush of a base, to be carried out while nobody waits for the base.
 #[must_use]
 pub struct LentFlush {
-    flush: Flush,
+    disk: Box<dyn Disk>,
     covers: u64,
     shared: Arc<Shared>,
 }
@@ -77,8 +77,8 @@ pub struct LentFlush {
 impl LentFlush {
     /// Waits for the medium.
     pub fn carry_out(self) -> FlushEnded {
-        let Self { flush, covers, shared } = self;
-        FlushEnded { covers, result: shared.flush(flush) }
+        let Self { mut disk, covers, shared } = self;
+        FlushEnded { covers, result: shared.flush(|| disk.flush()) }
     }
 }
 
@@ -199,8 +199,8 @@ impl Base {
     /// A flush of what was written until now; `None` when all of that is flushed, and of a disk that lends none. Give what
     /// becomes of it to [`Self::flush_ended`].
     pub fn lend_flush(&self) -> Option<LentFlush> {
-        let flush = if self.flushed < self.changes { self.disk.lend_flush() } else { None };
-        flush.map(|flush| LentFlush { flush, covers: self.changes, shared: self.shared.clone() })
+        let disk = if self.flushed < self.changes { self.disk.lend() } else { None };
+        disk.map(|disk| LentFlush { disk, covers: self.changes, shared: self.shared.clone() })
     }
 
     /// The copy of a run, which goes back where the disk lends none. One that is under way is waited for.

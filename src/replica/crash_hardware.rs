@@ -11,7 +11,7 @@
 //! showing all of it until it is dropped.
 
 use super::state::{Standing, State, StateFile};
-use crate::disk::{Disk, DiskError, Flush};
+use crate::disk::{Disk, DiskError};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -197,10 +197,6 @@ impl<const DISKS: usize> Disk for Machine<DISKS> {
     }
     fn flush(&mut self) -> Result<(), DiskError> {
         self.call(Event::Flush)
-    }
-    fn lend_flush(&self) -> Option<Flush> {
-        let machine = self.clone();
-        Some(Box::new(move || machine.call(Event::Flush)))
     }
     fn lend(&self) -> Option<Box<dyn Disk>> {
         Some(Box::new(self.clone()))

@@ -475,11 +475,6 @@ impl Replica {
         }
     }
 
-    /// Whether there is a next epoch, which may not fit into memory.
-    pub(super) fn spills(&self) -> bool {
-        self.stage == Stage::Running
-    }
-
     /// Bytes still to be copied to the base.
     #[must_use]
     pub fn debt_bytes(&self) -> u64 {

@@ -15,7 +15,7 @@
 //! not name its disk sends the operator to the wrong one.
 
 use super::base::{LentFlush, LentRecord};
-use super::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig, ReplicaError, ReplicaStatus};
+use super::epochs::{GuestView, PrimaryView, Replica, ReplicaConfig, ReplicaError, ReplicaStatus, Stage};
 use super::extents::{Budget, Overlay};
 use super::lock;
 use super::mirror::resync::ChunkHash;
@@ -321,20 +321,19 @@ impl Replicas {
     }
 
     fn end_round(&self) -> Result<bool, OfDisk<DiskError>> {
-        let recorded = self.on_each(|replica| {
+        let ended = self.on_each(|replica| {
             let flush = lock(replica).lend_flush();
             let flushed = flush.map(LentFlush::carry_out);
             let record = lock(replica).lend_record(flushed)?;
             let recorded = record.map(LentRecord::carry_out);
             let mut replica = lock(replica);
-            let more = replica.end_round(recorded)?;
-            Ok((more, replica.is_unsettled(), replica.spills()))
+            Ok((replica.end_round(recorded)?, replica.is_unsettled()))
         });
-        let next_spills = recorded.as_ref().is_ok_and(|ended| ended.iter().any(|(_, _, spills)| *spills));
-        self.1.trim(!next_spills);
-        let ended = recorded?;
-        let unsettled = ended.last().is_some_and(|(_, unsettled, _)| *unsettled);
-        Ok(unsettled || ended.iter().any(|(more, ..)| *more))
+        // Where no epoch follows, none will spill.
+        self.1.trim(!self.0.iter().any(|replica| lock(replica).stage() == Stage::Running));
+        let ended = ended?;
+        let unsettled = ended.last().is_some_and(|(_, unsettled)| *unsettled);
+        Ok(unsettled || ended.iter().any(|(more, _)| *more))
     }
 
     fn on_each<T>(

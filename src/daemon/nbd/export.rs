@@ -39,6 +39,17 @@ pub enum Where {
     Tcp(String, u16),
 }
 
+/// The port that is NBD's.
+pub const NBD_PORT: u16 = 10809;
+/// All addresses of this host, of IPv4.
+pub const ANY_ADDRESS: &str = "0.0.0.0";
+
+impl Default for Where {
+    fn default() -> Self {
+        Self::Tcp(ANY_ADDRESS.into(), NBD_PORT)
+    }
+}
+
 /// What a completed write means.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Cache {
@@ -55,10 +66,8 @@ pub enum Cache {
 pub struct Config {
     /// The image.
     pub image: PathBuf,
-    /// Where clients connect; a socket that systemd passes takes its place, if nothing else was asked for.
-    pub at: Where,
-    /// Something was.
-    pub at_is_chosen: bool,
+    /// Where clients connect; without it at the socket that systemd passes, or [`Where::default`].
+    pub at: Option<Where>,
     /// The export's name.
     pub name: String,
     /// The export's description.
@@ -191,7 +200,7 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
     let max_connections = config.max_connections;
     let service = Service { exports: vec![export], open: Box::new(open), max_connections, tls };
     let running = Running::default();
-    let (listener, socket) = listen(&config).await?;
+    let (listener, socket) = listen(config.at.as_ref()).await?;
     if let (Standing::Checkpoint { .. }, false) = (state.standing(), config.read_only) {
         state.record(Standing::Guest)?;
     }
@@ -204,7 +213,7 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
         say::out(&READY);
         leave_the_caller().map_err(failed("go to the background"))?;
     } else if say::is_json() {
-        let at = match &config.at {
+        let at = match &config.at.clone().unwrap_or_default() {
             Where::Unix(path) => format!("unix:{}", path.display()),
             Where::Tcp(address, port) => format!("tcp:{address}:{port}"),
         };
@@ -250,10 +259,10 @@ fn leave_the_caller() -> io::Result<()> {
     Ok(())
 }
 
-async fn listen(config: &Config) -> Result<(Listener, Option<PathBuf>), ExportError> {
+async fn listen(at: Option<&Where>) -> Result<(Listener, Option<PathBuf>), ExportError> {
     let mut passed = listenfd::ListenFd::from_env();
     if passed.len() > 0 {
-        if config.at_is_chosen {
+        if at.is_some() {
             return Err(ExportError::TwoSockets);
         }
         let unix = passed.take_unix_listener(0).ok().flatten().map(Listener::Unix);
@@ -265,7 +274,7 @@ async fn listen(config: &Config) -> Result<(Listener, Option<PathBuf>), ExportEr
         let missing = || failed("take the socket of LISTEN_FDS")(io::ErrorKind::NotFound.into());
         return Ok((listener.ok_or_else(missing)?, None));
     }
-    match &config.at {
+    match &at.cloned().unwrap_or_default() {
         Where::Unix(path) => {
             let bound = address::bind_unix(path).await.and_then(Listener::blocking);
             Ok((bound.map_err(failed(format!("listen on {}", path.display())))?, Some(path.clone())))

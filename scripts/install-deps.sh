@@ -7,7 +7,7 @@ set -euo pipefail
 # Each command, and the package it comes from.
 readonly TOOLS=(cc:gcc curl:curl qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils
 	qemu-system-x86_64:qemu-system-x86 socat:socat fio:fio ip:iproute2 ping:iputils-ping iperf3:iperf3 chromium:chromium python3:python3 nbdsh:python3-libnbd nbdkit:nbdkit nbd-server:nbd-server nbdinfo:libnbd-bin nbdcopy:libnbd-bin shellcheck:shellcheck
-	systemd-analyze:systemd ocf-tester:resource-agents xmllint:libxml2-utils setpriv:util-linux losetup:mount mmdebstrap:mmdebstrap dpkg-shlibdeps:dpkg-dev)
+	systemd-analyze:systemd ocf-tester:resource-agents xmllint:libxml2-utils setpriv:util-linux losetup:mount mkfs.ext4:e2fsprogs mmdebstrap:mmdebstrap dpkg-shlibdeps:dpkg-dev)
 
 # What package xen is built against: each file, and its package. The libraries and headers of the Xen that is
 # installed, and what bindgen reads them with.

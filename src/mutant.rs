@@ -44,6 +44,14 @@ pub enum Mutant {
     ForgetChanged,
     /// An image is written while a copy into it is under way.
     WriteBesideCopy,
+    /// Room that a layer lent becomes an extent of the layer that is there when it is filled.
+    TakeStrangersSpace,
+    /// What was written to lent room takes the place of what was written there meanwhile.
+    OvertakeWrite,
+    /// Who waits for a spill file has the replica's lock.
+    SpillUnderLock,
+    /// A spill file is written over though a part of it is lent.
+    ReuseLentFile,
     /// What the page cache shows of an image counts as being there, after a flush of it failed.
     TrustCachedImage,
     /// A guest's images are called whole as soon as one of them is.
@@ -140,6 +148,8 @@ impl Mutant {
         Self::ForgetChanged,
         Self::TrustCachedImage,
     ];
+    /// Those of what layers lend, which the replica's model catches.
+    pub const OF_LENDING: [Self; 3] = [Self::TakeStrangersSpace, Self::OvertakeWrite, Self::ReuseLentFile];
     /// Those that only the crash tests of several disks can.
     pub const OF_SETS: [Self; 3] = [Self::WholeAlone, Self::MarkFirstOnly, Self::FlushAgain];
     /// Those of the NBD client, which its own tests catch.

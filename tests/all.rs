@@ -39,6 +39,7 @@ mod packaging;
 mod packet_link;
 mod partition;
 mod progress;
+mod qemu_cases;
 mod qemu_pair;
 mod qemu_replication;
 mod qmp;

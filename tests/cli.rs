@@ -164,8 +164,8 @@ async fn stopping_a_host_lets_the_other_go_on() {
         load.goes_on(10).await;
         done(&order(&world, stopped, &["stop"]).await);
         let (gone, other) = if stopped == "a" { (&mut world.a, &world.b) } else { (&mut world.b, &world.a) };
+        assert!(!gone.socket.exists(), "the control socket is removed when `stop` is done");
         assert!(gone.exit().await.success());
-        assert!(!gone.socket.exists(), "the control socket is removed");
         other.becomes(Protection::TakenOver).await;
         load.goes_on(10).await;
         load.ends_unharmed().await;

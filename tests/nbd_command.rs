@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use xen_colo::replica::state::{FileState, Standing, State, Why, found};
@@ -455,13 +455,19 @@ os.execv(program[0], program)
 "#;
         let where_ = dir.path().display().to_string();
         let mut child = Command::new("/usr/bin/python3")
-            .args(["-c", activate, family, &where_, XL_COLO, "nbd", &path("image")])
+            .args(["-c", activate, family, &where_, XL_COLO, "nbd", "--json", &path("image")])
+            .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         wait("the socket", || Path::new(&path("uri")).exists());
         let uri = std::fs::read_to_string(path("uri")).unwrap();
         assert_eq!(succeeds("nbdinfo", &["--size", &uri]).await.trim(), "4096");
         wait("the end", || child.try_wait().unwrap().is_some());
+        let mut said = String::new();
+        child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+        let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+        let at = uri.replace("nbd+unix:///?socket=", "unix:").replace("nbd://", "tcp:");
+        assert_eq!(said["listening"], at, "where the socket is that was passed");
         // One socket is enough.
         let two = ["-c", activate, family, &path("two"), XL_COLO, "nbd", "-p", "1", &path("image")];
         std::fs::create_dir(path("two")).unwrap();

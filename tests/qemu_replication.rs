@@ -15,11 +15,14 @@ use crate::common::conversation::Conversation;
 use crate::common::qemu::{Drive, Qemu, difference};
 use crate::common::{installed, run, until};
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
+use tokio::task::JoinHandle;
 use xen_colo::daemon::address::Address;
-use xen_colo::daemon::nbd::serve_connection;
+use xen_colo::daemon::nbd::{ServeError, serve_connection};
 use xen_colo::disk::{Disk, FileDisk};
 use xen_colo::mutant::{self, Mutant};
 use xen_colo::nbd::client::Completion;
@@ -29,7 +32,7 @@ use xen_colo::replica::mirror::{Holds, Mirror, Payload, Target};
 const SIZE: usize = 8 << 20;
 const EXPORT: &str = "disk0";
 
-fn paths(dir: &TempDir) -> impl Fn(&str) -> PathBuf {
+fn paths(dir: &TempDir) -> impl Fn(&str) -> PathBuf + use<> {
     let dir = dir.path().to_owned();
     move |name| dir.join(name)
 }
@@ -51,40 +54,56 @@ async fn a_replica_that_keeps_its_guests_writes_is_caught() {
     }
 }
 
+/// A stock primary whose disk is served at `drives`, and our replica of it.
+struct Stock {
+    dir: TempDir,
+    qemu: Qemu,
+    replica: Arc<Mutex<Replica>>,
+    server: JoinHandle<Result<(), ServeError>>,
+}
+
+impl Stock {
+    /// Two images of 0x11, replicating. None where there is no such QEMU.
+    async fn primary() -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = paths(&dir);
+        std::fs::write(path("primary"), vec![0x11; SIZE]).unwrap();
+        std::fs::write(path("secondary"), vec![0x11; SIZE]).unwrap();
+        let base = FileDisk::open(&path("secondary")).unwrap();
+        let replica = Arc::new(Mutex::new(Replica::new(Box::new(base), ReplicaConfig::default())));
+        // Both images hold the same bytes, as QEMU demands before it starts.
+        replica.lock().unwrap().start_sync(1).unwrap();
+        replica.lock().unwrap().seal().unwrap();
+        let listener = Address::Unix(path("nbd")).listen().await.unwrap();
+        let served = replica.clone();
+        let server = tokio::spawn(async move {
+            let link = listener.accept().await.unwrap();
+            let view = PrimaryView { replica: served, generation: 1 };
+            serve_connection(link, EXPORT.into(), Box::new(view)).await
+        });
+        let file = format!("driver=raw,file.driver=file,file.filename={}", path("primary").display());
+        let quorum = format!(
+            "if=none,id=disk,driver=quorum,vote-threshold=1,read-pattern=fifo,{}",
+            file.split(',').map(|part| format!("children.0.{part}")).collect::<Vec<_>>().join(",")
+        );
+        let mut qemu = Qemu::start(&path("qmp"), &[quorum], &[]).await?;
+        let nbd = path("nbd").display().to_string();
+        let said = qemu.line(&format!(
+            "drive_add -n buddy driver=replication,mode=primary,node-name=replica,file.driver=nbd,file.server.type=unix,\
+             file.server.path={nbd},file.export={EXPORT}"
+        )).await;
+        assert!(said.trim().is_empty(), "{said}");
+        qemu.order("x-blockdev-change", json!({"parent": "disk", "node": "replica"})).await;
+        qemu.order("xen-set-replication", json!({"enable": true, "primary": true})).await;
+        qemu.serve(&path("drives"), &["disk"]).await;
+        Some(Self { dir, qemu, replica, server })
+    }
+}
+
 /// The first difference, or None where there is no such QEMU.
 async fn stock_primary() -> Option<Result<(), String>> {
-    let dir = tempfile::tempdir().unwrap();
+    let Stock { dir, mut qemu, replica, server } = Stock::primary().await?;
     let path = paths(&dir);
-    std::fs::write(path("primary"), vec![0x11; SIZE]).unwrap();
-    std::fs::write(path("secondary"), vec![0x11; SIZE]).unwrap();
-    let base = FileDisk::open(&path("secondary")).unwrap();
-    let replica = Arc::new(Mutex::new(Replica::new(Box::new(base), ReplicaConfig::default())));
-    // Both images hold the same bytes, as QEMU demands before it starts.
-    replica.lock().unwrap().start_sync(1).unwrap();
-    replica.lock().unwrap().seal().unwrap();
-    let listener = Address::Unix(path("nbd")).listen().await.unwrap();
-    let served = replica.clone();
-    let server = tokio::spawn(async move {
-        let link = listener.accept().await.unwrap();
-        let view = PrimaryView { replica: served, generation: 1 };
-        serve_connection(link, EXPORT.into(), Box::new(view)).await
-    });
-    let file = format!("driver=raw,file.driver=file,file.filename={}", path("primary").display());
-    let quorum = format!(
-        "if=none,id=disk,driver=quorum,vote-threshold=1,read-pattern=fifo,{}",
-        file.split(',').map(|part| format!("children.0.{part}")).collect::<Vec<_>>().join(",")
-    );
-    let mut qemu = Qemu::start(&path("qmp"), &[quorum], &[]).await?;
-    let nbd = path("nbd").display().to_string();
-    let said = qemu.line(&format!(
-        "drive_add -n buddy driver=replication,mode=primary,node-name=replica,file.driver=nbd,file.server.type=unix,\
-         file.server.path={nbd},file.export={EXPORT}"
-    )).await;
-    assert!(said.trim().is_empty(), "{said}");
-    qemu.order("x-blockdev-change", json!({"parent": "disk", "node": "replica"})).await;
-    qemu.order("xen-set-replication", json!({"enable": true, "primary": true})).await;
-
-    qemu.serve(&path("drives"), &["disk"]).await;
     let mut disk = Drive::open(&path("drives"), "disk").await;
     let mut guest = GuestView(replica.clone());
     let mut expected = vec![0x11; SIZE];
@@ -143,6 +162,154 @@ async fn stock_primary() -> Option<Result<(), String>> {
     Some(Ok(()))
 }
 
+const BLOCK: usize = 4096;
+const DEPTH: usize = 8;
+
+/// For each block how often its writing has begun, and how often it was acknowledged. What is written is that number.
+#[derive(Clone)]
+struct Written {
+    begun: Vec<u32>,
+    acked: Vec<u32>,
+}
+
+/// Writes through the stock primary, always [`DEPTH`] blocks at the same time, until told to stop.
+async fn write_on(mut disk: Drive, written: Arc<Mutex<Written>>, stop: Arc<AtomicBool>) {
+    let mut under_way = BTreeMap::new();
+    let mut next = 0;
+    loop {
+        while under_way.len() < DEPTH && !stop.load(Relaxed) {
+            // Here and there, and back to each before long.
+            next = (next + 37) % (SIZE / BLOCK / 16);
+            if under_way.values().any(|block| *block == next) {
+                continue;
+            }
+            let count = {
+                let mut written = written.lock().unwrap();
+                written.begun[next] += 1;
+                written.begun[next]
+            };
+            let data = count.to_le_bytes().repeat(BLOCK / 4);
+            under_way.insert(disk.0.client.write((next * BLOCK) as u64, data.into()).unwrap(), next);
+        }
+        if under_way.is_empty() {
+            return;
+        }
+        match disk.0.client.poll_completion() {
+            Some(Completion { cookie, result, .. }) => {
+                result.unwrap();
+                written.lock().unwrap().acked[under_way.remove(&cookie).unwrap()] += 1;
+            }
+            None => disk.0.step().await,
+        }
+    }
+}
+
+/// What is done wrong on purpose.
+#[derive(Clone, Copy, PartialEq)]
+enum Sabotage {
+    Nothing,
+    NoSeal,
+    OneMore,
+}
+
+/// How often each block was written, as guest B sees it.
+fn counts(guest: &mut GuestView) -> Result<Vec<u32>, String> {
+    let mut bytes = vec![0; SIZE];
+    guest.read(0, &mut bytes).unwrap();
+    let count = |(at, block): (usize, &[u8])| {
+        let count = u32::from_le_bytes(block[..4].try_into().unwrap());
+        let whole = block.chunks(4).all(|word| word == &block[..4]);
+        whole.then_some(if count == 0x1111_1111 { 0 } else { count }).ok_or(format!("block {at} is torn"))
+    };
+    bytes.chunks(BLOCK).enumerate().map(count).collect()
+}
+
+/// Checkpoints and a takeover while writes are under way. What was acknowledged before a checkpoint is in it, nothing is
+/// that was begun after it, and nothing comes to it later.
+async fn checkpoints_under_load(sabotage: Sabotage) -> Option<Result<(), String>> {
+    let Stock { dir, mut qemu, replica, server } = Stock::primary().await?;
+    let written = Arc::new(Mutex::new(Written { begun: vec![0; SIZE / BLOCK], acked: vec![0; SIZE / BLOCK] }));
+    let stop = Arc::new(AtomicBool::new(false));
+    let disk = Drive::open(&paths(&dir)("drives"), "disk").await;
+    let writer = tokio::spawn(write_on(disk, written.clone(), stop.clone()));
+    let mut guest = GuestView(replica.clone());
+    let more = async |than: &Written| {
+        until("some blocks are written again", async || {
+            let acked: u32 = written.lock().unwrap().acked.iter().sum();
+            let enough = acked > than.acked.iter().sum::<u32>() + 300;
+            enough.then_some(()).ok_or(acked)
+        })
+        .await;
+    };
+    let mut sealed = vec![0; SIZE / BLOCK];
+    for round in 1..=20 {
+        let before = written.lock().unwrap().clone();
+        more(&before).await;
+        if sabotage == Sabotage::OneMore && round == 3 {
+            replica.lock().unwrap().seal().unwrap();
+        }
+        match counts(&mut guest) {
+            Ok(still) if still == sealed => {}
+            Ok(_) => return Some(Err(format!("round {round}: the last checkpoint has changed"))),
+            Err(torn) => return Some(Err(torn)),
+        }
+        let acked = written.lock().unwrap().acked.clone();
+        qemu.order("xen-colo-do-checkpoint", json!({})).await;
+        if sabotage != Sabotage::NoSeal || round != 3 {
+            replica.lock().unwrap().seal().unwrap();
+        }
+        let begun = written.lock().unwrap().begun.clone();
+        match counts(&mut guest) {
+            Ok(now) => sealed = now,
+            Err(torn) => return Some(Err(torn)),
+        }
+        for block in 0..sealed.len() {
+            if !(acked[block]..=begun[block]).contains(&sealed[block]) {
+                let (of, from, to) = (sealed[block], acked[block], begun[block]);
+                return Some(Err(format!("round {round}: block {block} is of write {of}, not {from} to {to}")));
+            }
+        }
+        // Some checkpoints are merged, some wait for the next.
+        if round % 3 == 0 {
+            while replica.lock().unwrap().apply_some(1 << 20).unwrap() {}
+        }
+    }
+    let before = written.lock().unwrap().clone();
+    more(&before).await;
+    replica.lock().unwrap().takeover(2).unwrap();
+    assert!(counts(&mut guest).unwrap() == sealed, "the last checkpoint, though writes are under way");
+    // The old primary's guest goes on, on its own.
+    let before = written.lock().unwrap().clone();
+    more(&before).await;
+    stop.store(true, Relaxed);
+    writer.await.unwrap();
+    while replica.lock().unwrap().apply_some(1 << 20).unwrap() {}
+    assert!(counts(&mut guest).unwrap() == sealed);
+    assert!(replica.lock().unwrap().status().fenced_writes > 0);
+    let status = qemu.order("query-xen-replication-status", json!({})).await;
+    assert_eq!(status["error"], true, "{status}");
+    drop(qemu);
+    server.await.unwrap().unwrap();
+    Some(Ok(()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stock_primary_writes_while_checkpoints_are_made() {
+    if let Some(outcome) = checkpoints_under_load(Sabotage::Nothing).await {
+        assert_eq!(outcome, Ok(()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_checkpoint_too_few_and_one_too_many_are_seen_under_load() {
+    if let Some(outcome) = checkpoints_under_load(Sabotage::NoSeal).await {
+        assert!(outcome.as_ref().is_err_and(|why| why.starts_with("round 3: block ")), "{outcome:?}");
+    }
+    if let Some(outcome) = checkpoints_under_load(Sabotage::OneMore).await {
+        assert_eq!(outcome, Err("round 3: the last checkpoint has changed".into()));
+    }
+}
+
 /// Our primary: a mirror whose writes go to a stock secondary.
 struct Primary {
     mirror: Mirror,
@@ -152,7 +319,7 @@ struct Primary {
 impl Primary {
     /// Sends everything the mirror lets go, and tells it what came of it.
     async fn forward(&mut self) {
-        let mut sent = std::collections::BTreeMap::new();
+        let mut sent = BTreeMap::new();
         loop {
             while let Some(write) = self.mirror.poll_forward() {
                 let cookie = match write.payload {

@@ -1,12 +1,15 @@
-//! A medium that takes its time over a copy, a flush, or a record: nobody waits for it but who must.
+//! A medium that takes its time over a copy, a flush, a record, or what is spilled: nobody waits for it but who must.
 
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, sleep, spawn};
 use std::time::Duration;
 use xen_colo::disk::{Disk, DiskError, MemoryDisk};
 use xen_colo::mutant::{self, Mutant};
-use xen_colo::replica::epochs::ReplicaConfig;
+use xen_colo::replica::epochs::{ReplicaConfig, Stage};
 use xen_colo::replica::set::{OfDisk, Replicas};
 use xen_colo::replica::state::{Standing, StateFile};
 
@@ -239,4 +242,110 @@ fn a_record_that_is_under_way_keeps_nobody_but_the_next_record() {
         assert!(at(word) < at("taken-over") && at("taken-over") < at(" guest"), "{said:?}");
         assert!(at(" guest") == Some(said.len() - 1), "{said:?}");
     }
+}
+
+/// A file system of its own, on a file. It can be frozen, as for a snapshot: who writes to it waits.
+struct FileSystem {
+    dir: tempfile::TempDir,
+}
+
+impl FileSystem {
+    /// None, with a loud note, where none can be mounted.
+    fn mounted() -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, at) = (dir.path().join("file"), dir.path().join("at"));
+        std::fs::create_dir(&at).unwrap();
+        std::fs::File::create(&file).unwrap().set_len(64 << 20).unwrap();
+        let does = |program: &str, arguments: &[&OsStr]| Command::new(program).args(arguments).output();
+        let made = does("mkfs.ext4", &["-q".as_ref(), file.as_os_str()]);
+        let mounted = does("mount", &["-o".as_ref(), "loop".as_ref(), file.as_os_str(), at.as_os_str()]);
+        if ![&made, &mounted].iter().all(|done| done.as_ref().is_ok_and(|output| output.status.success())) {
+            eprintln!("SKIP: a file system cannot be mounted: {made:?} {mounted:?}");
+            return None;
+        }
+        Some(Self { dir })
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("at")
+    }
+
+    fn freeze(&self, freeze: bool) -> bool {
+        let how = if freeze { "--freeze" } else { "--unfreeze" };
+        Command::new("fsfreeze").arg(how).arg(self.path()).output().is_ok_and(|output| output.status.success())
+    }
+}
+
+impl Drop for FileSystem {
+    fn drop(&mut self) {
+        self.freeze(false);
+        // Whoever waited has its file open for a moment more.
+        for _ in 0..100 {
+            if Command::new("umount").arg(self.path()).output().is_ok_and(|output| output.status.success()) {
+                return;
+            }
+            sleep(A_WHILE);
+        }
+    }
+}
+
+/// A primary's write is held up by the file system it is spilled to; a checkpoint goes on, and a takeover if there is one. False
+/// if they had to wait, None where nothing can be held up.
+fn goes_on_beside_a_spill(takes_over: bool, bug: Option<Mutant>) -> Option<bool> {
+    let spill = FileSystem::mounted()?;
+    // Nothing of 500 bytes finds room in this memory.
+    let config = ReplicaConfig { memory_budget_bytes: 620, spill_dir: Some(spill.path()), spill_budget_bytes: 1 << 20 };
+    let replicas = Replicas::new(vec![Box::new(Disks::new(None, None))], config);
+    replicas.start_sync(1).unwrap();
+    replicas.seal().unwrap();
+    let views = || (replicas.primary_views(1).next().unwrap(), replicas.guest_views().next().unwrap());
+    let (mut primary, mut guest) = views();
+    primary.write(0, &[1; 500]).unwrap();
+    assert!(spill.freeze(true));
+    let waiting = spawn(move || {
+        mutant::plant(bug);
+        primary.write(1000, &[2; 500])
+    });
+    sleep(A_WHILE);
+    let is_waiting = !waiting.is_finished();
+    let (told, hears) = channel();
+    let here = replicas.clone();
+    let going_on = spawn(move || {
+        here.seal().unwrap();
+        let mut seen = [0; 2000];
+        guest.read(0, &mut seen).unwrap();
+        if takes_over {
+            here.takeover(2).unwrap();
+        }
+        // Nobody hears it if it comes too late.
+        let _ = told.send((seen, here.status()[0].stage));
+    });
+    let went_on = hears.recv_timeout(if bug.is_some() { A_WHILE } else { PATIENCE });
+    assert!(spill.freeze(false));
+    going_on.join().unwrap();
+    let written = waiting.join().unwrap();
+    assert!(is_waiting, "the file system did not hold it up");
+    let Ok((seen, stage)) = went_on else { return Some(false) };
+    let expected = [[1; 500].as_slice(), &[0; 1500]].concat();
+    assert!(seen[..] == expected, "the checkpoint, without what was under way");
+    assert_eq!(stage, if takes_over { Stage::Failover } else { Stage::Running });
+    if takes_over {
+        assert!(matches!(written, Err(DiskError::Fenced { .. })), "{written:?}");
+    } else {
+        written.unwrap();
+        replicas.seal().unwrap();
+        let mut seen = [0; 500];
+        views().1.read(1000, &mut seen).unwrap();
+        assert!(seen == [2; 500], "it is in the next checkpoint");
+    }
+    Some(true)
+}
+
+#[test]
+fn a_write_that_waits_for_a_spill_file_keeps_nobody() {
+    for takes_over in [false, true] {
+        let Some(went_on) = goes_on_beside_a_spill(takes_over, None) else { return };
+        assert!(went_on, "a checkpoint waited for the spill file");
+    }
+    assert_eq!(goes_on_beside_a_spill(true, Some(Mutant::SpillUnderLock)), Some(false), "the planted bug was not seen");
 }

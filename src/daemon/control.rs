@@ -34,6 +34,8 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 const PROTECT_DEADLINE: Duration = Duration::from_secs(60);
 /// The same for `unprotect`, which is answered when the peer has given the guest up, or an arbitration is over.
 const UNPROTECT_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a host may take to end after it said that it will: it gives a guest's devices away, one after another.
+const END_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a host waits for another one that is opening its socket, and how often it looks.
 const LOCK_DEADLINE: Duration = Duration::from_secs(5);
 const LOCK_LOOK: Duration = Duration::from_millis(10);
@@ -178,6 +180,9 @@ pub enum ControlError {
     /// The host refused.
     #[error("{0}")]
     Refused(String),
+    /// It is ending, and has not within this time.
+    #[error("the host is ending, and has not within {0:?}")]
+    NotEnded(Duration),
 }
 
 impl ControlError {
@@ -186,7 +191,7 @@ impl ControlError {
     pub fn class(&self) -> &'static str {
         match self {
             Self::NoHost { .. } | Self::Closed { .. } | Self::Connect { .. } => "no-host",
-            Self::NoAnswer(_) => "no-answer",
+            Self::NoAnswer(_) | Self::NotEnded(_) => "no-answer",
             Self::Refused(_) => "refused",
         }
     }
@@ -202,7 +207,7 @@ impl ControlError {
                 Some("run this as the user whose host it is, or name another directory with --run-dir".into())
             }
             Self::Closed { .. } | Self::Connect { .. } => Some("xl-colo list says who is here".into()),
-            Self::NoAnswer(_) => {
+            Self::NoAnswer(_) | Self::NotEnded(_) => {
                 Some("see whether its process is stopped or overloaded; xl-colo list has its number".into())
             }
             Self::Refused(_) => None,
@@ -355,17 +360,20 @@ pub(super) async fn ask_engine(engine: &mpsc::Sender<Asked>, request: Request) -
     answer.await.unwrap_or_else(|_| gone())
 }
 
-/// Asks a host one thing.
+/// Asks a host one thing. `stop` is answered at once, and over when the host is gone: what follows may be another host on
+/// the same disk, or `xl destroy` of a domain that is given its name and its devices meanwhile.
 pub async fn ask(path: &Path, request: &Request) -> Result<Value, ControlError> {
     let connected = Address::Unix(path.to_owned()).connect().await;
-    let mut link = connected.map_err(|source| ControlError::Connect { path: path.to_owned(), source })?;
+    let link = connected.map_err(|source| ControlError::Connect { path: path.to_owned(), source })?;
     let no_answer = |error: &dyn std::fmt::Display| ControlError::NoAnswer(error.to_string());
     let mut line = serde_json::to_vec(request).map_err(|e| no_answer(&e))?;
     line.push(b'\n');
     let mut answer = Vec::new();
+    let (read, mut write) = tokio::io::split(link);
+    let mut lines = BufReader::new(read).take(ANSWER_MAX_BYTES);
     let exchange = async {
-        link.write_all(&line).await?;
-        BufReader::new(link).take(ANSWER_MAX_BYTES).read_until(b'\n', &mut answer).await
+        write.write_all(&line).await?;
+        lines.read_until(b'\n', &mut answer).await
     };
     let deadline = match request {
         Request::Protect(_) => PROTECT_DEADLINE,
@@ -379,7 +387,14 @@ pub async fn ask(path: &Path, request: &Request) -> Result<Value, ControlError> 
         }
     }
     match serde_json::from_slice(&answer).map_err(|e| no_answer(&e))? {
-        Answer::Return(value) => Ok(value),
+        Answer::Return(value) => {
+            if *request == Request::Stop {
+                // The other end is closed with the process; a link that breaks is an end, too.
+                let end = tokio::time::timeout(END_DEADLINE, lines.read_to_end(&mut answer)).await;
+                end.map_err(|_| ControlError::NotEnded(END_DEADLINE))?.ok();
+            }
+            Ok(value)
+        }
         Answer::Error { desc } => Err(ControlError::Refused(desc)),
     }
 }

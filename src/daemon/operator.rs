@@ -119,7 +119,7 @@ fn trouble(error: &ControlError) -> &'static str {
     match error {
         ControlError::Connect { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => "not-yours",
         ControlError::Connect { .. } | ControlError::Closed { .. } | ControlError::NoHost { .. } => "stale-socket",
-        ControlError::NoAnswer(_) => "no-answer",
+        ControlError::NoAnswer(_) | ControlError::NotEnded(_) => "no-answer",
         ControlError::Refused(_) => "refused",
     }
 }

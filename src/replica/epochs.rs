@@ -41,8 +41,10 @@
 //! what a guest can see.
 
 mod applying;
+mod aside;
 mod views;
 
+pub use self::aside::Writer;
 pub use self::views::{GuestView, PrimaryView};
 pub use super::stage::{ReplicaError, Stage};
 

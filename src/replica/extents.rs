@@ -10,7 +10,7 @@
 //! A write goes in place where an extent is, and becomes a new extent in the gaps; a block that is all of one takes its
 //! place. So no data is ever split, the spill file holds no garbage, and a layer is never larger than the disk. New
 //! extents live in memory while the [`Budget`] lasts and are appended to an unlinked spill file after that. What is copied
-//! down is a [`Run`]: that needs the layer at its beginning and at its end only.
+//! down is a [`Run`], what is appended a [`Space`]: each needs the layer at its beginning and at its end only.
 //!
 //! Zeroes are extents without bytes: a guest that discards its whole disk fills no memory here, and what is copied down
 //! is a hole. Only they are split, by data that is written into them.
@@ -23,16 +23,19 @@
 
 mod budget;
 mod run;
+mod space;
 #[cfg(test)]
 mod tests;
 
 pub use self::budget::Budget;
 pub use self::run::Run;
+pub use self::space::Space;
 
 use self::budget::{SpillFile, no_space};
 use crate::disk::{Disk, DiskError, Extent as Described, Zeroing};
 use crate::pool::Block;
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -41,7 +44,6 @@ use std::sync::Arc;
 pub const MAX_EXTENT_BYTES: usize = 1 << 20;
 /// Longest extent of zeroes: where the disk below writes them by hand, one step of copying a layer down writes so many.
 pub const MAX_ZEROES_BYTES: u64 = 32 << 20;
-/// X LARGE_EXTENT_BYTES: usize = 128 << 10;
 /// What an extent's place in the index is charged, beside its bytes.
 pub const EXTENT_COST_BYTES: u64 = 128;
 
@@ -124,14 +126,17 @@ pub struct Overlay {
     memory_taken: u64,
     /// Another one after each change, of no other layer ever.
     version: u64,
+    /// Of no other layer ever.
+    layer: u64,
 }
 
 impl Overlay {
     /// An empty layer. No file is made before the first byte is spilled.
     #[must_use]
     pub fn new(budget: &Arc<Budget>) -> Self {
-        let budget = Arc::clone(budget);
-        Self { extents: BTreeMap::new(), bytes: 0, budget, spill: None, spill_end: 0, memory_taken: 0, version: 0 }
+        let (budget, layer) = (Arc::clone(budget), budget.next_version());
+        let (extents, bytes, spill, spill_end, memory_taken, version) = Default::default();
+        Self { extents, bytes, budget, spill, spill_end, memory_taken, version, layer }
     }
 
     /// Bytes covered.
@@ -458,16 +463,25 @@ impl Overlay {
         }
     }
 
-    /// Appends to the spill file; its end moves only when every byte is there.
-    fn spill(&mut self, bytes: &[u8]) -> Result<u64, DiskError> {
-        let (at, end) = (self.spill_end, self.spill_end + bytes.len() as u64);
+    /// Room at the end of the spill file, and where that is.
+    fn reserve(&mut self, len_bytes: u64) -> Result<(Arc<File>, u64), DiskError> {
+        let (at, end) = (self.spill_end, self.spill_end + len_bytes);
         if self.spill.is_none() {
             self.spill = Some(self.budget.spill_file()?);
         }
         let Some(spill) = &mut self.spill else { return Err(no_space()) };
         self.budget.grow(spill, end)?;
-        spill.file.write_all_at(bytes, at).map_err(|e| DiskError::io("write a spill file", e))?;
         self.spill_end = end;
+        Ok((spill.file.clone(), at))
+    }
+
+    /// Appends to the spill file, of which nothing is lost if that fails.
+    fn spill(&mut self, bytes: &[u8]) -> Result<u64, DiskError> {
+        let (file, at) = self.reserve(bytes.len() as u64)?;
+        let written = file.write_all_at(bytes, at);
+        // Nothing was lent behind it meanwhile.
+        self.spill_end = if written.is_ok() { self.spill_end } else { at };
+        written.map_err(|e| DiskError::io("write a spill file", e))?;
         Ok(at)
     }
 }

@@ -259,6 +259,7 @@ impl Replicas {
     /// Begins the initial copy of all disks; see [`Replica::start_session`]. After an error none has begun: the first disk
     /// makes it durable for all that they are not whole, and nothing else of it can fail.
     pub fn start_session(&self, generation: u64, session: u64) -> Result<(), OfDisk<ReplicaError>> {
+        self.1.prepare();
         self.step(|replica| replica.check_start(generation), |replica| replica.start_session(generation, session))
     }
 
@@ -330,7 +331,11 @@ impl Replicas {
             Ok((replica.end_round(recorded)?, replica.is_unsettled()))
         });
         // Where no epoch follows, none will spill.
-        self.1.trim(!self.0.iter().any(|replica| lock(replica).stage() == Stage::Running));
+        let goes_on = self.0.iter().any(|replica| lock(replica).stage() == Stage::Running);
+        self.1.trim(!goes_on);
+        if goes_on {
+            self.1.prepare();
+        }
         let ended = ended?;
         let unsettled = ended.last().is_some_and(|(_, unsettled)| *unsettled);
         Ok(unsettled || ended.iter().any(|(more, _)| *more))

@@ -5,6 +5,8 @@ use super::epochs::*;
 use crate::disk::{Disk, DiskError, MemoryDisk, Zeroing};
 use crate::mutant::{self, Mutant};
 use proptest::prelude::*;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
@@ -365,6 +367,11 @@ enum Op {
     Apply(u64),
     Takeover,
     OldPrimary(usize, usize, u8),
+    /// Room for a write of the primary, or of the guest.
+    Lend(bool, usize, usize),
+    /// A write that is under way is made, or ends.
+    Fill(u8),
+    End,
 }
 
 fn op(size: usize) -> impl Strategy<Value = Op> {
@@ -378,112 +385,163 @@ fn op(size: usize) -> impl Strategy<Value = Op> {
         4 => (0_u64..200).prop_map(Op::Apply),
         1 => Just(Op::Takeover),
         2 => write().prop_map(|(at, len, byte)| Op::OldPrimary(at, len, byte)),
+        4 => (any::<bool>(), 0..size, 1..size / 2).prop_map(|(primary, at, len)| Op::Lend(primary, at, len)),
+        4 => any::<u8>().prop_map(Op::Fill),
+        4 => Just(Op::End),
     ]
 }
 
+fn budgets() -> impl Strategy<Value = u64> {
+    prop_oneof![Just(1_u64 << 20), Just(8000), Just(30_000), Just(2000)]
+}
+
 proptest! {
-    /// The naive model is two whole images: the primary's disk and guest B's.
     #[test]
     fn the_guest_sees_the_last_checkpoint_and_its_own_writes(
         ops in prop::collection::vec(op(256), 1..80),
-        memory_budget_bytes in prop_oneof![Just(1_u64 << 20), Just(8000), Just(30_000)],
+        memory_budget_bytes in budgets(),
     ) {
-        const SIZE: usize = 256;
-        let dir = tempfile::tempdir().unwrap();
-        let base = Probe::filled(0x11, SIZE);
-        let config = ReplicaConfig { memory_budget_bytes, spill_dir: Some(dir.path().into()), spill_budget_bytes: 2000 };
-        let mut replica = Replica::new(Box::new(base.clone()), config);
-        replica.start_sync(1).unwrap();
-        replica.seal().unwrap();
-        let (mut primary, mut seen, mut broken, mut taken) = (vec![0x11; SIZE], vec![0x11; SIZE], false, false);
-        let mut sealed = seen.clone();
-        for op in ops {
-            match op {
-                Op::Primary(at, len, byte) if !taken => {
-                    let range = at..(at + len).min(SIZE);
-                    let (at, len) = (at as u64, range.len());
-                    let written = match byte {
-                        Some(byte) => replica.primary_write(1, at, &vec![byte; len]),
-                        None => replica.primary_zero(1, at, len as u64, Zeroing::default()),
-                    };
-                    match written {
-                        Ok(()) => primary[range].fill(byte.unwrap_or(0)),
-                        Err(error) => {
-                            prop_assert!(matches!(error, DiskError::NoSpace { .. }), "{}", error);
-                            broken = true;
-                        }
-                    }
-                }
-                Op::Primary(at, len, None) => {
-                    let refused = replica.primary_zero(1, at as u64, len.min(SIZE - at) as u64, Zeroing::default());
-                    prop_assert!(matches!(refused, Err(DiskError::Fenced { .. })), "{refused:?}");
-                }
-                Op::Primary(at, len, Some(byte)) | Op::OldPrimary(at, len, byte) => {
-                    let bytes = vec![byte; len.min(SIZE - at)];
-                    let refused = replica.primary_write(0, at as u64, &bytes);
-                    prop_assert!(matches!(refused, Err(DiskError::Fenced { .. })), "{refused:?}");
-                }
-                Op::Guest(at, len, byte) => {
-                    let range = at..(at + len).min(SIZE);
-                    let (at, len) = (at as u64, range.len());
-                    let written = match byte {
-                        Some(byte) => replica.guest_write(at, &vec![byte; len]),
-                        None => replica.guest_zero(at, len as u64, Zeroing { keep_allocated: true, fast_only: false }),
-                    };
-                    let byte = byte.unwrap_or(0);
-                    match written {
-                        Ok(()) => seen[range].fill(byte),
-                        // A failed write may have landed in part; inside its range only.
-                        Err(_) => {
-                            prop_assert!(!taken, "after a takeover no room is needed");
-                            let now = guest(&mut replica, 0, SIZE);
-                            prop_assert!(range.clone().all(|at| now[at] == byte || now[at] == seen[at]));
-                            seen[range.clone()].copy_from_slice(&now[range]);
-                        }
-                    }
-                }
-                Op::GuestTrim(at, len) => {
-                    let range = at..(at + len).min(SIZE);
-                    let fast = Zeroing { keep_allocated: false, fast_only: true };
-                    match replica.guest_zero(at as u64, range.len() as u64, fast) {
-                        Ok(()) => seen[range].fill(0),
-                        Err(DiskError::NoSpace { .. }) if !taken => {
-                            let now = guest(&mut replica, 0, SIZE);
-                            prop_assert!(range.clone().all(|at| now[at] == 0 || now[at] == seen[at]));
-                            seen[range.clone()].copy_from_slice(&now[range]);
-                        }
-                        // A trim that is no hole leaves every byte as it was.
-                        Err(error) => prop_assert!(taken && matches!(error, DiskError::NotSupported), "{}", error),
-                    }
-                }
-                Op::Seal => {
-                    prop_assert_eq!(replica.seal().is_err(), broken && !taken);
-                    if !broken && !taken {
-                        sealed.clone_from(&primary);
-                        seen.clone_from(&primary);
-                    }
-                }
-                Op::Apply(budget_bytes) => drop(replica.apply_some(budget_bytes).unwrap()),
-                Op::Takeover => {
-                    replica.takeover(2).unwrap();
-                    taken = true;
-                }
-            }
-            prop_assert_eq!(&guest(&mut replica, 0, SIZE), &seen);
-            let (mut at, mut told) = (0, replica.guest_extents(0, SIZE as u64, 64).unwrap());
-            prop_assert!(told.len() < 64 && told.iter().map(|extent| extent.len_bytes).sum::<u64>() == SIZE as u64);
-            for extent in told.drain(..) {
-                let end = at + extent.len_bytes as usize;
-                prop_assert!(!extent.zero || seen[at..end].iter().all(|byte| *byte == 0), "{:?} at {}", extent, at);
-                at = end;
-            }
-            let status = replica.status();
-            prop_assert!(status.memory_bytes <= memory_budget_bytes && status.spill_bytes <= 2000, "{:?}", status);
-        }
-        replica.stop().unwrap();
-        settle(&mut replica);
-        prop_assert_eq!(replica.stage(), Stage::Done);
-        prop_assert_eq!(base.bytes(), if taken { seen } else { sealed });
-        prop_assert_eq!((replica.status().memory_bytes, replica.status().spill_bytes), (0, 0));
+        is_as_the_model(ops, memory_budget_bytes)?;
     }
+}
+
+#[test]
+fn histories_show_what_is_wrong_with_lent_room() {
+    for bug in Mutant::OF_LENDING {
+        mutant::plant(Some(bug));
+        let config = Config { cases: 20_000, max_shrink_iters: 0, failure_persistence: None, ..Config::default() };
+        let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+        let histories = (prop::collection::vec(op(256), 1..80), budgets());
+        let outcome = runner.run(&histories, |(ops, budget)| is_as_the_model(ops, budget));
+        mutant::plant(None);
+        assert!(outcome.is_err(), "{bug:?} was not seen");
+    }
+}
+
+/// The naive model is two whole images: the primary's disk and guest B's.
+fn is_as_the_model(ops: Vec<Op>, memory_budget_bytes: u64) -> Result<(), TestCaseError> {
+    const SIZE: usize = 256;
+    const SPILL: u64 = 2000;
+    let dir = tempfile::tempdir().unwrap();
+    let base = Probe::filled(0x11, SIZE);
+    let config = ReplicaConfig { memory_budget_bytes, spill_dir: Some(dir.path().into()), spill_budget_bytes: SPILL };
+    let mut replica = Replica::new(Box::new(base.clone()), config);
+    replica.start_sync(1).unwrap();
+    replica.seal().unwrap();
+    let mut under_way = VecDeque::new();
+    let (mut primary, mut seen, mut broken, mut taken) = (vec![0x11; SIZE], vec![0x11; SIZE], false, false);
+    let mut sealed = seen.clone();
+    for op in ops {
+        match op {
+            Op::Primary(at, len, byte) if !taken => {
+                let range = at..(at + len).min(SIZE);
+                let (at, len) = (at as u64, range.len());
+                let written = match byte {
+                    Some(byte) => replica.primary_write(1, at, &vec![byte; len]),
+                    None => replica.primary_zero(1, at, len as u64, Zeroing::default()),
+                };
+                match written {
+                    Ok(()) => primary[range].fill(byte.unwrap_or(0)),
+                    Err(error) => {
+                        prop_assert!(matches!(error, DiskError::NoSpace { .. }), "{}", error);
+                        broken = true;
+                    }
+                }
+            }
+            Op::Primary(at, len, None) => {
+                let refused = replica.primary_zero(1, at as u64, len.min(SIZE - at) as u64, Zeroing::default());
+                prop_assert!(matches!(refused, Err(DiskError::Fenced { .. })), "{refused:?}");
+            }
+            Op::Primary(at, len, Some(byte)) | Op::OldPrimary(at, len, byte) => {
+                let bytes = vec![byte; len.min(SIZE - at)];
+                let refused = replica.primary_write(0, at as u64, &bytes);
+                prop_assert!(matches!(refused, Err(DiskError::Fenced { .. })), "{refused:?}");
+            }
+            Op::Guest(at, len, byte) => {
+                let range = at..(at + len).min(SIZE);
+                let (at, len) = (at as u64, range.len());
+                let written = match byte {
+                    Some(byte) => replica.guest_write(at, &vec![byte; len]),
+                    None => replica.guest_zero(at, len as u64, Zeroing { keep_allocated: true, fast_only: false }),
+                };
+                let byte = byte.unwrap_or(0);
+                match written {
+                    Ok(()) => seen[range].fill(byte),
+                    // A failed write may have landed in part; inside its range only.
+                    Err(_) => {
+                        prop_assert!(!taken, "after a takeover no room is needed");
+                        let now = guest(&mut replica, 0, SIZE);
+                        prop_assert!(range.clone().all(|at| now[at] == byte || now[at] == seen[at]));
+                        seen[range.clone()].copy_from_slice(&now[range]);
+                    }
+                }
+            }
+            Op::GuestTrim(at, len) => {
+                let range = at..(at + len).min(SIZE);
+                let fast = Zeroing { keep_allocated: false, fast_only: true };
+                match replica.guest_zero(at as u64, range.len() as u64, fast) {
+                    Ok(()) => seen[range].fill(0),
+                    Err(DiskError::NoSpace { .. }) if !taken => {
+                        let now = guest(&mut replica, 0, SIZE);
+                        prop_assert!(range.clone().all(|at| now[at] == 0 || now[at] == seen[at]));
+                        seen[range.clone()].copy_from_slice(&now[range]);
+                    }
+                    // A trim that is no hole leaves every byte as it was.
+                    Err(error) => prop_assert!(taken && matches!(error, DiskError::NotSupported), "{}", error),
+                }
+            }
+            Op::Seal => {
+                prop_assert_eq!(replica.seal().is_err(), broken && !taken);
+                if !broken && !taken {
+                    sealed.clone_from(&primary);
+                    seen.clone_from(&primary);
+                }
+            }
+            Op::Apply(budget_bytes) => drop(replica.apply_some(budget_bytes).unwrap()),
+            Op::Takeover => {
+                replica.takeover(2).unwrap();
+                taken = true;
+            }
+            Op::Lend(by_primary, at, len) => {
+                let writer = if by_primary { Writer::Primary(1) } else { Writer::Guest };
+                let range = at..(at + len).min(SIZE);
+                let lent = replica.lend_write(writer, at as u64, range.len());
+                prop_assert!(lent.is_none() || !taken);
+                under_way.extend(lent.map(|space| (by_primary, range, space, None)));
+            }
+            Op::Fill(byte) => {
+                if let Some((_, range, space, filled)) = under_way.iter_mut().find(|(.., filled)| filled.is_none()) {
+                    space.write(&vec![byte; range.len()]).unwrap();
+                    *filled = Some(byte);
+                }
+            }
+            Op::End => {
+                let Some((by_primary, range, space, filled)) = under_way.pop_front() else { continue };
+                let writer = if by_primary { Writer::Primary(1) } else { Writer::Guest };
+                if replica.end_write(writer, space, filled.is_some()) {
+                    prop_assert!(!taken);
+                    let written = if by_primary { &mut primary } else { &mut seen };
+                    written[range].fill(filled.unwrap());
+                }
+            }
+        }
+        prop_assert_eq!(&guest(&mut replica, 0, SIZE), &seen);
+        let (mut at, mut told) = (0, replica.guest_extents(0, SIZE as u64, 64).unwrap());
+        prop_assert!(told.len() < 64 && told.iter().map(|extent| extent.len_bytes).sum::<u64>() == SIZE as u64);
+        for extent in told.drain(..) {
+            let end = at + extent.len_bytes as usize;
+            prop_assert!(!extent.zero || seen[at..end].iter().all(|byte| *byte == 0), "{:?} at {}", extent, at);
+            at = end;
+        }
+        let status = replica.status();
+        prop_assert!(status.memory_bytes <= memory_budget_bytes && status.spill_bytes <= SPILL, "{:?}", status);
+    }
+    replica.stop().unwrap();
+    drop(under_way);
+    settle(&mut replica);
+    prop_assert_eq!(replica.stage(), Stage::Done);
+    prop_assert_eq!(base.bytes(), if taken { seen } else { sealed });
+    // A spill file is kept for the next epoch.
+    prop_assert_eq!(replica.status().memory_bytes, 0);
+    Ok(())
 }

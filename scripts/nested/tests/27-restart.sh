@@ -47,4 +47,4 @@ expect "and what is left of it here is paused" p "$(host a 'xl list pvh | awk "N
 served() { [[ $(get b protected) == 'written under protection' ]]; }
 holds "the guest answers at the other host" wait_until 60 served
 host a 'xl-colo stop; xl destroy pvh'
-host b 'xl-colo stop; xl destroy pvh 2>/dev/null || xl destroy pvh--incoming; kill $(pidof xl-colo)'
+host b 'xl-colo stop; xl destroy pvh; kill $(pidof xl-colo)'

@@ -178,4 +178,4 @@ holds "b takes over" wait_until 120 taken_over
 served() { [[ $(get b last) == "before the power cut" ]]; }
 holds "the last write is there" wait_until 60 served
 expect "and one from between two protections" "while alone" "$(get b first-alone)"
-host b 'xl-colo stop; xl destroy pvh 2>/dev/null || xl destroy pvh--incoming'
+host b 'xl-colo stop; xl destroy pvh'

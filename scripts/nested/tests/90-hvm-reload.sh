@@ -31,4 +31,4 @@ for round in 1 $((RELOADS / 2)) "$RELOADS"; do
 	holds "round $round is on the survivor" wait_until 60 read_back
 done
 expect "and it takes a write" 201 "$(put b after "after $RELOADS reloads")"
-host b 'xl-colo stop; xl destroy hvm 2>/dev/null || xl destroy hvm--incoming'
+host b 'xl-colo stop; xl destroy hvm'

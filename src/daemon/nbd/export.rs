@@ -213,11 +213,7 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
         say::out(&READY);
         leave_the_caller().map_err(failed("go to the background"))?;
     } else if say::is_json() {
-        let at = match &config.at.clone().unwrap_or_default() {
-            Where::Unix(path) => format!("unix:{}", path.display()),
-            Where::Tcp(address, port) => format!("tcp:{address}:{port}"),
-        };
-        say::out(&serde_json::json!({"what": "nbd", "listening": at}));
+        say::out(&serde_json::json!({"what": "nbd", "listening": listener.place()}));
     }
     let (here, serving) = (running.clone(), Arc::new(service));
     let accepting = tokio::task::spawn_blocking(move || serve_all(&listener, &serving, &here));

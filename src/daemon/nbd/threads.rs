@@ -60,6 +60,18 @@ impl Listener {
         Ok(Self::Unix(listener))
     }
 
+    /// Where it listens, for people and programs: it may have been passed, and a port may have been chosen.
+    pub fn place(&self) -> String {
+        let nowhere = |error| format!("a socket without an address ({error})");
+        match self {
+            Self::Tcp(listener) => listener.local_addr().map_or_else(nowhere, |at| format!("tcp:{at}")),
+            Self::Unix(listener) => listener.local_addr().map_or_else(nowhere, |at| match at.as_pathname() {
+                Some(path) => format!("unix:{}", path.display()),
+                None => format!("unix:{at:?}"),
+            }),
+        }
+    }
+
     fn socket(&self) -> io::Result<OwnedFd> {
         Ok(match self {
             Self::Tcp(listener) => listener.try_clone()?.into(),

@@ -7,7 +7,8 @@
 //! Running    | xen-colo-do-checkpoint                      | seals all disks as one                        | Running
 //! Running    | disable, failover=true · lost heartbeat     | takes over with the last checkpoint           | TakenOver
 //! Running    | disable, failover=false                     | drops the overlays                            | Stopped
-//! TakenOver, Stopped | enable · disable                    | refused: it is over                           | –
+//! TakenOver  | enable · disable · xen-colo-do-checkpoint   | nothing: this guest has no secondary any more | TakenOver
+//! Stopped    | enable · disable                            | refused: it is over                           | –
 //! ```
 //!
 //! The commands and options are those for a QEMU that is the secondary (`docs/COLO-FT.txt`, libxl): `--drive` and
@@ -240,6 +241,12 @@ impl ReplicaMonitor {
         state.phase = phase;
         self.tell("XEN_COLO_REPLICATION", json!({"stage": state.phase.name()}));
         self.work.notify_one();
+    }
+
+    /// Whether all that is here is a secondary that took over. As QEMU's it has no part in what is ordered of all nodes,
+    /// be it a new primary's orders.
+    fn is_past(state: &State) -> bool {
+        matches!(state.phase, Phase::TakenOver(..)) && graph::nodes(&state.drives).next().is_none()
     }
 
     fn start(&self, state: &mut State) -> Result<(), QmpError> {
@@ -484,6 +491,7 @@ impl Service for ReplicaMonitor {
 impl ReplicaMonitor {
     async fn order(&self, state: &mut State, command: Command) -> Outcome {
         match command {
+            Command::SetReplication { .. } | Command::DoCheckpoint if Self::is_past(state) => done(),
             Command::SetReplication { enable: true, primary: true, .. } => {
                 self.start_primary(state).await.and_then(|()| done())
             }

@@ -65,9 +65,15 @@ pub fn give_away(guest: Guest, images: &[PathBuf]) -> Result<Option<String>, Str
     let name = guest.name.clone();
     let store = Store::open().map_err(said)?;
     let by_name = |name: &str| store.by_name(name).map_err(said);
-    // What has just taken over has its own name a little later.
-    let domid = by_name(&name)?.map_or_else(|| by_name(&toolstack::incoming(&name)), |domid| Ok(Some(domid)))?;
-    let Some(domid) = domid else { return Ok(None) };
+    // What has just taken over has its own name a little later: it may get it between two looks.
+    let mut found_domid = None;
+    for called in [&name, &toolstack::incoming(&name), &name] {
+        found_domid = by_name(called)?;
+        if found_domid.is_some() {
+            break;
+        }
+    }
+    let Some(domid) = found_domid else { return Ok(None) };
     let unmerged = images.iter().find(|image| !matches!(found(image), Ok(Standing::Guest | Standing::NoRecord)));
     if let Some(image) = unmerged {
         return Err(format!("what it wrote since the takeover is not all in {} yet", image.display()));

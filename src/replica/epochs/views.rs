@@ -1,6 +1,7 @@
 //! How the layers look from above: to guest B, to the primary, and to whoever reads or writes through them.
 
 use super::Replica;
+use super::aside::{self, Writer};
 use crate::disk::{Disk, DiskError, Extent, Zeroing};
 use crate::pool::Block;
 use crate::replica::extents::{Content, Overlay};
@@ -81,8 +82,8 @@ impl Disk for GuestView {
     fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
         lock(&self.0).guest_read(offset, into)
     }
-    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        lock(&self.0).guest_write(offset, bytes)
+    fn write(&mut self, offset: u64, mut bytes: &[u8]) -> Result<(), DiskError> {
+        aside::write(&self.0, Writer::Guest, offset, &mut bytes, |replica, bytes| replica.guest_write(offset, bytes))
     }
     fn flush(&mut self) -> Result<(), DiskError> {
         lock(&self.0).guest_flush()
@@ -118,14 +119,20 @@ impl Disk for PrimaryView {
     fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
         lock(&self.replica).primary_read(self.generation, offset, into)
     }
-    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        lock(&self.replica).primary_write(self.generation, offset, bytes)
+    fn write(&mut self, offset: u64, mut bytes: &[u8]) -> Result<(), DiskError> {
+        let generation = self.generation;
+        aside::write(&self.replica, Writer::Primary(generation), offset, &mut bytes, |replica, bytes| {
+            replica.primary_write(generation, offset, bytes)
+        })
     }
     fn keeps_blocks(&self) -> bool {
         true
     }
     fn write_block(&mut self, offset: u64, block: &mut Block) -> Result<(), DiskError> {
-        lock(&self.replica).primary_write_block(self.generation, offset, block)
+        let generation = self.generation;
+        aside::write(&self.replica, Writer::Primary(generation), offset, block, |replica, block| {
+            replica.primary_write_block(generation, offset, block)
+        })
     }
     /// Unless somebody writes to the image now, or what comes goes to a spill file.
     fn writes_in_memory(&self) -> bool {

@@ -8,11 +8,14 @@
 //! A file outlives its layer for the next one to write over: that wants no new blocks of the file system, and nothing of the
 //! old one is ever read, since a layer reads what it has written only.
 //!
+//! It is made before it is wanted, by whoever waits for nobody.
+//!
 //! The trap: closing a file without a name gives all its blocks back, a tenth of a second for a GiB and more on a medium. So
 //! a layer that goes leaves its file here, and whoever waits for nobody closes it ([`Budget::trim`]).
 
 use super::MAX_EXTENT_BYTES;
 use crate::disk::DiskError;
+use crate::mutant::{self, Mutant};
 use crate::pool::Pool;
 use crate::replica::lock;
 use std::fs::{self, File, OpenOptions};
@@ -74,7 +77,7 @@ impl Budget {
     /// Whether the next extents are likely to find room in memory.
     #[must_use]
     pub fn has_memory(&self) -> bool {
-        self.memory_bytes() + MAX_EXTENT_BYTES as u64 <= self.data_limit_bytes()
+        self.fits_memory(MAX_EXTENT_BYTES as u64)
     }
 
     /// All the memory, the index included.
@@ -109,6 +112,14 @@ impl Budget {
         }
     }
 
+    /// Makes a spare file where there is none. Takes as long as [`Self::trim`]; what is wrong is said when it is wanted.
+    pub fn prepare(&self) {
+        let is_wanted = lock(&self.spare).is_empty();
+        if let Some(file) = self.spill_dir.as_deref().filter(|_| is_wanted).and_then(|dir| unlinked_file(dir).ok()) {
+            lock(&self.spare).push(SpillFile { file: Arc::new(file), charged_bytes: 0 });
+        }
+    }
+
     /// A number that no layer had before.
     pub(super) fn next_version(&self) -> u64 {
         self.versions.fetch_add(1, Relaxed) + 1
@@ -122,14 +133,23 @@ impl Budget {
         take(&self.memory_bytes, limit_bytes, bytes)
     }
 
+    /// Whether there is memory for data.
+    pub(super) fn fits_memory(&self, bytes: u64) -> bool {
+        self.memory_bytes() + bytes <= self.data_limit_bytes()
+    }
+
     pub(super) fn give_memory(&self, bytes: u64) {
         self.memory_bytes.fetch_sub(bytes, Relaxed);
     }
 
-    /// A file to spill to, whatever is in it.
+    /// A file to spill to, whatever is in it: one that nobody writes to any more, who did not know that his layer is gone.
     pub(super) fn spill_file(&self) -> Result<SpillFile, DiskError> {
         let dir = self.spill_dir.as_deref().ok_or_else(no_space)?;
-        let spare = lock(&self.spare).pop();
+        let is_free = |spare: &SpillFile| Arc::strong_count(&spare.file) == 1 || mutant::active(Mutant::ReuseLentFile);
+        let spare = {
+            let mut spare = lock(&self.spare);
+            spare.iter().rposition(is_free).map(|at| spare.remove(at))
+        };
         spare.map_or_else(|| Ok(SpillFile { file: Arc::new(unlinked_file(dir)?), charged_bytes: 0 }), Ok)
     }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::disk::MemoryDisk;
+use crate::mutant::{self, Mutant};
 use crate::pool::Pool;
 use proptest::prelude::*;
 use std::fs;
@@ -180,6 +181,88 @@ fn a_spill_file_is_written_over_by_the_next_layer_and_goes_where_room_is_wanted(
     assert_eq!(budget.spill_bytes(), 950, "for the next epoch");
     budget.trim(true);
     assert_eq!((budget.spill_bytes(), budget.memory_bytes()), (0, 0));
+}
+
+/// Lent room is filled after something else has happened; what is wrong then, if anything is.
+fn space_after(what: &str) -> Result<(), String> {
+    let dir = tempfile::tempdir().unwrap();
+    // No data finds room in memory that is as long as the test's.
+    let budget = Budget::new(4 * EXTENT_COST_BYTES, Some(dir.path().into()), 2000);
+    let (mut layer, mut next) = (Overlay::new(&budget), Overlay::new(&budget));
+    let space = layer.lend_space(0, 300).unwrap();
+    assert!(layer.is_empty() && whole(&layer) == [0; SIZE], "nothing is there before it is filled");
+    let mut expected = [0; SIZE];
+    match what {
+        "the layer was sealed" => {
+            next.write(100, data(&[2; 300])).unwrap();
+            expected[100..400].fill(2);
+            space.write(&[1; 300]).unwrap();
+            next.forget_first();
+            expected.fill(0);
+            layer = next;
+        }
+        "somebody else wrote there" => {
+            layer.write(100, data(&[2; 300])).unwrap();
+            expected[100..400].fill(2);
+            space.write(&[1; 300]).unwrap();
+        }
+        "the layer is gone" => {
+            drop(layer);
+            next.write(0, data(&[2; 300])).unwrap();
+            expected[..300].fill(2);
+            space.write(&[1; 300]).unwrap();
+            layer = next;
+        }
+        _ => {
+            space.write(&[1; 300]).unwrap();
+            expected[..300].fill(1);
+        }
+    }
+    let is_taken = layer.end_space(space, true);
+    let came: Vec<u8> = whole(&layer);
+    let at = came.iter().zip(&expected).position(|(is, wanted)| is != wanted);
+    if is_taken == what.starts_with("nothing") && at.is_none() {
+        drop(layer);
+        budget.trim(true);
+        assert_eq!((budget.memory_bytes(), budget.spill_bytes()), (0, 0));
+        Ok(())
+    } else {
+        Err(format!("{what}: taken {is_taken}, differs from byte {at:?} on"))
+    }
+}
+
+#[test]
+fn lent_room_is_good_for_its_layer_and_for_a_gap_in_it() {
+    for (what, bug) in [
+        ("the layer was sealed", Some(Mutant::TakeStrangersSpace)),
+        ("somebody else wrote there", Some(Mutant::OvertakeWrite)),
+        ("the layer is gone", Some(Mutant::ReuseLentFile)),
+        ("nothing else", None),
+    ] {
+        assert_eq!(space_after(what), Ok(()));
+        mutant::plant(bug);
+        let outcome = space_after(what);
+        mutant::plant(None);
+        assert_eq!(outcome.is_err(), bug.is_some(), "{what}: {outcome:?}");
+    }
+}
+
+#[test]
+fn room_is_lent_only_for_what_would_wait_for_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let budget = Budget::new(8 * EXTENT_COST_BYTES, Some(dir.path().into()), 2200);
+    let mut layer = Overlay::new(&budget);
+    assert!(layer.lend_space(0, 100).is_none(), "there is memory");
+    assert!(layer.lend_space(0, MAX_EXTENT_BYTES + 1).is_none(), "it would be several extents");
+    assert!(layer.lend_space(0, 2201).is_none(), "there is no room");
+    let (first, second) = (layer.lend_space(0, 700).unwrap(), layer.lend_space(800, 600).unwrap());
+    assert!(layer.lend_space(2000, 1000).is_none(), "what is lent is charged");
+    second.write(&[2; 600]).unwrap();
+    assert!(layer.end_space(second, true) && !layer.end_space(first, false));
+    assert_eq!(budget.memory_bytes(), EXTENT_COST_BYTES, "what was not filled has no place in the index");
+    assert!(layer.lend_space(100, 701).is_none(), "a part is there");
+    let mut none = Overlay::new(&Budget::new(8 * EXTENT_COST_BYTES, None, 0));
+    assert!(none.lend_space(0, 1000).is_none(), "there is no file");
 }
 
 #[test]

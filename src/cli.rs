@@ -96,6 +96,7 @@ pub enum Command {
     /// Serve an arbiter's register to two hosts, on a third machine
     Arbiter(ArbiterArgs),
     /// Serve a disk image over NBD, with qemu-nbd's options
+    #[command(args_override_self = true, infer_long_args = true)]
     Nbd(NbdArgs),
     /// Give an order to a QMP monitor, ours or a QEMU's; or be one, for a replica whose primary is a QEMU
     Qmp(QmpArgs),

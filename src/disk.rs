@@ -15,6 +15,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// What a disk is made of.
+const SECTOR_BYTES: u64 = 512;
+
 /// Why a disk operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -262,6 +265,8 @@ pub struct FileDisk {
     file: Arc<File>,
     path: PathBuf,
     size_bytes: u64,
+    /// What of that is behind the end that the image had.
+    padding_bytes: u64,
     /// A flush has failed, through any handle: nothing is written any more.
     flush_failed: Arc<AtomicBool>,
     /// The file system can tell what would have to be waited for, as far as is known.
@@ -304,7 +309,7 @@ impl FileDisk {
 
     fn over(file: File, path: &Path, size_bytes: u64) -> Self {
         let (file, path, flush_failed) = (Arc::new(file), path.to_owned(), Arc::default());
-        Self { file, path, size_bytes, flush_failed, tells_waits: true }
+        Self { file, path, size_bytes, padding_bytes: 0, flush_failed, tells_waits: true }
     }
 
     /// Locks the image against other processes that do so too: many may read, or one may write. False when another has
@@ -331,6 +336,26 @@ impl FileDisk {
         self.file.unlock().map_err(self.failed("unlock"))
     }
 
+    /// With an image of no whole number of sectors: the last one is whole, as QEMU has it. What the image lacks of it is zero,
+    /// and the image grows when it is written.
+    #[must_use]
+    pub fn padded(mut self) -> Self {
+        let whole_bytes = self.size_bytes.next_multiple_of(SECTOR_BYTES);
+        (self.padding_bytes, self.size_bytes) = (whole_bytes - self.size_bytes, whole_bytes);
+        self
+    }
+
+    /// A read that met the end of the file.
+    fn read_padding(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let there = (self.size_bytes - self.padding_bytes).saturating_sub(offset).min(into.len() as u64) as usize;
+        let (image, padding) = into.split_at_mut(there);
+        self.file.read_exact_at(image, offset)?;
+        // A part of it may have been written.
+        let written = self.file.read_at(padding, offset + there as u64)?;
+        padding[written..].fill(0);
+        Ok(())
+    }
+
     /// Whether what is written can still become durable.
     fn check_flushes(&self) -> Result<(), DiskError> {
         match self.flush_failed.load(Ordering::Relaxed) {
@@ -354,6 +379,12 @@ impl FileDisk {
     }
 }
 
+impl AsFd for FileDisk {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 impl Disk for FileDisk {
     fn size_bytes(&self) -> u64 {
         self.size_bytes
@@ -361,7 +392,11 @@ impl Disk for FileDisk {
 
     fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
         check_range(self.size_bytes, offset, into.len() as u64)?;
-        self.file.read_exact_at(into, offset).map_err(self.failed("read"))
+        let read = match self.file.read_exact_at(into, offset) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => self.read_padding(offset, into),
+            read => read,
+        };
+        read.map_err(self.failed("read"))
     }
 
     fn read_now(&mut self, offset: u64, into: &mut [u8]) -> Result<bool, DiskError> {

@@ -54,7 +54,6 @@ fn main() -> ExitCode {
         return save_helper(&args.arguments);
     }
     let verbose = match &cli.command {
-        Command::Nbd(args) => args.verbose,
         Command::Compare(args) => args.verbose,
         Command::Filter(args) => args.verbose,
         _ => false,
@@ -80,7 +79,13 @@ fn main() -> ExitCode {
 /// What cannot be parsed: help and version are no failures, and go where they are asked for.
 fn misspelt(error: &clap::Error, arguments: &[String]) -> ExitCode {
     if !error.use_stderr() || !arguments.iter().any(|argument| argument == "--json") {
-        error.exit();
+        let is_as_qemu_nbd = arguments.first().is_some_and(|first| first == "nbd");
+        if !error.use_stderr() || !is_as_qemu_nbd {
+            error.exit();
+        }
+        // qemu-nbd has one code for all that is wrong, and scripts for it know that one.
+        let _ = error.print();
+        return ExitCode::from(cli::EXIT_FAILED);
     }
     say::speak_json();
     let text = error.to_string();

@@ -30,6 +30,7 @@ mod image;
 mod list;
 mod lock_step;
 mod metrics;
+mod nbd_as_qemu;
 mod nbd_command;
 mod nbd_interop;
 mod nbd_session;

@@ -33,7 +33,7 @@ impl Nbd {
     fn serve_at(dir: &TempDir, args: &[&str]) -> Listening {
         let (image, socket) = (dir.path().join("image"), dir.path().join("sock"));
         let mut command = Command::new(XL_COLO);
-        command.arg("nbd").args(args).arg("-k").arg(&socket).arg(image);
+        command.args(["nbd", "-f", "raw"]).args(args).arg("-k").arg(&socket).arg(image);
         Listening::start(&mut command, &socket)
     }
 
@@ -425,7 +425,7 @@ async fn fork_returns_when_clients_can_connect_and_says_who_serves() {
     let pid: i32 = std::fs::read_to_string(path("pid")).unwrap().trim().parse().unwrap();
     assert!(Path::new(&format!("/proc/{pid}")).exists() && pid > 1);
     succeeds("nbdinfo", &["--size", &format!("nbd+unix:///?socket={}", path("sock"))]).await;
-    wait("the server to leave with its client", || !Path::new(&path("pid")).exists());
+    wait("the server to leave with its client", || !Path::new(&format!("/proc/{pid}")).exists());
     let output = xl_colo(&["nbd", "--fork", "-k", &path("sock"), &path("missing")]).await;
     assert_eq!(output.status.code(), Some(1), "what went wrong in the background is the caller's to know");
 }

@@ -24,19 +24,30 @@ pub struct ReportArgs {
 #[derive(Args, Debug)]
 pub struct NbdArgs {
     /// The image: a file or a block device
-    pub image: PathBuf,
+    #[arg(required_unless_present_any = ["list", "disconnect"])]
+    pub image: Option<PathBuf>,
+    /// Make this device of the kernel the disk, and go to the background unless -v is there
+    #[arg(short = 'c', long, value_name = "/dev/nbdN")]
+    pub connect: Option<String>,
+    /// Let go of this device of the kernel, instead of serving
+    #[arg(short = 'd', long, value_name = "/dev/nbdN", conflicts_with_all = ["image", "list", "connect"])]
+    pub disconnect: Option<String>,
+    /// Tell what the server offers that listens there, instead of serving
+    #[arg(short = 'L', long, conflicts_with = "image")]
+    pub list: bool,
     /// Serve on a Unix socket, whatever -p and -b say
     #[arg(short = 'k', long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// Serve on this TCP port; 10809 by default
-    #[arg(short, long, value_name = "PORT")]
+    /// Serve on this TCP port; 10809, which has the name nbd, by default
+    #[arg(short, long, value_name = "PORT", value_parser = port)]
     pub port: Option<u16>,
     /// Serve on this address; on all by default
     #[arg(short, long, value_name = "ADDRESS")]
     pub bind: Option<String>,
-    /// The image's format; raw is the only one
-    #[arg(short, long, default_value = "raw", value_parser = ["raw"])]
-    pub format: String,
+    /// The image's format; raw is the only one. Without it an image that begins as one of another format is refused, and made
+    /// to begin so by no client
+    #[arg(short, long, value_parser = ["raw"])]
+    pub format: Option<String>,
     /// The export's name
     #[arg(short = 'x', long, value_name = "NAME", default_value = "")]
     pub export_name: String,
@@ -49,6 +60,9 @@ pub struct NbdArgs {
     /// Take no writes
     #[arg(short, long)]
     pub read_only: bool,
+    /// Offer qemu:allocation-depth, which is 1 everywhere: there is one image
+    #[arg(short = 'A', long)]
+    pub allocation_depth: bool,
     /// Serve a replica's image that is not whole, to save what is in it
     #[arg(long, requires = "read_only")]
     pub salvage: bool,
@@ -60,7 +74,7 @@ pub struct NbdArgs {
     pub persistent: bool,
     /// What a completed write means: writeback, or writethrough and directsync (durable), or unsafe (flushes do nothing)
     #[arg(long, value_name = "MODE", default_value = "writeback",
-          value_parser = ["none", "writeback", "writethrough", "directsync", "unsafe"])]
+          value_parser = ["none", "off", "writeback", "writethrough", "directsync", "unsafe"])]
     pub cache: String,
     /// The same as --cache=none, which here is --cache=writeback
     #[arg(short, long, conflicts_with = "cache")]
@@ -83,12 +97,16 @@ pub struct NbdArgs {
     /// Go to the background once clients can connect
     #[arg(long)]
     pub fork: bool,
-    /// Write the process's number to this file
+    /// Write the process's number to this file, which stays, and is locked meanwhile
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
-    /// Log each client on standard error; XEN_COLO_LOG says more exactly what
+    /// Taken for the sake of scripts; XEN_COLO_LOG=debug logs each client on standard error
     #[arg(short, long)]
     pub verbose: bool,
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    if text == "nbd" { Ok(NBD_PORT) } else { text.parse().map_err(|error: std::num::ParseIntError| error.to_string()) }
 }
 
 /// A number as C has it: 0x before sixteen digits, 0 before eight.
@@ -109,15 +127,25 @@ fn clients(text: &str) -> Result<usize, String> {
 }
 
 impl NbdArgs {
-    /// What they come to.
-    pub fn config(self) -> Result<Config, String> {
-        let at = match (self.socket, self.bind, self.port) {
-            (Some(path), ..) => Some(Where::Unix(path)),
+    /// Where it listens, or whoever is asked; none where nothing was said.
+    #[must_use]
+    pub fn at(&self) -> Option<Where> {
+        let bind = self.bind.clone().filter(|address| !address.is_empty());
+        match (&self.socket, bind, self.port) {
+            (Some(path), ..) => Some(Where::Unix(path.clone())),
             (None, None, None) => None,
             (None, address, port) => {
                 Some(Where::Tcp(address.unwrap_or_else(|| ANY_ADDRESS.into()), port.unwrap_or(NBD_PORT)))
             }
-        };
+        }
+    }
+
+    /// What they come to.
+    pub fn config(self) -> Result<Config, String> {
+        let at = self.at();
+        // With a protocol before it, as QEMU's file names may have.
+        let image = self.image.unwrap_or_default();
+        let named = image.to_str().and_then(|name| name.strip_prefix("file:")).map(PathBuf::from);
         let discard = matches!(self.discard.as_str(), "unmap" | "on");
         if self.detect_zeroes == "unmap" && !discard {
             return Err("--detect-zeroes=unmap frees space, and so wants --discard=unmap as well".into());
@@ -130,12 +158,14 @@ impl NbdArgs {
             (None, _) => None,
         };
         Ok(Config {
-            image: self.image,
+            image: named.unwrap_or(image),
+            probe: self.format.is_none(),
             at,
             name: self.export_name,
             description: self.description,
             offset_bytes: self.offset,
             read_only: self.read_only,
+            tells_depth: self.allocation_depth,
             salvage: self.salvage,
             max_connections: self.shared,
             persistent: self.persistent,
@@ -147,6 +177,7 @@ impl NbdArgs {
             discard,
             detect_zeroes: self.detect_zeroes != "off",
             unmap_zeroes: self.detect_zeroes == "unmap",
+            device: self.connect,
             pid_file: self.pid_file,
             tls,
         })

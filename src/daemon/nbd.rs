@@ -9,6 +9,8 @@ mod aside;
 mod beside;
 pub mod export;
 pub mod kernel;
+pub mod list;
+pub(super) mod lock;
 pub mod remote;
 pub mod threads;
 pub mod tls;

@@ -8,8 +8,22 @@ use xen_colo::cli::{self, CompareArgs, NbdArgs, NbdDeviceVerb, QemuVerb, QmpArgs
 use xen_colo::{report, say};
 
 pub(crate) async fn serve_nbd(args: NbdArgs) -> ExitCode {
-    use xen_colo::daemon::nbd::export;
-    if args.fork {
+    use xen_colo::daemon::nbd::{export, list};
+    if args.list {
+        return match list::list_at(&args.at().unwrap_or_default()) {
+            Ok(told) => {
+                say::out(&told);
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(cli::EXIT_FAILED, &error),
+        };
+    }
+    if let Some(device) = &args.disconnect {
+        return nbd_device(NbdDeviceVerb::Disconnect { device: device.clone() });
+    }
+    // A device's server goes to the background by itself.
+    let is_daemon = args.connect.is_some() && !args.verbose && !export::is_in_background();
+    if args.fork || is_daemon {
         return match export::fork() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(cli::EXIT_FAILED, &error),

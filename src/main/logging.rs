@@ -3,6 +3,7 @@
 //! systemd says in JOURNAL_STREAM which file standard error is when it leads to the journal (systemd.exec(5)). A line then
 //! begins with its priority, as sd-daemon(3) has it, so that `journalctl -p warning` finds what it should.
 
+use std::io::IsTerminal;
 use std::sync::Arc;
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
@@ -14,8 +15,10 @@ use xen_colo::daemon::live::LogFilter;
 /// Begins to log; returns what can change how much.
 pub(crate) fn begin(filter: EnvFilter) -> LogFilter {
     let logging = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Colours are for a terminal: in a file or a pipe they are noise.
+    let logging = logging.with_ansi(std::io::stderr().is_terminal());
     if is_journal() {
-        let logging = logging.with_ansi(false).event_format(Journal).with_filter_reloading();
+        let logging = logging.event_format(Journal).with_filter_reloading();
         let handle = logging.reload_handle();
         logging.init();
         LogFilter(Arc::new(move |text| handle.reload(parse(text)?).map_err(|error| error.to_string())))

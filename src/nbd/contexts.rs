@@ -19,6 +19,8 @@ pub enum Context {
     Allocation,
     /// What differs from the last checkpoint, as QEMU names a dirty bitmap.
     Changed,
+    /// How deep a block lies in QEMU's chain of images. Ours is one image: 1.
+    Depth,
 }
 
 impl Context {
@@ -28,6 +30,7 @@ impl Context {
         match self {
             Self::Allocation => "base:allocation",
             Self::Changed => "qemu:dirty-bitmap:checkpoint",
+            Self::Depth => "qemu:allocation-depth",
         }
     }
 
@@ -37,6 +40,7 @@ impl Context {
         match self {
             Self::Allocation => 1,
             Self::Changed => 2,
+            Self::Depth => 3,
         }
     }
 }

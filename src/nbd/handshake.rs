@@ -66,6 +66,8 @@ pub struct Export {
     pub fast_zero: bool,
     /// It knows what differs from its last checkpoint.
     pub knows_changes: bool,
+    /// It tells how deep a block lies in a chain of images; there is one.
+    pub tells_depth: bool,
     /// Its block sizes.
     pub block_sizes: BlockSizes,
 }
@@ -82,6 +84,7 @@ impl Export {
             multi_conn: false,
             fast_zero: false,
             knows_changes: false,
+            tells_depth: false,
             block_sizes: BlockSizes::default(),
         }
     }
@@ -100,8 +103,10 @@ impl Export {
             | when(framing.structured, EXPORT_SEND_DF)
     }
 
-    fn contexts(&self) -> &'static [Context] {
-        if self.knows_changes { &[Context::Allocation, Context::Changed] } else { &[Context::Allocation] }
+    fn contexts(&self) -> Vec<Context> {
+        let all =
+            [(Context::Allocation, true), (Context::Changed, self.knows_changes), (Context::Depth, self.tells_depth)];
+        all.into_iter().filter(|(_, is_offered)| *is_offered).map(|(context, _)| context).collect()
     }
 }
 
@@ -284,7 +289,10 @@ impl Handshake {
             OPT_STARTTLS if self.encryption != Encryption::None => self.reply(option, REP_ERR_INVALID, &[]),
             // It has no error reply.
             OPT_EXPORT_NAME if needs_tls => return Err(NbdError::TlsRequired),
-            _ if needs_tls => self.reply(option, REP_ERR_TLS_REQD, b"this server wants NBD_OPT_STARTTLS first"),
+            OPT_STARTTLS => self.refuse(option, REP_ERR_POLICY, "TLS not configured"),
+            _ if needs_tls => {
+                self.refuse(option, REP_ERR_TLS_REQD, &format!("Option {option:#x} not permitted before TLS"));
+            }
             OPT_EXPORT_NAME => return self.export_name(data).map(Some),
             OPT_GO => return Ok(self.describe(option, data).map(|index| self.chosen(index))),
             OPT_INFO => drop(self.describe(option, data)),
@@ -301,7 +309,7 @@ impl Handshake {
                 self.reply(option, REP_ACK, &[]);
             }
             OPT_LIST_META_CONTEXT | OPT_SET_META_CONTEXT => self.meta_contexts(option, data),
-            _ => self.reply(option, REP_ERR_UNSUP, &[]),
+            _ => self.refuse(option, REP_ERR_UNSUP, &format!("Unsupported option {option}")),
         }
         Ok(None)
     }
@@ -322,8 +330,8 @@ impl Handshake {
         }
         let request = ContextRequest::parse(data).filter(|_| self.framing.structured);
         let Some(request) = request else { return self.reply(option, REP_ERR_INVALID, &[]) };
-        let Some(index) = self.find(request.export) else { return self.reply(option, REP_ERR_UNKNOWN, &[]) };
-        let chosen = request.choose(self.exports[index].contexts(), is_list);
+        let Some(index) = self.find(request.export) else { return self.refuse_unknown(option, request.export) };
+        let chosen = request.choose(&self.exports[index].contexts(), is_list);
         for context in &chosen {
             // A list has no numbers.
             let id = if is_list { 0 } else { context.id() };
@@ -359,10 +367,11 @@ impl Handshake {
             return self.reply(OPT_LIST, REP_ERR_INVALID, &[]);
         }
         for index in 0..self.exports.len() {
-            let name = self.exports[index].name.as_bytes();
-            let mut entry = Vec::with_capacity(4 + name.len());
+            let Export { name, description, .. } = &self.exports[index];
+            let mut entry = Vec::with_capacity(4 + name.len() + description.len());
             entry.put_u32(name.len() as u32);
-            entry.put_slice(name);
+            entry.put_slice(name.as_bytes());
+            entry.put_slice(as_string(description));
             self.reply(OPT_LIST, REP_SERVER, &entry);
         }
         self.reply(OPT_LIST, REP_ACK, &[]);
@@ -375,7 +384,7 @@ impl Handshake {
             return None;
         };
         let Some(index) = self.find(name) else {
-            self.reply(option, REP_ERR_UNKNOWN, &[]);
+            self.refuse_unknown(option, name);
             return None;
         };
         let export = &self.exports[index];
@@ -389,7 +398,7 @@ impl Handshake {
         let text = |kind: u16, text: &str| {
             let mut info = Vec::new();
             info.put_u16(kind);
-            info.put_slice(&text.as_bytes()[..text.floor_char_boundary(MAX_STRING_BYTES)]);
+            info.put_slice(as_string(text));
             info
         };
         if wanted.contains(&INFO_NAME) {
@@ -413,6 +422,15 @@ impl Handshake {
         Some(index)
     }
 
+    fn refuse_unknown(&mut self, option: u32, name: &[u8]) {
+        self.refuse(option, REP_ERR_UNKNOWN, &format!("export '{}' not present", String::from_utf8_lossy(name)));
+    }
+
+    /// An error, with words for whoever reads them.
+    fn refuse(&mut self, option: u32, error: u32, why: &str) {
+        self.reply(option, error, as_string(why));
+    }
+
     fn reply(&mut self, option: u32, reply: u32, data: &[u8]) {
         self.output.put_u64(OPTION_REPLY_MAGIC);
         self.output.put_u32(option);
@@ -420,6 +438,11 @@ impl Handshake {
         self.output.put_u32(data.len() as u32);
         self.output.put_slice(data);
     }
+}
+
+/// As much of a text as the protocol can carry.
+fn as_string(text: &str) -> &[u8] {
+    &text.as_bytes()[..text.floor_char_boundary(MAX_STRING_BYTES)]
 }
 
 /// The name and the information kinds of NBD_OPT_INFO and NBD_OPT_GO; `None` when the lengths do not add up.

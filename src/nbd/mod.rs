@@ -98,6 +98,8 @@ pub const REP_META_CONTEXT: u32 = 4;
 pub const REP_ERROR_BIT: u32 = 1 << 31;
 /// Option reply: the option is unknown here.
 pub const REP_ERR_UNSUP: u32 = REP_ERROR_BIT | 1;
+/// Reply: not here, as this server is set up.
+pub const REP_ERR_POLICY: u32 = REP_ERROR_BIT | 2;
 /// Option reply: the option's data is malformed.
 pub const REP_ERR_INVALID: u32 = REP_ERROR_BIT | 3;
 /// Option reply: not before NBD_OPT_STARTTLS.
@@ -318,6 +320,7 @@ impl Errno {
             DiskError::NoSpace { .. } => Self::NoSpace,
             DiskError::Fenced { .. } | DiskError::InUse { .. } => Self::NotPermitted,
             DiskError::NotSupported => Self::NotSupported,
+            DiskError::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => Self::NotPermitted,
             DiskError::Io { .. } | DiskError::FlushFailed { .. } | DiskError::Busy => Self::Io,
         }
     }

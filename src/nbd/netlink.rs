@@ -60,6 +60,8 @@ pub enum Order<'a> {
     Connect {
         /// The driver.
         family: u16,
+        /// The device; a free one without it.
+        index: Option<u32>,
         /// The connection.
         socket: u32,
         /// What the server said.
@@ -95,8 +97,9 @@ impl Order<'_> {
     pub fn encode(&self, sequence: u32) -> Vec<u8> {
         let (family, command, attributes) = match *self {
             Self::Family => (GENL_ID_CTRL, CTRL_CMD_GETFAMILY, attribute(CTRL_ATTR_FAMILY_NAME, b"nbd\0")),
-            Self::Connect { family, socket, export, backend, dead_seconds } => {
-                let mut all = attribute(NBD_ATTR_SIZE_BYTES, &export.size_bytes.to_ne_bytes());
+            Self::Connect { family, index, socket, export, backend, dead_seconds } => {
+                let mut all = index.map_or_else(Vec::new, |index| attribute(NBD_ATTR_INDEX, &index.to_ne_bytes()));
+                all.extend(attribute(NBD_ATTR_SIZE_BYTES, &export.size_bytes.to_ne_bytes()));
                 all.extend(attribute(NBD_ATTR_BLOCK_SIZE_BYTES, &BLOCK_BYTES.to_ne_bytes()));
                 all.extend(attribute(NBD_ATTR_SERVER_FLAGS, &u64::from(export.flags).to_ne_bytes()));
                 all.extend(attribute(NBD_ATTR_DEAD_CONN_TIMEOUT, &dead_seconds.to_ne_bytes()));
@@ -263,7 +266,9 @@ mod tests {
             \x10\0\x07\x80\x0c\0\x01\x80\x08\0\x01\0\x09\0\0\0";
         assert_eq!(again, wanted);
         let export = ExportInfo { size_bytes: 1 << 24, flags: 5, block_sizes: BlockSizes::default() };
-        let first = Order::Connect { family: 28, socket: 9, export, backend: "w/disk0", dead_seconds: 600 }.encode(1);
+        let first =
+            Order::Connect { family: 28, index: None, socket: 9, export, backend: "w/disk0", dead_seconds: 600 }
+                .encode(1);
         assert_eq!(word(&first, 0), Ok(first.len() as u32));
         for part in [
             &b"\x0c\0\x02\0\0\0\0\x01\0\0\0\0"[..],

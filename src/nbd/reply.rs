@@ -342,6 +342,7 @@ impl Reply<'_> {
                         |extent: &Extent| (u64::from(extent.hole) * STATE_HOLE) | (u64::from(extent.zero) * STATE_ZERO);
                     disk.extents(offset, len_bytes, max)?.iter().map(|run| (run.len_bytes, bits(run))).collect()
                 }
+                Context::Depth => vec![(len_bytes, 1)],
                 Context::Changed => {
                     let runs = disk.changed(offset, len_bytes, max)?.unwrap_or_else(|| vec![(len_bytes, true)]);
                     runs.into_iter().map(|(len, differs)| (len, u64::from(differs))).collect()

@@ -15,8 +15,9 @@
 //! | [`qmp`] | the device model, by its monitor |
 //! | [`packet`] | whole frames of a network interface |
 //! | [`window`] | bytes of a file on their way to a socket |
+//! | [`lock`] | single bytes of a file, as QEMU locks them |
 //!
-//! Only the last two can be built where no Xen is installed: all others are feature `hypervisor`.
+//! Only the last three can be built where no Xen is installed: all others are feature `hypervisor`.
 //!
 //! Guards release on drop and never panic there. Every handle is `Send`: any thread may use it, one at a time
 //! ([`Interface`] and [`ForeignMemory`] also from several at once). [`libxl::Context`] is the exception and says why.
@@ -38,6 +39,7 @@ pub mod hvm;
 mod interface;
 #[cfg(feature = "hypervisor")]
 pub mod libxl;
+pub mod lock;
 #[cfg(feature = "hypervisor")]
 mod logdirty;
 #[cfg(feature = "hypervisor")]

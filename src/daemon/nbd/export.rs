@@ -2,12 +2,15 @@
 //!
 //! The letters and their meanings are qemu-nbd's (qemu `docs/tools/qemu-nbd.rst`), so that scripts written for it run.
 //! The traps: without `-t` it ends with its last client, `-e` counts clients and one more waits, discarding is ignored unless
-//! asked for, and `--fork` returns once clients can connect.
+//! asked for, `--fork` returns once clients can connect, the last sector of an image is whole, and the file with the process's
+//! number stays, locked for as long as the process is there.
 //!
 //! A replica's image is served by its record ([`crate::replica::state`]): one that is not whole only to save what is in
 //! it, and one that is a checkpoint is none any more once somebody can write to it. Otherwise its primary would send it
 //! the difference to something that is gone.
 
+use super::kernel::{self, DeviceError};
+use super::lock;
 use super::threads::{Listener, Running, Service, serve_all};
 use super::tls::{self, Credentials, TlsError};
 use crate::daemon::address;
@@ -16,17 +19,21 @@ use crate::nbd::MAX_STRING_BYTES;
 use crate::nbd::handshake::Export;
 use crate::replica::state::{FileState, Standing, State, Why, path};
 use crate::say;
-use std::fs::OpenOptions;
-use std::io::{self, BufRead, BufReader};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::TcpListener;
-use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Set in the process that `--fork` leaves behind.
 const CHILD_ENV: &str = "XL_COLO_NBD_CHILD";
+/// What it is set to where that process has a socket that was passed to the one before.
+const PASSED: &str = "socket";
 /// What that process says when clients can connect.
 const READY: &str = "ready";
 
@@ -66,6 +73,8 @@ pub enum Cache {
 pub struct Config {
     /// The image.
     pub image: PathBuf,
+    /// Nobody said that it is raw.
+    pub probe: bool,
     /// Where clients connect; without it at the socket that systemd passes, or [`Where::default`].
     pub at: Option<Where>,
     /// The export's name.
@@ -76,6 +85,8 @@ pub struct Config {
     pub offset_bytes: u64,
     /// Takes no writes.
     pub read_only: bool,
+    /// Tells how deep a block lies in a chain of images.
+    pub tells_depth: bool,
     /// Serves an image that is not whole.
     pub salvage: bool,
     /// Clients at the same time; 0 for any number. One more waits for a place.
@@ -90,6 +101,8 @@ pub struct Config {
     pub detect_zeroes: bool,
     /// They free their space.
     pub unmap_zeroes: bool,
+    /// The kernel's device that is the disk, /dev/nbdN.
+    pub device: Option<String>,
     /// Where the process's number is written.
     pub pid_file: Option<PathBuf>,
     /// Certificates; with them nobody is served in the clear.
@@ -140,6 +153,31 @@ pub enum ExportError {
     /// The name or the description is longer than the protocol can carry.
     #[error("the export's {0} is longer than {MAX_STRING_BYTES} bytes")]
     TooLong(&'static str),
+    /// A QEMU has the image, or one of its programs.
+    #[error("failed to get {lock} lock: another process is using the image {}, a QEMU's", image.display())]
+    Locked {
+        /// The image.
+        image: PathBuf,
+        /// The lock, in QEMU's words.
+        lock: &'static str,
+    },
+    /// The image has another format, and nobody said that its bytes are to be served as they are.
+    #[error("{} is an image of format {format}, and raw is all that is served: -f raw serves the bytes of the file itself", image.display())]
+    Format {
+        /// The image.
+        image: PathBuf,
+        /// Its format.
+        format: &'static str,
+    },
+    /// The kernel talks to a Unix socket.
+    #[error("a device is connected over a Unix socket: give one with -k, or leave out -p and -b")]
+    DeviceWithoutSocket,
+    /// The kernel's device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Another server has written its number to the same file, and is there still.
+    #[error("cannot lock pid file {}: another server has it", .0.display())]
+    PidFile(PathBuf),
     /// Something of the operating system failed.
     #[error("{what}: {source}")]
     Io {
@@ -162,10 +200,15 @@ fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> ExportError {
 pub fn fork() -> Result<(), ExportError> {
     let program = std::env::current_exe().map_err(failed("find this program"))?;
     let arguments = std::env::args_os().skip(1).filter(|argument| argument != "--fork");
+    // A socket that was passed is this process's, by its number: the child gets it as its standard input.
+    let passed = passed_socket()?;
     let child = Command::new(program)
         .args(arguments)
-        .env(CHILD_ENV, "1")
-        .stdin(Stdio::null())
+        .env(CHILD_ENV, if passed.is_some() { PASSED } else { "1" })
+        .stdin(passed.map_or_else(Stdio::null, |socket| match socket {
+            Listener::Tcp(listener) => OwnedFd::from(listener).into(),
+            Listener::Unix(listener) => OwnedFd::from(listener).into(),
+        }))
         .stdout(Stdio::piped())
         .spawn()
         .map_err(failed("start the server"))?;
@@ -184,6 +227,7 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
         }
     }
     let disk = open(&config)?;
+    let _pid_file = config.pid_file.as_deref().map(pid_file).transpose()?;
     let mut state = State::open(Box::new(FileState::of(&config.image)))?;
     if let (Standing::Resync(why), false) = (state.standing(), config.salvage) {
         return Err(ExportError::NotWhole { image: config.image, why });
@@ -193,30 +237,49 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
     export.read_only = config.read_only;
     // Who may have one connection is not told that it may have several: nbdcopy would wait for the second.
     export.multi_conn = config.max_connections != 1;
-    export.fast_zero = true;
+    (export.fast_zero, export.tells_depth) = (true, config.tells_depth);
     let mut last = disk.clone();
     let open = move |_| Ok(Box::new(disk.clone()) as Box<dyn Disk>);
     let tls = config.tls.as_ref().map(tls::load).transpose()?;
     let max_connections = config.max_connections;
     let service = Service { exports: vec![export], open: Box::new(open), max_connections, tls };
     let running = Running::default();
-    let (listener, socket) = listen(config.at.as_ref()).await?;
+    let at = match (&config.at, &config.device) {
+        (None, Some(device)) => Some(Where::Unix(socket_of(device))),
+        (at, _) => at.clone(),
+    };
+    let (listener, socket) = listen(at.as_ref()).await?;
     if let (Standing::Checkpoint { .. }, false) = (state.standing(), config.read_only) {
         state.record(Standing::Guest)?;
     }
-    if let Some(path) = &config.pid_file {
-        std::fs::write(path, format!("{}\n", std::process::id())).map_err(failed(path.display().to_string()))?;
-    }
+    let mut hung_up = signal(SignalKind::hangup()).map_err(failed("wait for signals"))?;
     let mut terminated = signal(SignalKind::terminate()).map_err(failed("wait for signals"))?;
     let mut interrupted = signal(SignalKind::interrupt()).map_err(failed("wait for signals"))?;
-    if std::env::var_os(CHILD_ENV).is_some() {
+    let (here, serving, place) = (running.clone(), Arc::new(service), listener.place());
+    let accepting = tokio::task::spawn_blocking(move || serve_all(&listener, &serving, &here));
+    if let Some(device) = config.device.clone() {
+        let path = socket.clone().ok_or(ExportError::DeviceWithoutSocket)?;
+        let served = kernel::Served {
+            socket: path.clone(),
+            export: config.name.clone(),
+            backend: config.image.display().to_string(),
+        };
+        let connected = tokio::task::spawn_blocking(move || kernel::connect_device(&device, &served, Duration::ZERO));
+        let connected = connected.await.map_err(|error| failed("connect the device")(io::Error::other(error)))?;
+        if let Err(error) = connected {
+            let _ = std::fs::remove_file(path);
+            return Err(error.into());
+        }
+    }
+    if config.probe {
+        warn_of_guess(&config.image);
+    }
+    if is_in_background() {
         say::out(&READY);
         leave_the_caller().map_err(failed("go to the background"))?;
     } else if say::is_json() {
-        say::out(&serde_json::json!({"what": "nbd", "listening": listener.place()}));
+        say::out(&serde_json::json!({"what": "nbd", "listening": place}));
     }
-    let (here, serving) = (running.clone(), Arc::new(service));
-    let accepting = tokio::task::spawn_blocking(move || serve_all(&listener, &serving, &here));
     let last_client_left = async {
         if config.persistent {
             std::future::pending::<()>().await;
@@ -233,15 +296,28 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
         () = last_client_left => Ok(()),
         _ = terminated.recv() => Ok(()),
         _ = interrupted.recv() => Ok(()),
+        _ = hung_up.recv() => Ok(()),
     };
+    // It would be a disk that fails every request.
+    config.device.as_deref().map(kernel::disconnect).and_then(Result::err).inspect(|error| tracing::debug!(%error));
     running.end();
-    for path in [socket, config.pid_file].into_iter().flatten() {
-        let _ = std::fs::remove_file(path);
-    }
+    socket.inspect(|path| _ = std::fs::remove_file(path));
     if !config.read_only && config.cache != Cache::Unsafe {
         last.flush()?;
     }
     result
+}
+
+/// Whether this is the process that `--fork` leaves behind.
+#[must_use]
+pub fn is_in_background() -> bool {
+    std::env::var_os(CHILD_ENV).is_some()
+}
+
+/// Where a device's disk is served if nothing else was said.
+fn socket_of(device: &str) -> PathBuf {
+    let name = Path::new(device).file_name().map_or_else(|| "device".into(), |name| name.to_string_lossy());
+    Path::new("/run/lock").join(format!("xl-colo-{name}"))
 }
 
 /// Whoever started this has its answer: it must not wait for this process's output to end, nor send it the terminal's
@@ -255,20 +331,53 @@ fn leave_the_caller() -> io::Result<()> {
     Ok(())
 }
 
-async fn listen(at: Option<&Where>) -> Result<(Listener, Option<PathBuf>), ExportError> {
+/// Writes this process's number to a file, and keeps it locked.
+fn pid_file(path: &Path) -> Result<File, ExportError> {
+    let what = || failed(path.display().to_string());
+    let open = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
+    let mut file = open.map_err(what())?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => return Err(ExportError::PidFile(path.to_owned())),
+        locked => locked.map_err(|error| what()(error.into()))?,
+    }
+    let write = |file: &mut File| {
+        file.set_len(0)?;
+        writeln!(file, "{}", std::process::id())
+    };
+    write(&mut file).map_err(what())?;
+    Ok(file)
+}
+
+/// The socket that systemd passed to this process, if it passed one.
+fn passed_socket() -> Result<Option<Listener>, ExportError> {
     let mut passed = listenfd::ListenFd::from_env();
-    if passed.len() > 0 {
-        if at.is_some() {
-            return Err(ExportError::TwoSockets);
-        }
-        let unix = passed.take_unix_listener(0).ok().flatten().map(Listener::Unix);
-        // A socket of another family is left where it was.
-        let listener = match unix {
-            Some(listener) => Some(listener),
-            None => passed.take_tcp_listener(0).map_err(failed("take the socket of LISTEN_FDS"))?.map(Listener::Tcp),
-        };
-        let missing = || failed("take the socket of LISTEN_FDS")(io::ErrorKind::NotFound.into());
-        return Ok((listener.ok_or_else(missing)?, None));
+    if passed.len() == 0 {
+        return Ok(None);
+    }
+    let unix = passed.take_unix_listener(0).ok().flatten().map(Listener::Unix);
+    // A socket of another family is left where it was.
+    let listener = match unix {
+        Some(listener) => Some(listener),
+        None => passed.take_tcp_listener(0).map_err(failed("take the socket of LISTEN_FDS"))?.map(Listener::Tcp),
+    };
+    let missing = || failed("take the socket of LISTEN_FDS")(io::ErrorKind::NotFound.into());
+    listener.ok_or_else(missing).map(Some)
+}
+
+/// The socket that the process before this one was passed.
+fn inherited_socket() -> io::Result<Option<Listener>> {
+    if std::env::var_os(CHILD_ENV).is_none_or(|value| value != PASSED) {
+        return Ok(None);
+    }
+    let socket = io::stdin().as_fd().try_clone_to_owned()?;
+    let is_unix = rustix::net::sockopt::socket_domain(&socket)? == rustix::net::AddressFamily::UNIX;
+    Ok(Some(if is_unix { Listener::Unix(socket.into()) } else { Listener::Tcp(socket.into()) }))
+}
+
+async fn listen(at: Option<&Where>) -> Result<(Listener, Option<PathBuf>), ExportError> {
+    let inherited = inherited_socket().map_err(failed("take the socket that was passed"))?;
+    if let Some(listener) = inherited.map_or_else(passed_socket, |listener| Ok(Some(listener)))? {
+        return if at.is_some() { Err(ExportError::TwoSockets) } else { Ok((listener, None)) };
     }
     match &at.cloned().unwrap_or_default() {
         Where::Unix(path) => {
@@ -284,16 +393,64 @@ async fn listen(at: Option<&Where>) -> Result<(Listener, Option<PathBuf>), Expor
 
 fn open(config: &Config) -> Result<Served, ExportError> {
     let open = if config.read_only { FileDisk::open_read_only } else { FileDisk::open };
-    let disk = open(&config.image)?;
+    let disk = open(&config.image)?.padded();
     if !disk.try_lock(config.read_only)? {
         return Err(ExportError::InUse { image: config.image.clone(), read_only: config.read_only });
+    }
+    let locked = lock::lock(&disk, config.read_only).map_err(failed(format!("lock {}", config.image.display())))?;
+    if let Some(lock) = locked {
+        return Err(ExportError::Locked { image: config.image.clone(), lock });
+    }
+    if config.probe {
+        probe(&disk, &config.image)?;
     }
     let (size_bytes, offset_bytes) = (disk.size_bytes(), config.offset_bytes);
     let size = size_bytes.checked_sub(offset_bytes);
     let size_bytes =
         size.ok_or_else(|| ExportError::Offset { image: config.image.clone(), size_bytes, offset_bytes })?;
-    let &Config { cache, discard, detect_zeroes, unmap_zeroes, .. } = config;
-    Ok(Served { disk, offset_bytes, size_bytes, cache, discard, detect_zeroes, unmap_zeroes })
+    let &Config { cache, discard, detect_zeroes, unmap_zeroes, probe: stays_raw, .. } = config;
+    Ok(Served { disk, offset_bytes, size_bytes, cache, discard, detect_zeroes, unmap_zeroes, stays_raw })
+}
+
+/// What images of other formats begin with, by the formats' names.
+const MAGICS: [(&[u8], &str); 9] = [
+    (b"QFI\xfb", "qcow2"),
+    (b"QED\0", "qed"),
+    (b"KDMV", "vmdk"),
+    (b"COWD", "vmdk"),
+    (b"vhdxfile", "vhdx"),
+    (b"conectix", "vpc"),
+    (b"LUKS\xba\xbe", "luks"),
+    (b"WithoutFreeSpace", "parallels"),
+    (b"WithouFreSpacExt", "parallels"),
+];
+
+/// As many bytes as tell the format.
+const HEAD_BYTES: usize = 16;
+
+fn format(head: &[u8; HEAD_BYTES]) -> Option<&'static str> {
+    MAGICS.iter().find(|(magic, _)| head.starts_with(magic)).map(|(_, format)| *format)
+}
+
+/// Refuses an image whose bytes mean another disk, where nobody said that they are the disk.
+fn probe(disk: &FileDisk, image: &Path) -> Result<(), ExportError> {
+    let mut head = [0; HEAD_BYTES];
+    let len = head.len().min(usize::try_from(disk.size_bytes()).unwrap_or(usize::MAX));
+    disk.clone().read(0, &mut head[..len])?;
+    if let Some(format) = format(&head) {
+        return Err(ExportError::Format { image: image.to_owned(), format });
+    }
+    Ok(())
+}
+
+/// What is said where nobody said that an image is raw; QEMU's words, which scripts look for.
+fn warn_of_guess(image: &Path) {
+    say::err(&format_args!(
+        "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
+         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be \
+         restricted.\n         Specify the 'raw' format explicitly to remove the restrictions.",
+        image.display()
+    ));
 }
 
 /// The part of an image that is served, in the way that was asked for.
@@ -306,9 +463,27 @@ struct Served {
     discard: bool,
     detect_zeroes: bool,
     unmap_zeroes: bool,
+    /// Nobody said that it is raw: who opens it next may look as well, and be told by a guest what to open.
+    stays_raw: bool,
 }
 
 impl Served {
+    /// Refuses what would make the image begin as one of another format.
+    fn check_head(&mut self, at: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        let mut head = [0; HEAD_BYTES];
+        let len = head.len().min(usize::try_from(self.disk.size_bytes()).unwrap_or(usize::MAX));
+        let Some(kept) = usize::try_from(at).ok().filter(|kept| self.stays_raw && *kept < len) else { return Ok(()) };
+        self.disk.read(0, &mut head[..len])?;
+        head[kept..len].iter_mut().zip(bytes).for_each(|(byte, new)| *byte = *new);
+        match format(&head) {
+            None => Ok(()),
+            Some(format) => Err(DiskError::io(
+                format!("write what an image of format {format} begins with, where raw was guessed"),
+                io::ErrorKind::PermissionDenied.into(),
+            )),
+        }
+    }
+
     /// The place in the image, of a range that lies in the export.
     fn at(&self, offset: u64, len_bytes: u64) -> Result<u64, DiskError> {
         check_range(self.size_bytes, offset, len_bytes).map(|()| self.offset_bytes + offset)
@@ -340,6 +515,7 @@ impl Disk for Served {
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         let at = self.at(offset, bytes.len() as u64)?;
+        self.check_head(at, bytes)?;
         if self.detect_zeroes && bytes.iter().all(|byte| *byte == 0) {
             let how = Zeroing { keep_allocated: !self.unmap_zeroes, fast_only: false };
             self.disk.write_zeroes(at, bytes.len() as u64, how)?;
@@ -398,7 +574,9 @@ mod tests {
         }
         let (offset_bytes, size_bytes, cache) = (MIB as u64, 15 * MIB as u64, Cache::WriteBack);
         let (discard, detect_zeroes, unmap_zeroes) = (false, false, false);
-        let mut served = Served { disk, offset_bytes, size_bytes, cache, discard, detect_zeroes, unmap_zeroes };
+        let stays_raw = false;
+        let mut served =
+            Served { disk, offset_bytes, size_bytes, cache, discard, detect_zeroes, unmap_zeroes, stays_raw };
         assert!(!served.read_now(12 * MIB as u64, &mut into).unwrap());
         served.read(12 * MIB as u64, &mut into).unwrap();
         assert!(served.read_now(12 * MIB as u64, &mut into).unwrap() && into == [7; 4096]);

@@ -91,13 +91,22 @@ pub enum DeviceError {
 /// Makes a free device the disk, and tells its number. When its connection has ended, requests wait for another one this
 /// long, and then fail.
 pub fn connect(served: &Served, dead: Duration) -> Result<u32, DeviceError> {
+    connect_as(None, served, dead)
+}
+
+/// The same of this device.
+pub fn connect_device(device: &str, served: &Served, dead: Duration) -> Result<(), DeviceError> {
+    connect_as(Some(index_of(device)?), served, dead).map(drop)
+}
+
+fn connect_as(index: Option<u32>, served: &Served, dead: Duration) -> Result<u32, DeviceError> {
     let kernel = Kernel::open()?;
     let (stream, export) = negotiate(served)?;
     let (family, socket, backend) = (kernel.family, number(&stream), &served.backend);
-    let order = Order::Connect { family, socket, export, backend, dead_seconds: dead.as_secs() };
+    let order = Order::Connect { family, index, socket, export, backend, dead_seconds: dead.as_secs() };
     let what = "connect a device";
     let unnumbered = || DeviceError::Refused { what, source: io::ErrorKind::InvalidData.into() };
-    let index = kernel.order(&order, what)?.ok_or_else(unnumbered)?;
+    let index = kernel.order(&order, what)?.or(index).ok_or_else(unnumbered)?;
     let look = format!("/sys/block/nbd{index}/queue/io_timeout");
     if let Err(error) = std::fs::write(&look, LOOK.as_millis().to_string()) {
         tracing::warn!(%error, path = look, "requests that a server's end meets are sent again after 30 s");
@@ -138,11 +147,15 @@ pub fn reconnect(served: &Served) -> Result<Vec<u32>, DeviceError> {
 
 /// Lets go of a device.
 pub fn disconnect(device: &str) -> Result<(), DeviceError> {
-    let index = device.strip_prefix("/dev/nbd").and_then(|index| index.parse().ok());
-    let index = index.ok_or_else(|| DeviceError::NoDevice(device.to_owned()))?;
+    let index = index_of(device)?;
     let kernel = Kernel::open()?;
     let order = Order::Disconnect { family: kernel.family, index };
     kernel.order(&order, "disconnect a device").map(drop)
+}
+
+fn index_of(device: &str) -> Result<u32, DeviceError> {
+    let index = device.strip_prefix("/dev/nbd").and_then(|index| index.parse().ok());
+    index.ok_or_else(|| DeviceError::NoDevice(device.to_owned()))
 }
 
 /// Whether a device of the kernel is this disk.

@@ -99,19 +99,21 @@ fn export_name_answers_without_a_reply_header_and_with_zeroes_unless_told() {
 fn haggling_goes_on_after_list_info_and_options_nobody_knows() {
     let mut server = begun(3);
     let listed = [
-        reply(OPT_LIST, REP_SERVER, b"\0\0\0\x04root"),
+        reply(OPT_LIST, REP_SERVER, b"\0\0\0\x04rootthe first"),
         reply(OPT_LIST, REP_SERVER, b"\0\0\0\x03iso"),
         reply(OPT_LIST, REP_ACK, &[]),
     ];
     assert_eq!(say(&mut server, &option(OPT_LIST, &[])), (Ok(None), listed.concat()));
     assert_eq!(say(&mut server, &option(OPT_LIST, b"x")), (Ok(None), reply(OPT_LIST, REP_ERR_INVALID, &[])));
-    // STARTTLS, which is not offered here, and those from the future.
-    for unknown in [5, 12, 77, u32::MAX] {
-        let answer = reply(unknown, REP_ERR_UNSUP, &[]);
+    let no_tls = reply(OPT_STARTTLS, REP_ERR_POLICY, b"TLS not configured");
+    assert_eq!(say(&mut server, &option(OPT_STARTTLS, &[])), (Ok(None), no_tls));
+    // Those from the future.
+    for unknown in [12, 77, u32::MAX] {
+        let answer = reply(unknown, REP_ERR_UNSUP, format!("Unsupported option {unknown}").as_bytes());
         assert_eq!(say(&mut server, &option(unknown, b"data")), (Ok(None), answer));
     }
     let (result, said) = say(&mut server, &option(OPT_INFO, &info_request("nope", &[])));
-    assert_eq!((result, said), (Ok(None), reply(OPT_INFO, REP_ERR_UNKNOWN, &[])));
+    assert_eq!((result, said), (Ok(None), reply(OPT_INFO, REP_ERR_UNKNOWN, b"export 'nope' not present")));
     let (result, said) = say(&mut server, &option(OPT_INFO, &info_request("iso", &[])));
     assert!(result == Ok(None) && said.ends_with(&reply(OPT_INFO, REP_ACK, &[])));
     let (result, said) = say(&mut server, &option(OPT_ABORT, &[]));
@@ -136,7 +138,7 @@ fn contexts_are_listed_chosen_and_belong_to_one_export() {
         ("root", &["base:"], [allocation, ack.clone()].concat()),
         ("root", &["qemu:dirty-bitmap:"], [context(9, 0, BITMAP), ack.clone()].concat()),
         ("root", &["base", "else:where", ""], ack),
-        ("nope", &[], reply(9, REP_ERR_UNKNOWN, &[])),
+        ("nope", &[], reply(9, REP_ERR_UNKNOWN, b"export 'nope' not present")),
     ] {
         assert_eq!(say(&mut server, &option(OPT_LIST_META_CONTEXT, &contexts(export, queries))).1, answer);
     }
@@ -178,6 +180,7 @@ fn what_was_settled_in_the_clear_is_forgotten() {
     for early in [OPT_LIST, OPT_INFO, OPT_GO, OPT_STRUCTURED_REPLY, OPT_SET_META_CONTEXT, 99] {
         let (result, said) = say(&mut required(), &option(early, &info_request("root", &[])));
         assert!(result == Ok(None) && said[12..16] == REP_ERR_TLS_REQD.to_be_bytes());
+        assert!(said.ends_with(b" not permitted before TLS"));
     }
     assert_eq!(say(&mut required(), &option(OPT_EXPORT_NAME, b"root")).0, Err(NbdError::TlsRequired));
     let mut server = required();
@@ -209,11 +212,11 @@ fn lengths_that_do_not_add_up_are_invalid() {
 fn each_limit_holds_at_its_edge() {
     let mut server = begun(3);
     let fits = vec![b'x'; MAX_OPTION_BYTES as usize];
-    assert_eq!(say(&mut server, &option(42, &fits)), (Ok(None), reply(42, REP_ERR_UNSUP, &[])));
+    assert_eq!(say(&mut server, &option(42, &fits)), (Ok(None), reply(42, REP_ERR_UNSUP, b"Unsupported option 42")));
     for len in [MAX_OPTION_BYTES + 1, MAX_SKIPPED_OPTION_BYTES] {
         let mut long = option(42, &vec![b'x'; len as usize]);
         long.extend(option(43, &[]));
-        let answers = [reply(42, REP_ERR_TOO_BIG, &[]), reply(43, REP_ERR_UNSUP, &[])].concat();
+        let answers = [reply(42, REP_ERR_TOO_BIG, &[]), reply(43, REP_ERR_UNSUP, b"Unsupported option 43")].concat();
         assert_eq!(say(&mut server, &long), (Ok(None), answers));
     }
     let mut header = option(42, &[]);

@@ -12,6 +12,7 @@
 
 use super::primary::{Link, Node};
 use crate::daemon::links::lock;
+use crate::daemon::nbd::lock as qemu_lock;
 use crate::disk::{Disk, DiskError, Extent, FileDisk, Zeroing};
 use crate::replica::epochs::{GuestView, PrimaryView};
 use crate::replica::mirror::Mirror;
@@ -82,6 +83,10 @@ impl Image {
     pub(super) fn open(path: PathBuf) -> Result<Self, DiskError> {
         let disk = FileDisk::open(&path)?;
         disk.lock_alone()?;
+        let what = |what: &str| DiskError::InUse { what: format!("{} (failed to get {what} lock)", path.display()) };
+        let refused =
+            qemu_lock::lock(&disk, false).map_err(|e| DiskError::io(format!("lock {}", path.display()), e))?;
+        refused.map_or(Ok(()), |refused| Err(what(refused)))?;
         let size_bytes = disk.size_bytes();
         Ok(Self { path, size_bytes, back: Arc::new(Mutex::new(Back::Plain(disk))) })
     }

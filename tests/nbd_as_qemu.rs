@@ -2,7 +2,8 @@
 //!
 //! What is compared is what scripts and test suites for qemu-nbd have been seen to depend on, QEMU's iotests first of all.
 
-use crate::common::{Listening, XL_COLO, installed, run, until};
+use crate::common::qemu::monitor;
+use crate::common::{Listening, PATIENCE, XL_COLO, installed, run, until};
 use rustix::process::{Pid, Signal, kill_process};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -66,8 +67,14 @@ impl Program {
 
     /// What it says when it is run to its end, its directory and its socket left out.
     fn says(&self, args: &[&str]) -> Said {
-        let output = self.command().args(args).stdin(Stdio::null()).output().unwrap();
-        self.said(&output)
+        self.ends(self.command().args(args))
+    }
+
+    /// The same of another program, which is ended if it does not end.
+    fn ends(&self, command: &mut Command) -> Said {
+        let mut bounded = Command::new("timeout");
+        bounded.arg(PATIENCE.as_secs().to_string()).arg(command.get_program()).args(command.get_args());
+        self.said(&bounded.current_dir(&self.dir).stdin(Stdio::null()).output().unwrap())
     }
 
     async fn hears(&self, program: &str, args: &[&str]) -> Said {
@@ -166,14 +173,15 @@ async fn an_image_that_a_qemu_has_is_not_served_and_one_that_is_served_no_qemu_h
             command
         };
         let held = Listening::start(&mut guest("held"), &program.dir.path().join("held"));
+        // It opens its monitor before its disks, and answers after that.
+        drop(monitor(&program.dir.path().join("held")).await);
         let refused = program.says(&["-f", "raw", "-k", &program.at("sock"), &program.at("image")]);
         assert_eq!(refused.code, Some(1), "{refused:?}");
         assert!(refused.err.to_lowercase().contains("failed to get \"write\" lock"), "{refused:?}");
         drop(held);
         let server = program.serves(&["-f", "raw"]);
-        let output = guest("late").output().unwrap();
-        let refused = program.said(&output);
-        assert!(refused.err.contains("Failed to get shared \"write\" lock"), "{refused:?}");
+        let refused = program.ends(&mut guest("late"));
+        assert!(refused.err.contains("Failed to get ") && refused.err.contains("\"write\" lock"), "{refused:?}");
         // Whoever says that he shares it may look.
         assert_eq!(program.hears("qemu-img", &["info", "-U", &program.at("image")]).await.code, Some(0));
         drop(server);

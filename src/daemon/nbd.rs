@@ -12,6 +12,7 @@ pub mod kernel;
 pub mod list;
 pub(super) mod lock;
 pub mod remote;
+mod served;
 pub mod threads;
 pub mod tls;
 

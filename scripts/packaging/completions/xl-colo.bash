@@ -1058,12 +1058,28 @@ _xl__colo() {
             return 0
             ;;
         xl__subcmd__colo__subcmd__nbd)
-            opts="-k -p -b -f -x -D -o -r -e -t -n -v -h --socket --port --bind --format --export-name --description --offset --read-only --salvage --shared --persistent --cache --nocache --discard --detect-zeroes --aio --object --tls-creds --fork --pid-file --verbose --json --help"
+            opts="-c -d -L -k -p -b -f -x -D -o -r -A -e -t -n -v -h --connect --disconnect --list --socket --port --bind --format --export-name --description --offset --read-only --allocation-depth --salvage --shared --persistent --cache --nocache --discard --detect-zeroes --aio --object --tls-creds --fork --pid-file --verbose --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --connect)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -c)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --disconnect)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -d)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --socket)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -1129,7 +1145,7 @@ _xl__colo() {
                     return 0
                     ;;
                 --cache)
-                    COMPREPLY=($(compgen -W "none writeback writethrough directsync unsafe" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "none off writeback writethrough directsync unsafe" -- "${cur}"))
                     return 0
                     ;;
                 --discard)

@@ -179,15 +179,18 @@ complete -c xl-colo -n "__fish_xl_colo_using_subcommand arbiter" -l listen -d 'W
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand arbiter" -l file -d 'The register' -r -F
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand arbiter" -l json -d 'Say what there is to say in JSON, an object a line; why a command failed too, on standard error: {"error":{"class":…,"text":…,"do":…}}'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand arbiter" -s h -l help -d 'Print help'
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s c -l connect -d 'Make this device of the kernel the disk, and go to the background unless -v is there' -r
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s d -l disconnect -d 'Let go of this device of the kernel, instead of serving' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s k -l socket -d 'Serve on a Unix socket, whatever -p and -b say' -r -F
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s p -l port -d 'Serve on this TCP port; 10809 by default' -r
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s p -l port -d 'Serve on this TCP port; 10809, which has the name nbd, by default' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s b -l bind -d 'Serve on this address; on all by default' -r
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s f -l format -d 'The image\'s format; raw is the only one' -r -f -a "raw\t''"
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s f -l format -d 'The image\'s format; raw is the only one. Without it an image that begins as one of another format is refused, and made to begin so by no client' -r -f -a "raw\t''"
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s x -l export-name -d 'The export\'s name' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s D -l description -d 'The export\'s description' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s o -l offset -d 'Serve from this byte of the image on' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s e -l shared -d 'Clients at the same time, and one more waits; 0 for any number' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -l cache -d 'What a completed write means: writeback, or writethrough and directsync (durable), or unsafe (flushes do nothing)' -r -f -a "none\t''
+off\t''
 writeback\t''
 writethrough\t''
 directsync\t''
@@ -204,13 +207,15 @@ native\t''
 io_uring\t''"
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -l object -d 'Certificates: tls-creds-x509,id=ID,endpoint=server,dir=DIR[,verify-peer=on|off]' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -l tls-creds -d 'Serve nobody in the clear; the --object of this id has the certificates' -r
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -l pid-file -d 'Write the process\'s number to this file' -r -F
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -l pid-file -d 'Write the process\'s number to this file, which stays, and is locked meanwhile' -r -F
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s L -l list -d 'Tell what the server offers that listens there, instead of serving'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s r -l read-only -d 'Take no writes'
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s A -l allocation-depth -d 'Offer qemu:allocation-depth, which is 1 everywhere: there is one image'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -l salvage -d 'Serve a replica\'s image that is not whole, to save what is in it'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s t -l persistent -d 'Go on when the last client has left'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s n -l nocache -d 'The same as --cache=none, which here is --cache=writeback'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -l fork -d 'Go to the background once clients can connect'
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s v -l verbose -d 'Log each client on standard error; XEN_COLO_LOG says more exactly what'
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s v -l verbose -d 'Taken for the sake of scripts; XEN_COLO_LOG=debug logs each client on standard error'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -l json -d 'Say what there is to say in JSON, an object a line; why a command failed too, on standard error: {"error":{"class":…,"text":…,"do":…}}'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s h -l help -d 'Print help'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand qmp" -l connect -d 'Give an order to the monitor at this socket' -r -F

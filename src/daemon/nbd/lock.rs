@@ -13,10 +13,13 @@
 //! the images of `xl-colo host` are not locked in this way. Source: qemu `block/file-posix.c`, `include/block/block-common.h`.
 
 use crate::disk::FileDisk;
+use rustix::io::Errno;
 use std::io;
 use std::os::fd::AsFd;
 use xen::lock::{free_byte, is_locked_elsewhere, share_byte};
 
+/// What a file system says that knows no such locks.
+const NO_LOCKS: [Errno; 3] = [Errno::INVAL, Errno::NOLCK, Errno::OPNOTSUPP];
 const DOES: u64 = 100;
 const LETS_NOBODY: u64 = 200;
 const READ: u64 = 0;
@@ -32,7 +35,15 @@ pub(in crate::daemon) fn lock(disk: &FileDisk, read_only: bool) -> io::Result<Op
     let taken = || does.iter().map(|n| DOES + n).chain(lets_nobody.iter().map(|n| LETS_NOBODY + n));
     // Before a look at the others': of two who come at the same time one at least is told.
     for byte in taken() {
-        share_byte(file, byte)?;
+        match share_byte(file, byte) {
+            // A file system without such locks: QEMU goes without them there, too.
+            Err(error)
+                if error.raw_os_error().is_some_and(|errno| NO_LOCKS.contains(&Errno::from_raw_os_error(errno))) =>
+            {
+                return Ok(None);
+            }
+            taken => taken?,
+        }
     }
     let mut refused = None;
     for n in does {

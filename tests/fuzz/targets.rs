@@ -3,11 +3,13 @@
 use bytes::{Bytes, BytesMut};
 use std::collections::BTreeMap;
 use std::fmt::{Debug, Display};
+use std::io::{self, Read, Write};
 use std::net::IpAddr;
 use std::time::Duration;
 use xen_colo::clock::Instant;
 use xen_colo::colo::{hello, message, stream};
 use xen_colo::compare::{Comparator, Config, Output, Rewriter, notify, packet, rewriter, wire};
+use xen_colo::daemon::nbd::list;
 use xen_colo::daemon::{control, frames};
 use xen_colo::disk::{DiskError, MemoryDisk};
 use xen_colo::hypervisor::vmstate;
@@ -37,9 +39,10 @@ pub(super) struct Target {
     pub(super) run: fn(Pieces) -> Said,
 }
 
-pub(super) const TARGETS: [Target; 21] = [
+pub(super) const TARGETS: [Target; 22] = [
     Target { name: "nbd-server", run: nbd_server },
     Target { name: "nbd-client", run: nbd_client },
+    Target { name: "nbd-list", run: |pieces| vec![brief(&list::list(Told(BytesMut::from(&all(pieces)[..]))))] },
     // A datagram comes whole.
     Target { name: "netlink", run: |pieces| vec![brief(&netlink::Answer::new(7).handle_input(&all(pieces)))] },
     Target {
@@ -91,6 +94,24 @@ pub(super) const TARGETS: [Target; 21] = [
     Target { name: "comparator", run: comparator },
     Target { name: "rewriter", run: rewritten },
 ];
+
+/// A server that has said all that it will, whatever it is asked.
+struct Told(BytesMut);
+
+impl Read for Told {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        (&self.0.split_to(into.len().min(self.0.len()))[..]).read(into)
+    }
+}
+
+impl Write for Told {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 /// Decoders of known faults, and one without any.
 pub(super) fn planted() -> [Target; 5] {

@@ -24,7 +24,9 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Longest reply that is taken: a name and a description.
 const REPLY_MAX_BYTES: usize = 4 + 2 * MAX_STRING_BYTES;
-/// Replies to one option at most, and so exports.
+/// All replies to one option.
+const ANSWERS_MAX_BYTES: usize = 4 << 20;
+/// How many these are at most, and so exports.
 const REPLIES_MAX: usize = 10_000;
 /// QEMU's names of the flags, in its order.
 const FLAGS: [(u16, &str); 10] = [
@@ -91,7 +93,7 @@ impl<L: Read + Write> Asking<L> {
     /// Everything that is answered, or the words of the refusal.
     fn ask(&mut self, option: u32, data: &[u8]) -> Result<Result<Vec<Answer>, String>, ListError> {
         self.say(option, data)?;
-        let mut answers = Vec::new();
+        let (mut answers, mut all_bytes) = (Vec::new(), 0);
         while answers.len() < REPLIES_MAX {
             let mut header = &self.take::<20>()?[..];
             let (magic, of, kind) = (header.get_u64(), header.get_u32(), header.get_u32());
@@ -99,12 +101,18 @@ impl<L: Read + Write> Asking<L> {
             if magic != OPTION_REPLY_MAGIC || of != option || len > REPLY_MAX_BYTES {
                 return Err(ListError::Server(format!("its reply to option {option} is none")));
             }
+            all_bytes += len;
+            if all_bytes > ANSWERS_MAX_BYTES {
+                return Err(ListError::Server(format!(
+                    "more than {ANSWERS_MAX_BYTES} bytes in reply to option {option}"
+                )));
+            }
             let mut data = vec![0; len];
             self.link.read_exact(&mut data)?;
             match kind {
                 REP_ACK => return Ok(Ok(answers)),
                 kind if kind & REP_ERROR_BIT != 0 => {
-                    let why = String::from_utf8_lossy(&data).into_owned();
+                    let why = shown(&data);
                     return Ok(Err(if why.is_empty() { format!("error {}", kind & !REP_ERROR_BIT) } else { why }));
                 }
                 kind => answers.push((kind, data)),
@@ -130,6 +138,11 @@ pub fn list_at(at: &Where) -> Result<String, ListError> {
     }
 }
 
+/// What a server has chosen, for a terminal: nothing in it is an order to that.
+fn shown(text: &[u8]) -> String {
+    String::from_utf8_lossy(text).replace(char::is_control, "?")
+}
+
 /// What a server tells of its exports, in qemu-nbd's lines.
 pub fn list(link: impl Read + Write) -> Result<String, ListError> {
     let mut asking = Asking { link };
@@ -143,7 +156,7 @@ pub fn list(link: impl Read + Write) -> Result<String, ListError> {
         let len = entry.try_get_u32().unwrap_or(u32::MAX) as usize;
         let (name, description) =
             entry.split_at_checked(len).ok_or_else(|| ListError::Server("a name in its list is cut off".into()))?;
-        lines.push(format!(" export: '{}'", String::from_utf8_lossy(name)));
+        lines.push(format!(" export: '{}'", shown(name)));
         let mut request = Vec::new();
         request.put_u32(name.len() as u32);
         request.put_slice(name);
@@ -162,7 +175,7 @@ pub fn list(link: impl Read + Write) -> Result<String, ListError> {
                 if !contexts.is_empty() {
                     lines.push(format!("  available meta contexts: {}", contexts.len()));
                 }
-                let name = |name: &[u8]| format!("   {}", String::from_utf8_lossy(name));
+                let name = |name: &[u8]| format!("   {}", shown(name));
                 lines.extend(contexts.iter().filter_map(|(_, context)| context.get(4..).map(name)));
             }
         }
@@ -182,7 +195,7 @@ fn described(listed: &[u8], infos: &[Answer]) -> Vec<String> {
     };
     let text = of(INFO_DESCRIPTION).unwrap_or(listed);
     if !text.is_empty() {
-        lines.push(format!("  description: {}", String::from_utf8_lossy(text)));
+        lines.push(format!("  description: {}", shown(text)));
     }
     if let Some(mut export) = of(INFO_EXPORT)
         && let (Ok(size_bytes), Ok(flags)) = (export.try_get_u64(), export.try_get_u16())

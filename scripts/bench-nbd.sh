@@ -43,7 +43,7 @@ start() {
 	xl-colo)
 		unix=(-k "$at") tcp=(-b 127.0.0.1 -p "$port")
 		[[ $transport == unix ]] && tcp=() || unix=()
-		"$BINARY" nbd -t -e 0 --discard unmap "${unix[@]}" "${tcp[@]}" "$image" &
+		"$BINARY" nbd -t -e 0 -f raw --discard unmap "${unix[@]}" "${tcp[@]}" "$image" &
 		;;
 	qemu-nbd)
 		unix=(-k "$at") tcp=(-b 127.0.0.1 -p "$port")

@@ -87,6 +87,11 @@ impl Program {
     }
 }
 
+/// Whether a process runs: what nobody has waited for is there, with an empty command line.
+fn runs(number: i32) -> bool {
+    std::fs::read(format!("/proc/{number}/cmdline")).is_ok_and(|line| !line.is_empty())
+}
+
 fn of(process: &Listening) -> Pid {
     Pid::from_child(&process.0)
 }
@@ -178,8 +183,14 @@ async fn an_image_that_a_qemu_has_is_not_served_and_one_that_is_served_no_qemu_h
         let refused = program.says(&["-f", "raw", "-k", &program.at("sock"), &program.at("image")]);
         assert_eq!(refused.code, Some(1), "{refused:?}");
         assert!(refused.err.to_lowercase().contains("failed to get \"write\" lock"), "{refused:?}");
+        if program.is_ours {
+            // As for the PV disk of a guest whose device model has the image too.
+            drop(program.serves(&["-f", "raw", "--locking=off"]));
+        }
         drop(held);
         let server = program.serves(&["-f", "raw"]);
+        // qemu-nbd listens before it opens the image.
+        assert_eq!(program.hears("nbdinfo", &["--size", &program.uri("")]).await.code, Some(0));
         let refused = program.ends(&mut guest("late"));
         assert!(refused.err.contains("Failed to get ") && refused.err.contains("\"write\" lock"), "{refused:?}");
         // Whoever says that he shares it may look.
@@ -198,7 +209,9 @@ async fn the_number_of_the_process_stays_in_a_file_of_its_own_while_it_is_there(
         program.image(&[7; 4096]);
         let server = program.serves(&["-f", "raw", "-r", "-e", "0", "--pid-file", &program.at("pid")]);
         let pid = server.0.id().to_string();
-        let read = || std::fs::read_to_string(program.at("pid")).unwrap().trim().to_owned();
+        let read = || std::fs::read_to_string(program.at("pid")).unwrap_or_default().trim().to_owned();
+        // qemu-nbd listens first.
+        until("its number", async || if read() == pid { Ok(()) } else { Err(read()) }).await;
         let mode = std::fs::metadata(program.at("pid")).unwrap().permissions().mode() & 0o777;
         assert_eq!((read(), mode), (pid.clone(), 0o600));
         let second =
@@ -211,7 +224,8 @@ async fn the_number_of_the_process_stays_in_a_file_of_its_own_while_it_is_there(
         );
         kill_process(of(&server), Signal::HUP).unwrap();
         let mut server = server;
-        assert!(server.0.wait().unwrap().success(), "a hang-up is an order to end");
+        let ended = until("its end", async || server.0.try_wait().unwrap().ok_or("it runs")).await;
+        assert!(ended.success(), "a hang-up is an order to end");
         assert!(!Path::new(&program.at("sock")).exists() && read() == pid, "the socket goes, the file stays");
     }
 }
@@ -316,7 +330,6 @@ os.execv(sys.argv[2], sys.argv[2:])
         assert_eq!(size.out.trim(), "4096", "{size:?}");
         // It ends with its only client.
         let number: i32 = std::fs::read_to_string(&pid).unwrap().trim().parse().unwrap();
-        until("its end", async || if Path::new(&format!("/proc/{number}")).exists() { Err(number) } else { Ok(()) })
-            .await;
+        until("its end", async || if runs(number) { Err(number) } else { Ok(()) }).await;
     }
 }

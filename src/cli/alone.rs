@@ -60,6 +60,9 @@ pub struct NbdArgs {
     /// Take no writes
     #[arg(short, long)]
     pub read_only: bool,
+    /// Whether the image is locked in QEMU's way too; off is for one that a device model has open as well
+    #[arg(long, value_name = "MODE", default_value = "on", value_parser = ["on", "off"])]
+    pub locking: String,
     /// Offer qemu:allocation-depth, which is 1 everywhere: there is one image
     #[arg(short = 'A', long)]
     pub allocation_depth: bool,
@@ -166,6 +169,7 @@ impl NbdArgs {
             offset_bytes: self.offset,
             read_only: self.read_only,
             tells_depth: self.allocation_depth,
+            locks_as_qemu: self.locking == "on",
             salvage: self.salvage,
             max_connections: self.shared,
             persistent: self.persistent,

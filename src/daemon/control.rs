@@ -389,7 +389,7 @@ pub async fn ask(path: &Path, request: &Request) -> Result<Value, ControlError> 
     match serde_json::from_slice(&answer).map_err(|e| no_answer(&e))? {
         Answer::Return(value) => {
             if *request == Request::Stop {
-                // The other end is closed with the process; a link that breaks is an end, too.
+                // The other end goes with the host's runtime, its last part; a link that breaks is an end, too.
                 let end = tokio::time::timeout(END_DEADLINE, lines.read_to_end(&mut answer)).await;
                 end.map_err(|_| ControlError::NotEnded(END_DEADLINE))?.ok();
             }

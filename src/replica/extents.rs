@@ -8,7 +8,8 @@
 //! ```
 //!
 //! A write goes in place where an extent is, and becomes a new extent in the gaps; a block that is all of one takes its
-//! place. So no data is ever split, the spill file holds no garbage, and a layer is never larger than the disk. New
+//! place. So no data is ever split, the spill file holds no garbage but room that was lent in vain, and a layer is never larger
+//! than the disk. New
 //! extents live in memory while the [`Budget`] lasts and are appended to an unlinked spill file after that. What is copied
 //! down is a [`Run`], what is appended a [`Space`]: each needs the layer at its beginning and at its end only.
 //!

@@ -428,7 +428,7 @@ fn is_as_the_model(ops: Vec<Op>, memory_budget_bytes: u64) -> Result<(), TestCas
     let mut replica = Replica::new(Box::new(base.clone()), config);
     replica.start_sync(1).unwrap();
     replica.seal().unwrap();
-    let mut under_way = VecDeque::new();
+    let (mut under_way, mut seals) = (VecDeque::new(), 0);
     let (mut primary, mut seen, mut broken, mut taken) = (vec![0x11; SIZE], vec![0x11; SIZE], false, false);
     let mut sealed = seen.clone();
     for op in ops {
@@ -493,6 +493,7 @@ fn is_as_the_model(ops: Vec<Op>, memory_budget_bytes: u64) -> Result<(), TestCas
             Op::Seal => {
                 prop_assert_eq!(replica.seal().is_err(), broken && !taken);
                 if !broken && !taken {
+                    seals += 1;
                     sealed.clone_from(&primary);
                     seen.clone_from(&primary);
                 }
@@ -507,19 +508,25 @@ fn is_as_the_model(ops: Vec<Op>, memory_budget_bytes: u64) -> Result<(), TestCas
                 let range = at..(at + len).min(SIZE);
                 let lent = replica.lend_write(writer, at as u64, range.len());
                 prop_assert!(lent.is_none() || !taken);
-                under_way.extend(lent.map(|space| (by_primary, range, space, None)));
+                under_way.extend(lent.map(|space| (by_primary, range, space, None, seals)));
             }
             Op::Fill(byte) => {
-                if let Some((_, range, space, filled)) = under_way.iter_mut().find(|(.., filled)| filled.is_none()) {
+                if let Some((_, range, space, filled, _)) =
+                    under_way.iter_mut().find(|(.., filled, _)| filled.is_none())
+                {
                     space.write(&vec![byte; range.len()]).unwrap();
                     *filled = Some(byte);
                 }
             }
             Op::End => {
-                let Some((by_primary, range, space, filled)) = under_way.pop_front() else { continue };
+                let Some((by_primary, range, space, filled, lent_at)) = under_way.pop_front() else { continue };
                 let writer = if by_primary { Writer::Primary(1) } else { Writer::Guest };
-                if replica.end_write(writer, space, filled.is_some()) {
+                if replica.end_write(writer, &space, filled.is_some()) {
                     prop_assert!(!taken);
+                    if !by_primary && lent_at != seals {
+                        // The checkpoint has forgotten it.
+                        continue;
+                    }
                     let written = if by_primary { &mut primary } else { &mut seen };
                     written[range].fill(filled.unwrap());
                 }

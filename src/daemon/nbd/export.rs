@@ -86,6 +86,8 @@ pub struct Config {
     pub offset_bytes: u64,
     /// Takes no writes.
     pub read_only: bool,
+    /// Keeps QEMU's programs out of the image, and keeps out of theirs.
+    pub locks_as_qemu: bool,
     /// Tells how deep a block lies in a chain of images.
     pub tells_depth: bool,
     /// Serves an image that is not whole.
@@ -176,6 +178,9 @@ pub enum ExportError {
     /// The kernel's device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// What is looked at begins with a sector.
+    #[error("--offset {0} is no multiple of {SECTOR_BYTES}: give -f raw with it")]
+    OddOffset(u64),
     /// Another server has written its number to the same file, and is there still.
     #[error("cannot lock pid file {}: another server has it", .0.display())]
     PidFile(PathBuf),
@@ -250,32 +255,37 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
     let service = Service { exports: vec![export], open: Box::new(open), max_connections, tls };
     let running = Running::default();
     let at = match (&config.at, &config.device) {
-        (None, Some(device)) => Some(Where::Unix(socket_of(device))),
+        (None, Some(device)) if !is_passed() => Some(Where::Unix(socket_of(device))),
+        (None | Some(Where::Tcp(..)), Some(_)) => return Err(ExportError::DeviceWithoutSocket),
         (at, _) => at.clone(),
     };
+    config.device.as_deref().map(kernel::index_of).transpose()?;
+    // Before anybody can connect, and order its end.
+    let mut hung_up = signal(SignalKind::hangup()).map_err(failed("wait for signals"))?;
+    let mut terminated = signal(SignalKind::terminate()).map_err(failed("wait for signals"))?;
+    let mut interrupted = signal(SignalKind::interrupt()).map_err(failed("wait for signals"))?;
     let (listener, socket) = listen(at.as_ref()).await?;
     if let (Standing::Checkpoint { .. }, false) = (state.standing(), config.read_only) {
         state.record(Standing::Guest)?;
     }
-    let mut hung_up = signal(SignalKind::hangup()).map_err(failed("wait for signals"))?;
-    let mut terminated = signal(SignalKind::terminate()).map_err(failed("wait for signals"))?;
-    let mut interrupted = signal(SignalKind::interrupt()).map_err(failed("wait for signals"))?;
     let (here, serving, place) = (running.clone(), Arc::new(service), listener.place());
     let accepting = tokio::task::spawn_blocking(move || serve_all(&listener, &serving, &here));
-    if let Some(device) = config.device.clone() {
-        let path = socket.clone().ok_or(ExportError::DeviceWithoutSocket)?;
-        let served = kernel::Served {
-            socket: path.clone(),
-            export: config.name.clone(),
-            backend: config.image.display().to_string(),
-        };
-        let connected = tokio::task::spawn_blocking(move || kernel::connect_device(&device, &served, Duration::ZERO));
-        let connected = connected.await.map_err(|error| failed("connect the device")(io::Error::other(error)))?;
-        if let Err(error) = connected {
-            let _ = std::fs::remove_file(path);
-            return Err(error.into());
+    let device = match (config.device.clone(), socket.clone()) {
+        (Some(device), Some(path)) => {
+            // Nobody else's: neither a guest's PV disk nor what the device is when somebody else has it.
+            let backend = format!("xl-colo nbd {}", std::process::id());
+            let served = kernel::Served { socket: path.clone(), export: config.name.clone(), backend };
+            let connecting = (device.clone(), served.clone());
+            let connected = move || kernel::connect_device(&connecting.0, &connecting.1, Duration::ZERO);
+            let connected = tokio::task::spawn_blocking(connected).await;
+            if let Err(error) = connected.map_err(|error| failed("connect the device")(io::Error::other(error)))? {
+                let _ = std::fs::remove_file(path);
+                return Err(error.into());
+            }
+            Some((device, served))
         }
-    }
+        _ => None,
+    };
     if config.probe {
         warn_of_guess(&config.image);
     }
@@ -303,8 +313,12 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
         _ = interrupted.recv() => Ok(()),
         _ = hung_up.recv() => Ok(()),
     };
-    // It would be a disk that fails every request.
-    config.device.as_deref().map(kernel::disconnect).and_then(Result::err).inspect(|error| tracing::debug!(%error));
+    if let Some((device, served)) = device
+        && kernel::is_used(&served)
+        && let Err(error) = kernel::disconnect(&device)
+    {
+        tracing::warn!(%error, device, "it is a disk that fails every request");
+    }
     running.end();
     socket.inspect(|path| _ = std::fs::remove_file(path));
     if !config.read_only && config.cache != Cache::Unsafe {
@@ -369,6 +383,11 @@ fn passed_socket() -> Result<Option<Listener>, ExportError> {
     listener.ok_or_else(missing).map(Some)
 }
 
+/// Whether there is a socket that was passed, to this process or to the one before it.
+fn is_passed() -> bool {
+    std::env::var_os("LISTEN_FDS").is_some()
+}
+
 /// The socket that the process before this one was passed.
 fn inherited_socket() -> io::Result<Option<Listener>> {
     if std::env::var_os(CHILD_ENV).is_none_or(|value| value != PASSED) {
@@ -402,17 +421,32 @@ fn open(config: &Config) -> Result<Served, ExportError> {
     if !disk.try_lock(config.read_only)? {
         return Err(ExportError::InUse { image: config.image.clone(), read_only: config.read_only });
     }
-    let locked = lock::lock(&disk, config.read_only).map_err(failed(format!("lock {}", config.image.display())))?;
-    if let Some(lock) = locked {
+    let lock = || lock::lock(&disk, config.read_only).map_err(failed(format!("lock {}", config.image.display())));
+    if config.locks_as_qemu
+        && let Some(lock) = lock()?
+    {
         return Err(ExportError::Locked { image: config.image.clone(), lock });
     }
     if config.probe {
         probe(&disk, &config.image)?;
+        if config.offset_bytes % SECTOR_BYTES != 0 {
+            return Err(ExportError::OddOffset(config.offset_bytes));
+        }
     }
     let (size_bytes, offset_bytes) = (disk.size_bytes(), config.offset_bytes);
     let size = size_bytes.checked_sub(offset_bytes);
     let size_bytes =
         size.ok_or_else(|| ExportError::Offset { image: config.image.clone(), size_bytes, offset_bytes })?;
     let &Config { cache, discard, detect_zeroes, unmap_zeroes, probe: stays_raw, .. } = config;
-    Ok(Served { disk, offset_bytes, size_bytes, cache, discard, detect_zeroes, unmap_zeroes, stays_raw })
+    Ok(Served {
+        disk,
+        offset_bytes,
+        size_bytes,
+        cache,
+        discard,
+        detect_zeroes,
+        unmap_zeroes,
+        stays_raw,
+        head: Arc::default(),
+    })
 }

@@ -153,7 +153,7 @@ pub fn disconnect(device: &str) -> Result<(), DeviceError> {
     kernel.order(&order, "disconnect a device").map(drop)
 }
 
-fn index_of(device: &str) -> Result<u32, DeviceError> {
+pub(super) fn index_of(device: &str) -> Result<u32, DeviceError> {
     let index = device.strip_prefix("/dev/nbd").and_then(|index| index.parse().ok());
     index.ok_or_else(|| DeviceError::NoDevice(device.to_owned()))
 }

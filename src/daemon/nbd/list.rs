@@ -7,6 +7,7 @@
 //! A server that cannot do one of these is believed: then less is told. Source: `doc/proto.md`; qemu `qemu-nbd.c`.
 
 use super::export::Where;
+use super::threads::{Stream, Timed};
 use crate::nbd::{
     EXPORT_CAN_MULTI_CONN, EXPORT_READ_ONLY, EXPORT_SEND_CACHE, EXPORT_SEND_DF, EXPORT_SEND_FAST_ZERO,
     EXPORT_SEND_FLUSH, EXPORT_SEND_FUA, EXPORT_SEND_TRIM, EXPORT_SEND_WRITE_ZEROES, FLAG_FIXED_NEWSTYLE,
@@ -18,13 +19,13 @@ use bytes::{Buf, BufMut};
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// How long a server may take over a reply.
+/// How long a server may take in all.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Longest reply that is taken: a name and a description.
 const REPLY_MAX_BYTES: usize = 4 + 2 * MAX_STRING_BYTES;
-/// All replies to one option.
+/// All that is taken.
 const ANSWERS_MAX_BYTES: usize = 4 << 20;
 /// How many these are at most, and so exports.
 const REPLIES_MAX: usize = 10_000;
@@ -58,6 +59,8 @@ pub enum ListError {
 
 struct Asking<L> {
     link: L,
+    /// Of all replies so far.
+    all_bytes: usize,
 }
 
 /// A reply that is no error: what kind, and what is in it.
@@ -93,7 +96,7 @@ impl<L: Read + Write> Asking<L> {
     /// Everything that is answered, or the words of the refusal.
     fn ask(&mut self, option: u32, data: &[u8]) -> Result<Result<Vec<Answer>, String>, ListError> {
         self.say(option, data)?;
-        let (mut answers, mut all_bytes) = (Vec::new(), 0);
+        let mut answers = Vec::new();
         while answers.len() < REPLIES_MAX {
             let mut header = &self.take::<20>()?[..];
             let (magic, of, kind) = (header.get_u64(), header.get_u32(), header.get_u32());
@@ -101,11 +104,9 @@ impl<L: Read + Write> Asking<L> {
             if magic != OPTION_REPLY_MAGIC || of != option || len > REPLY_MAX_BYTES {
                 return Err(ListError::Server(format!("its reply to option {option} is none")));
             }
-            all_bytes += len;
-            if all_bytes > ANSWERS_MAX_BYTES {
-                return Err(ListError::Server(format!(
-                    "more than {ANSWERS_MAX_BYTES} bytes in reply to option {option}"
-                )));
+            self.all_bytes += len;
+            if self.all_bytes > ANSWERS_MAX_BYTES {
+                return Err(ListError::Server(format!("it says more than {ANSWERS_MAX_BYTES} bytes")));
             }
             let mut data = vec![0; len];
             self.link.read_exact(&mut data)?;
@@ -124,18 +125,11 @@ impl<L: Read + Write> Asking<L> {
 
 /// The same of the server that listens there.
 pub fn list_at(at: &Where) -> Result<String, ListError> {
-    match at {
-        Where::Unix(path) => {
-            let link = UnixStream::connect(path)?;
-            link.set_read_timeout(Some(PATIENCE))?;
-            list(link)
-        }
-        Where::Tcp(address, port) => {
-            let link = TcpStream::connect((address.as_str(), *port))?;
-            link.set_read_timeout(Some(PATIENCE))?;
-            list(link)
-        }
-    }
+    let stream = match at {
+        Where::Unix(path) => Stream::Unix(UnixStream::connect(path)?.into()),
+        Where::Tcp(address, port) => Stream::Tcp(TcpStream::connect((address.as_str(), *port))?.into()),
+    };
+    list(Timed { stream, until: Some(Instant::now() + PATIENCE) })
 }
 
 /// What a server has chosen, for a terminal: nothing in it is an order to that.
@@ -145,7 +139,7 @@ fn shown(text: &[u8]) -> String {
 
 /// What a server tells of its exports, in qemu-nbd's lines.
 pub fn list(link: impl Read + Write) -> Result<String, ListError> {
-    let mut asking = Asking { link };
+    let mut asking = Asking { link, all_bytes: 0 };
     asking.greet()?;
     let is_structured = asking.ask(OPT_STRUCTURED_REPLY, &[])?.is_ok();
     let servers = asking.ask(OPT_LIST, &[])?.map_err(ListError::Refused)?;

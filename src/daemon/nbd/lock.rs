@@ -1,4 +1,4 @@
-//! The locks by which QEMU's programs keep out of each other's images, on the images that are served alone.
+//! The locks by which QEMU's programs keep out of each other's images, on those of `xl-colo nbd` and `xl-colo qmp`.
 //!
 //! ```text
 //!   byte 100 + n   held, shared, by who does what n stands for         n: 0 reads what is consistent   2 rewrites what is there
@@ -9,8 +9,8 @@
 //! write or resize; who only reads lets nobody either: what changes under him is no disk. Our own processes have a lock of
 //! their own beside these (`FileDisk::try_lock`).
 //!
-//! The trap: a guest's device model has its image open, and hands it over, while the guest's host has it open as well. So
-//! the images of `xl-colo host` are not locked in this way. Source: qemu `block/file-posix.c`, `include/block/block-common.h`.
+//! The trap: a guest's device model has its image open, and hands it over, while the guest's host has it open as well, or
+//! whoever serves the PV disk of a guest without a host. So neither locks an image in this way. Source: qemu `block/file-posix.c`, `include/block/block-common.h`.
 
 use crate::disk::FileDisk;
 use rustix::io::Errno;

@@ -4,30 +4,38 @@
 //! opens it next, and looks as well, would be told by a guest what to open. Source: qemu `block/raw-format.c`.
 
 use super::export::{Cache, ExportError};
+use crate::daemon::links::lock;
 use crate::disk::{Disk, DiskError, Extent, FileDisk, SECTOR_BYTES, Zeroing, check_range};
 use crate::say;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
-/// What images of other formats begin with, by the formats' names.
-const MAGICS: [(&[u8], &str); 9] = [
-    (b"QFI\xfb", "qcow2"),
-    (b"QED\0", "qed"),
-    (b"KDMV", "vmdk"),
-    (b"COWD", "vmdk"),
-    (b"vhdxfile", "vhdx"),
-    (b"conectix", "vpc"),
-    (b"LUKS\xba\xbe", "luks"),
-    (b"WithoutFreeSpace", "parallels"),
-    (b"WithouFreSpacExt", "parallels"),
+/// What images of other formats have near their beginning, where, and the formats' names.
+const MAGICS: [(usize, &[u8], &str); 12] = [
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"QED\0", "qed"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (0, b"LUKS\xba\xbe", "luks"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+    (0, b"Bochs Virtual HD Image", "bochs"),
+    (0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", "cloop"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
 ];
-
-/// As many bytes as tell the format.
-const HEAD_BYTES: usize = 16;
+/// As many bytes as are looked at.
+const HEAD_BYTES: usize = SECTOR_BYTES as usize;
 
 fn format(head: &[u8; HEAD_BYTES]) -> Option<&'static str> {
-    MAGICS.iter().find(|(magic, _)| head.starts_with(magic)).map(|(_, format)| *format)
+    let found = MAGICS.iter().find(|(at, magic, _)| head[*at..].starts_with(magic)).map(|(.., format)| *format);
+    // A text may be one too, and name any file of this host: comments and blank lines, and then its version.
+    let mut lines = head.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
+    let first = lines.find(|line| !line.is_empty() && !line.starts_with(b"#"));
+    found.or(first.filter(|line| line.starts_with(b"version=")).map(|_| "vmdk"))
 }
 
 /// Refuses an image whose bytes mean another disk, where nobody said that they are the disk.
@@ -59,6 +67,9 @@ fn whole_sectors(at: u64, extents: &mut Vec<Extent>) {
 
 /// What is said where nobody said that an image is raw; QEMU's words, which scripts look for.
 pub(super) fn warn_of_guess(image: &Path) {
+    if say::is_json() {
+        return;
+    }
     say::err(&format_args!(
         "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
          Automatically detecting the format is dangerous for raw images, write operations on block 0 will be \
@@ -79,14 +90,32 @@ pub(super) struct Served {
     pub(super) unmap_zeroes: bool,
     /// Nobody said that it is raw: who opens it next may look as well, and be told by a guest what to open.
     pub(super) stays_raw: bool,
+    /// Who writes what is looked at.
+    pub(super) head: Arc<Mutex<()>>,
 }
 
 impl Served {
-    /// Refuses what would make the image begin as one of another format.
+    /// Writes, unless that would make the image begin as one of another format. One at a time there: pieces that are none
+    /// might be one together.
+    fn write_head(
+        &mut self,
+        at: u64,
+        bytes: &[u8],
+        write: impl FnOnce(&mut FileDisk) -> Result<(), DiskError>,
+    ) -> Result<(), DiskError> {
+        if !self.stays_raw || at >= HEAD_BYTES as u64 {
+            return write(&mut self.disk);
+        }
+        let head = self.head.clone();
+        let _alone = lock(&head);
+        self.check_head(at, bytes)?;
+        write(&mut self.disk)
+    }
+
     fn check_head(&mut self, at: u64, bytes: &[u8]) -> Result<(), DiskError> {
         let mut head = [0; HEAD_BYTES];
         let len = head.len().min(usize::try_from(self.disk.size_bytes()).unwrap_or(usize::MAX));
-        let Some(kept) = usize::try_from(at).ok().filter(|kept| self.stays_raw && *kept < len) else { return Ok(()) };
+        let kept = len.min(usize::try_from(at).unwrap_or(usize::MAX));
         self.disk.read(0, &mut head[..len])?;
         head[kept..len].iter_mut().zip(bytes).for_each(|(byte, new)| *byte = *new);
         match format(&head) {
@@ -129,12 +158,11 @@ impl Disk for Served {
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         let at = self.at(offset, bytes.len() as u64)?;
-        self.check_head(at, bytes)?;
         if self.detect_zeroes && bytes.iter().all(|byte| *byte == 0) {
             let how = Zeroing { keep_allocated: !self.unmap_zeroes, fast_only: false };
-            self.disk.write_zeroes(at, bytes.len() as u64, how)?;
+            self.write_head(at, bytes, |disk| disk.write_zeroes(at, bytes.len() as u64, how))?;
         } else {
-            self.disk.write(at, bytes)?;
+            self.write_head(at, bytes, |disk| disk.write(at, bytes))?;
         }
         self.written()
     }
@@ -147,13 +175,18 @@ impl Disk for Served {
         let at = self.at(offset, len_bytes)?;
         // Space is freed only where discarding frees it: QEMU's BDRV_O_UNMAP.
         let how = Zeroing { keep_allocated: how.keep_allocated || !self.discard, ..how };
-        self.disk.write_zeroes(at, len_bytes, how)?;
+        let zeroes = &[0; HEAD_BYTES][..HEAD_BYTES.min(len_bytes as usize)];
+        self.write_head(at, zeroes, |disk| disk.write_zeroes(at, len_bytes, how))?;
         self.written()
     }
 
     fn trim(&mut self, offset: u64, len_bytes: u64) -> Result<(), DiskError> {
         let at = self.at(offset, len_bytes)?;
-        if self.discard { self.disk.trim(at, len_bytes) } else { Ok(()) }
+        if !self.discard {
+            return Ok(());
+        }
+        let zeroes = &[0; HEAD_BYTES][..HEAD_BYTES.min(len_bytes as usize)];
+        self.write_head(at, zeroes, |disk| disk.trim(at, len_bytes))
     }
 
     fn leading_hole_bytes(&mut self, offset: u64, len_bytes: u64) -> u64 {
@@ -162,10 +195,13 @@ impl Disk for Served {
 
     fn extents(&mut self, offset: u64, len_bytes: u64, max: usize) -> Result<Vec<Extent>, DiskError> {
         let at = self.at(offset, len_bytes)?;
-        let mut extents = self.disk.extents(at, len_bytes, max)?;
-        if self.stays_raw {
-            whole_sectors(at, &mut extents);
+        if !self.stays_raw {
+            return self.disk.extents(at, len_bytes, max);
         }
+        // The last one's end depends on what follows it.
+        let mut extents = self.disk.extents(at, len_bytes, max.saturating_add(1))?;
+        whole_sectors(at, &mut extents);
+        extents.truncate(max);
         Ok(extents)
     }
 }
@@ -173,6 +209,25 @@ impl Disk for Served {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{Advice, fadvise};
+
+    #[test]
+    fn images_of_other_formats_are_known_by_their_first_sector() {
+        let head = |at: usize, bytes: &[u8]| {
+            let mut head = [0; HEAD_BYTES];
+            head[at..at + bytes.len()].copy_from_slice(bytes);
+            format(&head)
+        };
+        for (at, magic, name) in MAGICS {
+            assert_eq!((head(at, magic), head(at + 1, magic)), (Some(name), None));
+        }
+        for text in
+            [&b"# Disk DescriptorFile\nversion=1\n"[..], b"version=1\r\n", b"#\n \n#x\nversion=3\nRW 1 FLAT \"x\" 0"]
+        {
+            assert_eq!(head(0, text), Some("vmdk"), "{text:?}");
+        }
+        assert_eq!((head(0, b"a\nversion=1\n"), head(0, b"# version=1\n"), head(0, b"")), (None, None, None));
+    }
 
     #[test]
     fn a_part_of_a_sector_is_what_the_data_in_it_is() {
@@ -190,7 +245,6 @@ mod tests {
             assert_eq!(extents, whole, "{told:?} at {at}");
         }
     }
-    use rustix::fs::{Advice, fadvise};
 
     #[test]
     fn an_export_says_what_would_wait_as_its_image_does() {
@@ -209,9 +263,9 @@ mod tests {
         }
         let (offset_bytes, size_bytes, cache) = (MIB as u64, 15 * MIB as u64, Cache::WriteBack);
         let (discard, detect_zeroes, unmap_zeroes) = (false, false, false);
-        let stays_raw = false;
+        let (stays_raw, head) = (false, Arc::default());
         let mut served =
-            Served { disk, offset_bytes, size_bytes, cache, discard, detect_zeroes, unmap_zeroes, stays_raw };
+            Served { disk, offset_bytes, size_bytes, cache, discard, detect_zeroes, unmap_zeroes, stays_raw, head };
         assert!(!served.read_now(12 * MIB as u64, &mut into).unwrap());
         served.read(12 * MIB as u64, &mut into).unwrap();
         assert!(served.read_now(12 * MIB as u64, &mut into).unwrap() && into == [7; 4096]);

@@ -157,9 +157,9 @@ impl Write for Stream {
 }
 
 /// A stream of which nothing is read after a deadline, however many reads there were before.
-struct Timed {
-    stream: Stream,
-    until: Option<Instant>,
+pub(super) struct Timed {
+    pub(super) stream: Stream,
+    pub(super) until: Option<Instant>,
 }
 
 impl Read for Timed {

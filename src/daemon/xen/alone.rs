@@ -165,7 +165,20 @@ fn serve(served: &Served, image: &Path) -> Result<(), String> {
     loop {
         let mut command = Command::new(&program);
         command
-            .args(["nbd", "--fork", "-f", "raw", "-e", "4", "--discard=unmap", "-x", &served.export, "-k"])
+            // An emulated disk is the image in the device model by now, whether its guest uses that or the PV disk.
+            .args([
+                "nbd",
+                "--fork",
+                "-f",
+                "raw",
+                "--locking=off",
+                "-e",
+                "4",
+                "--discard=unmap",
+                "-x",
+                &served.export,
+                "-k",
+            ])
             .arg(&served.socket)
             .arg("--pid-file")
             .args([&pid_file(served), image])

@@ -25,9 +25,13 @@ impl Replica {
         if is_inside { self.layer_of(writer)?.lend_space(offset, len) } else { None }
     }
 
-    /// Whether what was lent, and is filled or not, is the write: false if that is still to be made, in the common way.
-    pub fn end_write(&mut self, writer: Writer, space: Space, is_filled: bool) -> bool {
-        self.layer_of(writer).is_some_and(|layer| layer.end_space(space, is_filled))
+    /// Whether what was lent, and is filled or not, is the write: false if that is still to be made, in the common way. A
+    /// write of the guest's during which a checkpoint was made is none any more: the checkpoint has forgotten it, as it has what
+    /// the guest was before.
+    pub fn end_write(&mut self, writer: Writer, space: &Space, is_filled: bool) -> bool {
+        let Some(layer) = self.layer_of(writer) else { return false };
+        let is_forgotten = matches!(writer, Writer::Guest) && !layer.has_lent(space);
+        is_forgotten || layer.end_space(space, is_filled)
     }
 
     /// Where it writes now, if that is a layer of its own.
@@ -58,5 +62,5 @@ pub(super) fn write<B: Deref<Target = [u8]>>(
     };
     let is_filled = space.write(bytes).is_ok();
     let mut replica = lock(replica);
-    if replica.end_write(writer, space, is_filled) { Ok(()) } else { put(&mut replica, bytes) }
+    if replica.end_write(writer, &space, is_filled) { Ok(()) } else { put(&mut replica, bytes) }
 }

@@ -8,7 +8,7 @@
 //! A file outlives its layer for the next one to write over: that wants no new blocks of the file system, and nothing of the
 //! old one is ever read, since a layer reads what it has written only.
 //!
-//! It is made before it is wanted, by whoever waits for nobody.
+//! One is made before it is wanted, by whoever waits for nobody; who wants a second one makes it himself.
 //!
 //! The trap: closing a file without a name gives all its blocks back, a tenth of a second for a GiB and more on a medium. So
 //! a layer that goes leaves its file here, and whoever waits for nobody closes it ([`Budget::trim`]).

@@ -8,7 +8,7 @@
 //!
 //! The trap: the layer may be gone when the write ends, or be on its way down, and its file be the next layer's. So a space
 //! is good for the layer that lent it and for no other, and a file is not written over as long as somebody else has it
-//! (`Budget::spill_file`).
+//! (`Budget::spill_file`). Whoever has the last handle closes the file, which takes its time: that is not done under a lock either.
 
 use super::{EXTENT_COST_BYTES, Extent, MAX_EXTENT_BYTES, Overlay, Piece, Place};
 use crate::disk::DiskError;
@@ -55,10 +55,16 @@ impl Overlay {
         }
     }
 
+    /// Whether it is this layer's.
+    #[must_use]
+    pub fn has_lent(&self, space: &Space) -> bool {
+        space.layer == self.layer
+    }
+
     /// What was lent comes back, filled or not. False if it has become no extent, so that the data is still to be written:
     /// it was not filled, somebody else wrote there first, or it is another layer's.
-    pub fn end_space(&mut self, space: Space, is_filled: bool) -> bool {
-        if space.layer != self.layer && !mutant::active(Mutant::TakeStrangersSpace) {
+    pub fn end_space(&mut self, space: &Space, is_filled: bool) -> bool {
+        if !self.has_lent(space) && !mutant::active(Mutant::TakeStrangersSpace) {
             return false;
         }
         let is_gap = matches!(self.pieces(space.offset, space.len as u64)[..], [Piece::Gap(_)]);

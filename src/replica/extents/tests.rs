@@ -218,11 +218,11 @@ fn space_after(what: &str) -> Result<(), String> {
             expected[..300].fill(1);
         }
     }
-    let is_taken = layer.end_space(space, true);
+    let is_taken = layer.end_space(&space, true);
     let came: Vec<u8> = whole(&layer);
     let at = came.iter().zip(&expected).position(|(is, wanted)| is != wanted);
     if is_taken == what.starts_with("nothing") && at.is_none() {
-        drop(layer);
+        drop((layer, space));
         budget.trim(true);
         assert_eq!((budget.memory_bytes(), budget.spill_bytes()), (0, 0));
         Ok(())
@@ -258,7 +258,7 @@ fn room_is_lent_only_for_what_would_wait_for_the_file() {
     let (first, second) = (layer.lend_space(0, 700).unwrap(), layer.lend_space(800, 600).unwrap());
     assert!(layer.lend_space(2000, 1000).is_none(), "what is lent is charged");
     second.write(&[2; 600]).unwrap();
-    assert!(layer.end_space(second, true) && !layer.end_space(first, false));
+    assert!(layer.end_space(&second, true) && !layer.end_space(&first, false));
     assert_eq!(budget.memory_bytes(), EXTENT_COST_BYTES, "what was not filled has no place in the index");
     assert!(layer.lend_space(100, 701).is_none(), "a part is there");
     let mut none = Overlay::new(&Budget::new(8 * EXTENT_COST_BYTES, None, 0));

@@ -83,10 +83,11 @@ impl Image {
     pub(super) fn open(path: PathBuf) -> Result<Self, DiskError> {
         let disk = FileDisk::open(&path)?;
         disk.lock_alone()?;
-        let what = |what: &str| DiskError::InUse { what: format!("{} (failed to get {what} lock)", path.display()) };
         let refused =
             qemu_lock::lock(&disk, false).map_err(|e| DiskError::io(format!("lock {}", path.display()), e))?;
-        refused.map_or(Ok(()), |refused| Err(what(refused)))?;
+        if let Some(what) = refused {
+            return Err(DiskError::InUse { what: format!("{} (failed to get {what} lock)", path.display()) });
+        }
         let size_bytes = disk.size_bytes();
         Ok(Self { path, size_bytes, back: Arc::new(Mutex::new(Back::Plain(disk))) })
     }

@@ -91,7 +91,7 @@ pub enum Command {
     Checkpoint(HostRef),
     /// Go on alone on this host, or decide for a guest that is held here
     Failover(FailoverArgs),
-    /// End a host's process; its guest goes on at the peer if it is protected, and ends if it is not
+    /// End a host, and wait for it; its guest goes on at the peer if it is protected, and ends if it is not
     Stop(HostRef),
     /// Serve an arbiter's register to two hosts, on a third machine
     Arbiter(ArbiterArgs),

@@ -1058,7 +1058,7 @@ _xl__colo() {
             return 0
             ;;
         xl__subcmd__colo__subcmd__nbd)
-            opts="-c -d -L -k -p -b -f -x -D -o -r -A -e -t -n -v -h --connect --disconnect --list --socket --port --bind --format --export-name --description --offset --read-only --allocation-depth --salvage --shared --persistent --cache --nocache --discard --detect-zeroes --aio --object --tls-creds --fork --pid-file --verbose --json --help"
+            opts="-c -d -L -k -p -b -f -x -D -o -r -A -e -t -n -v -h --connect --disconnect --list --socket --port --bind --format --export-name --description --offset --read-only --locking --allocation-depth --salvage --shared --persistent --cache --nocache --discard --detect-zeroes --aio --object --tls-creds --fork --pid-file --verbose --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1134,6 +1134,10 @@ _xl__colo() {
                     ;;
                 -o)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --locking)
+                    COMPREPLY=($(compgen -W "on off" -- "${cur}"))
                     return 0
                     ;;
                 --shared)

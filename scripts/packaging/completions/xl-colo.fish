@@ -43,7 +43,7 @@ complete -c xl-colo -n "__fish_xl_colo_needs_command" -f -a "check" -d 'Say whet
 complete -c xl-colo -n "__fish_xl_colo_needs_command" -f -a "set" -d 'Change what can change while a host runs: checkpoint-delay-ms, heartbeat-ms, heartbeat-misses, log'
 complete -c xl-colo -n "__fish_xl_colo_needs_command" -f -a "checkpoint" -d 'Take a checkpoint now'
 complete -c xl-colo -n "__fish_xl_colo_needs_command" -f -a "failover" -d 'Go on alone on this host, or decide for a guest that is held here'
-complete -c xl-colo -n "__fish_xl_colo_needs_command" -f -a "stop" -d 'End a host\'s process; its guest goes on at the peer if it is protected, and ends if it is not'
+complete -c xl-colo -n "__fish_xl_colo_needs_command" -f -a "stop" -d 'End a host, and wait for it; its guest goes on at the peer if it is protected, and ends if it is not'
 complete -c xl-colo -n "__fish_xl_colo_needs_command" -f -a "arbiter" -d 'Serve an arbiter\'s register to two hosts, on a third machine'
 complete -c xl-colo -n "__fish_xl_colo_needs_command" -f -a "nbd" -d 'Serve a disk image over NBD, with qemu-nbd\'s options'
 complete -c xl-colo -n "__fish_xl_colo_needs_command" -f -a "qmp" -d 'Give an order to a QMP monitor, ours or a QEMU\'s; or be one, for a replica whose primary is a QEMU'
@@ -188,6 +188,8 @@ complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s f -l format -d '
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s x -l export-name -d 'The export\'s name' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s D -l description -d 'The export\'s description' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s o -l offset -d 'Serve from this byte of the image on' -r
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -l locking -d 'Whether the image is locked in QEMU\'s way too; off is for one that a device model has open as well' -r -f -a "on\t''
+off\t''"
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -s e -l shared -d 'Clients at the same time, and one more waits; 0 for any number' -r
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand nbd" -l cache -d 'What a completed write means: writeback, or writethrough and directsync (durable), or unsafe (flushes do nothing)' -r -f -a "none\t''
 off\t''
@@ -326,7 +328,7 @@ complete -c xl-colo -n "__fish_xl_colo_using_subcommand help; and not __fish_see
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand help; and not __fish_seen_subcommand_from demo host protect unprotect remus receive status list events report top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help" -f -a "set" -d 'Change what can change while a host runs: checkpoint-delay-ms, heartbeat-ms, heartbeat-misses, log'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand help; and not __fish_seen_subcommand_from demo host protect unprotect remus receive status list events report top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help" -f -a "checkpoint" -d 'Take a checkpoint now'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand help; and not __fish_seen_subcommand_from demo host protect unprotect remus receive status list events report top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help" -f -a "failover" -d 'Go on alone on this host, or decide for a guest that is held here'
-complete -c xl-colo -n "__fish_xl_colo_using_subcommand help; and not __fish_seen_subcommand_from demo host protect unprotect remus receive status list events report top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help" -f -a "stop" -d 'End a host\'s process; its guest goes on at the peer if it is protected, and ends if it is not'
+complete -c xl-colo -n "__fish_xl_colo_using_subcommand help; and not __fish_seen_subcommand_from demo host protect unprotect remus receive status list events report top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help" -f -a "stop" -d 'End a host, and wait for it; its guest goes on at the peer if it is protected, and ends if it is not'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand help; and not __fish_seen_subcommand_from demo host protect unprotect remus receive status list events report top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help" -f -a "arbiter" -d 'Serve an arbiter\'s register to two hosts, on a third machine'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand help; and not __fish_seen_subcommand_from demo host protect unprotect remus receive status list events report top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help" -f -a "nbd" -d 'Serve a disk image over NBD, with qemu-nbd\'s options'
 complete -c xl-colo -n "__fish_xl_colo_using_subcommand help; and not __fish_seen_subcommand_from demo host protect unprotect remus receive status list events report top config check set checkpoint failover stop arbiter nbd qmp qemu compare filter save-helper help" -f -a "qmp" -d 'Give an order to a QMP monitor, ours or a QEMU\'s; or be one, for a replica whose primary is a QEMU'

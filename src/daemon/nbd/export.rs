@@ -429,14 +429,14 @@ fn open(config: &Config) -> Result<Served, ExportError> {
     }
     if config.probe {
         probe(&disk, &config.image)?;
-        if config.offset_bytes % SECTOR_BYTES != 0 {
-            return Err(ExportError::OddOffset(config.offset_bytes));
-        }
     }
     let (size_bytes, offset_bytes) = (disk.size_bytes(), config.offset_bytes);
     let size = size_bytes.checked_sub(offset_bytes);
     let size_bytes =
         size.ok_or_else(|| ExportError::Offset { image: config.image.clone(), size_bytes, offset_bytes })?;
+    if config.probe && offset_bytes % SECTOR_BYTES != 0 {
+        return Err(ExportError::OddOffset(offset_bytes));
+    }
     let &Config { cache, discard, detect_zeroes, unmap_zeroes, probe: stays_raw, .. } = config;
     Ok(Served {
         disk,

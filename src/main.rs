@@ -78,21 +78,22 @@ fn main() -> ExitCode {
 
 /// What cannot be parsed: help and version are no failures, and go where they are asked for.
 fn misspelt(error: &clap::Error, arguments: &[String]) -> ExitCode {
-    if !error.use_stderr() || !arguments.iter().any(|argument| argument == "--json") {
-        let is_as_qemu_nbd = arguments.first().is_some_and(|first| first == "nbd");
-        if !error.use_stderr() || !is_as_qemu_nbd {
-            error.exit();
-        }
-        // qemu-nbd has one code for all that is wrong, and scripts for it know that one.
+    if !error.use_stderr() {
+        error.exit();
+    }
+    // qemu-nbd has one code for all that is wrong, and scripts for it know that one.
+    let is_as_qemu_nbd = arguments.first().is_some_and(|first| first == "nbd");
+    let code = ExitCode::from(if is_as_qemu_nbd { cli::EXIT_FAILED } else { cli::EXIT_USAGE });
+    if !arguments.iter().any(|argument| argument == "--json") {
         let _ = error.print();
-        return ExitCode::from(cli::EXIT_FAILED);
+        return code;
     }
     say::speak_json();
     let text = error.to_string();
     let text = text.split("\n\n").next().unwrap_or_default().trim_start_matches("error: ").trim().replace('\n', " ");
     let remedy = Some("xl-colo help, and xl-colo help COMMAND".to_owned());
     say::Failure { class: "usage", text, remedy }.say();
-    ExitCode::from(cli::EXIT_USAGE)
+    code
 }
 
 async fn run(command: Command, given: &[String], log: LogFilter) -> ExitCode {

@@ -7,7 +7,7 @@
 //! checkpoint, a second start. Source: qemu `tests/unit/test-replication.c`, `block/replication.c`.
 
 use crate::common::conversation::Conversation;
-use crate::common::qemu::monitor;
+use crate::common::qemu::{Qemu, monitor};
 use crate::common::{Listening, PATIENCE, XL_COLO, installed, run, turn};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -213,28 +213,25 @@ impl Half {
             (vec![format!("if=none,id=local,format=raw,file={}", text("local")), top], ["local", "top"])
         };
         let socket = at("monitor");
-        let options = drives.iter().flat_map(|drive| ["--drive", drive.as_str()]);
         let mut bugged = None;
-        match maker {
+        let monitor = match maker {
             Maker::Qemu => {
-                let mut command = Command::new(installed("qemu-system-x86_64")?);
-                command.args(["-machine", "none", "-S", "-nodefaults", "-display", "none"]).args(options);
-                command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
-                processes.push(Listening::start(&mut command, &socket));
+                let qemu = Qemu::start(&socket, &drives, &[]).await?;
+                processes.push(qemu.process);
+                qemu.monitor
             }
             Maker::Ours => {
+                let options = drives.iter().flat_map(|drive| ["--drive", drive.as_str()]);
                 let mut command = Command::new(XL_COLO);
                 command.arg("qmp").arg("--socket").arg(&socket).args(options).stdout(Stdio::null());
                 processes.push(Listening::start(&mut command, &socket));
+                monitor(&socket).await
             }
-            Maker::Bugged(bug) => bugged = Some(bugged_monitor(bug, socket.clone(), drives.clone())),
-        }
-        let mut monitor = monitor(&socket).await;
-        let known = monitor.execute("query-commands", &json!({})).await.unwrap();
-        if !known.to_string().contains("\"xen-set-replication\"") {
-            eprintln!("SKIP: this qemu-system-x86_64 is built without replication");
-            return None;
-        }
+            Maker::Bugged(bug) => {
+                bugged = Some(bugged_monitor(bug, socket.clone(), drives.clone()));
+                monitor(&socket).await
+            }
+        };
         let mut half = Self { dir, monitor, clients: BTreeMap::new(), _processes: processes, _bugged: bugged };
         if primary {
             let server = json!({"type": "unix", "path": half.path("far.nbd")});

@@ -33,7 +33,7 @@ pub struct NbdArgs {
     #[arg(short = 'd', long, value_name = "/dev/nbdN", conflicts_with_all = ["image", "list", "connect"])]
     pub disconnect: Option<String>,
     /// Tell what the server offers that listens there, instead of serving
-    #[arg(short = 'L', long, conflicts_with = "image")]
+    #[arg(short = 'L', long, conflicts_with_all = ["image", "connect", "tls_creds"])]
     pub list: bool,
     /// Serve on a Unix socket, whatever -p and -b say
     #[arg(short = 'k', long, value_name = "PATH")]

@@ -127,17 +127,14 @@ pub struct Overlay {
     memory_taken: u64,
     /// Another one after each change, of no other layer ever.
     version: u64,
-    /// Of no other layer ever.
-    layer: u64,
 }
 
 impl Overlay {
     /// An empty layer. No file is made before the first byte is spilled.
     #[must_use]
     pub fn new(budget: &Arc<Budget>) -> Self {
-        let (budget, layer) = (Arc::clone(budget), budget.next_version());
-        let (extents, bytes, spill, spill_end, memory_taken, version) = Default::default();
-        Self { extents, bytes, budget, spill, spill_end, memory_taken, version, layer }
+        let budget = Arc::clone(budget);
+        Self { extents: BTreeMap::new(), bytes: 0, budget, spill: None, spill_end: 0, memory_taken: 0, version: 0 }
     }
 
     /// Bytes covered.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What the hotplug scripts cannot do, they say, in xl's own output or in xenstore; and the guest is not started.
+# What the hotplug scripts cannot do, they say, in xl's own output or in xenstore; and the guest is not started. And a
+# disk as a device of dom0 without a guest, by `xl-colo nbd -c`.
 # shellcheck disable=SC2016 source-path=SCRIPTDIR source=../check.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../check.sh"
 
@@ -25,7 +26,7 @@ holds "a failed creation leaves no nbd device behind" wait_until 20 host a '[[ !
 holds "nor a veth" host a '[[ -z $(ls /sys/class/net | grep "^c[bn][0-9]") ]]'
 unserve_disk a pvh
 
-# A disk as a device of dom0, with qemu-nbd's letters: not the first one, whatever is free.
+# Not the first device, whatever is free.
 host a 'head -c 1000 /dev/urandom >/run/odd.img; truncate -s 4M /run/odd.img; mkdir -p /run/lock
 	xl-colo nbd -c /dev/nbd7 -f raw --pid-file /run/odd.pid /run/odd.img && cmp /dev/nbd7 /run/odd.img'
 echo "ok: a device is the image"

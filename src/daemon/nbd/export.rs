@@ -254,17 +254,15 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
     let max_connections = config.max_connections;
     let service = Service { exports: vec![export], open: Box::new(open), max_connections, tls };
     let running = Running::default();
-    let at = match (&config.at, &config.device) {
-        (None, Some(device)) if !is_passed() => Some(Where::Unix(socket_of(device))),
-        (None | Some(Where::Tcp(..)), Some(_)) => return Err(ExportError::DeviceWithoutSocket),
-        (at, _) => at.clone(),
-    };
-    config.device.as_deref().map(kernel::index_of).transpose()?;
     // Before anybody can connect, and order its end.
     let mut hung_up = signal(SignalKind::hangup()).map_err(failed("wait for signals"))?;
     let mut terminated = signal(SignalKind::terminate()).map_err(failed("wait for signals"))?;
     let mut interrupted = signal(SignalKind::interrupt()).map_err(failed("wait for signals"))?;
-    let (listener, socket) = listen(at.as_ref()).await?;
+    config.device.as_deref().map(kernel::index_of).transpose()?;
+    let (listener, socket) = listen(&config).await?;
+    if config.device.is_some() && socket.is_none() {
+        return Err(ExportError::DeviceWithoutSocket);
+    }
     if let (Standing::Checkpoint { .. }, false) = (state.standing(), config.read_only) {
         state.record(Standing::Guest)?;
     }
@@ -275,10 +273,8 @@ pub async fn run(config: Config) -> Result<(), ExportError> {
             // Nobody else's: neither a guest's PV disk nor what the device is when somebody else has it.
             let backend = format!("xl-colo nbd {}", std::process::id());
             let served = kernel::Served { socket: path.clone(), export: config.name.clone(), backend };
-            let connecting = (device.clone(), served.clone());
-            let connected = move || kernel::connect_device(&connecting.0, &connecting.1, Duration::ZERO);
-            let connected = tokio::task::spawn_blocking(connected).await;
-            if let Err(error) = connected.map_err(|error| failed("connect the device")(io::Error::other(error)))? {
+            let connected = tokio::task::block_in_place(|| kernel::connect_device(&device, &served, Duration::ZERO));
+            if let Err(error) = connected {
                 let _ = std::fs::remove_file(path);
                 return Err(error.into());
             }
@@ -383,11 +379,6 @@ fn passed_socket() -> Result<Option<Listener>, ExportError> {
     listener.ok_or_else(missing).map(Some)
 }
 
-/// Whether there is a socket that was passed, to this process or to the one before it.
-fn is_passed() -> bool {
-    std::env::var_os("LISTEN_FDS").is_some()
-}
-
 /// The socket that the process before this one was passed.
 fn inherited_socket() -> io::Result<Option<Listener>> {
     if std::env::var_os(CHILD_ENV).is_none_or(|value| value != PASSED) {
@@ -398,12 +389,13 @@ fn inherited_socket() -> io::Result<Option<Listener>> {
     Ok(Some(if is_unix { Listener::Unix(socket.into()) } else { Listener::Tcp(socket.into()) }))
 }
 
-async fn listen(at: Option<&Where>) -> Result<(Listener, Option<PathBuf>), ExportError> {
+async fn listen(config: &Config) -> Result<(Listener, Option<PathBuf>), ExportError> {
     let inherited = inherited_socket().map_err(failed("take the socket that was passed"))?;
     if let Some(listener) = inherited.map_or_else(passed_socket, |listener| Ok(Some(listener)))? {
-        return if at.is_some() { Err(ExportError::TwoSockets) } else { Ok((listener, None)) };
+        return if config.at.is_some() { Err(ExportError::TwoSockets) } else { Ok((listener, None)) };
     }
-    match &at.cloned().unwrap_or_default() {
+    let device = config.device.as_deref().map(|device| Where::Unix(socket_of(device)));
+    match &config.at.clone().or(device).unwrap_or_default() {
         Where::Unix(path) => {
             let bound = address::bind_unix(path).await.and_then(Listener::blocking);
             Ok((bound.map_err(failed(format!("listen on {}", path.display())))?, Some(path.clone())))

@@ -10,7 +10,9 @@
 //! their own beside these (`FileDisk::try_lock`).
 //!
 //! The trap: a guest's device model has its image open, and hands it over, while the guest's host has it open as well, or
-//! whoever serves the PV disk of a guest without a host. So neither locks an image in this way. Source: qemu `block/file-posix.c`, `include/block/block-common.h`.
+//! whoever serves the PV disk of a guest without a host. So neither locks an image in this way.
+//!
+//! Source: qemu `block/file-posix.c`, `include/block/block-common.h`.
 
 use crate::disk::FileDisk;
 use rustix::io::Errno;

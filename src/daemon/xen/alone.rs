@@ -66,14 +66,9 @@ pub fn give_away(guest: Guest, images: &[PathBuf]) -> Result<Option<String>, Str
     let store = Store::open().map_err(said)?;
     let by_name = |name: &str| store.by_name(name).map_err(said);
     // What has just taken over has its own name a little later: it may get it between two looks.
-    let mut found_domid = None;
-    for called in [&name, &toolstack::incoming(&name), &name] {
-        found_domid = by_name(called)?;
-        if found_domid.is_some() {
-            break;
-        }
-    }
-    let Some(domid) = found_domid else { return Ok(None) };
+    let incoming = toolstack::incoming(&name);
+    let domid = [&name, &incoming, &name].into_iter().find_map(|called| by_name(called).transpose()).transpose()?;
+    let Some(domid) = domid else { return Ok(None) };
     let unmerged = images.iter().find(|image| !matches!(found(image), Ok(Standing::Guest | Standing::NoRecord)));
     if let Some(image) = unmerged {
         return Err(format!("what it wrote since the takeover is not all in {} yet", image.display()));
@@ -166,19 +161,8 @@ fn serve(served: &Served, image: &Path) -> Result<(), String> {
         let mut command = Command::new(&program);
         command
             // An emulated disk is the image in the device model by now, whether its guest uses that or the PV disk.
-            .args([
-                "nbd",
-                "--fork",
-                "-f",
-                "raw",
-                "--locking=off",
-                "-e",
-                "4",
-                "--discard=unmap",
-                "-x",
-                &served.export,
-                "-k",
-            ])
+            .args(["nbd", "--fork", "-f", "raw", "--locking=off", "-e", "4", "--discard=unmap"])
+            .args(["-x", &served.export, "-k"])
             .arg(&served.socket)
             .arg("--pid-file")
             .args([&pid_file(served), image])

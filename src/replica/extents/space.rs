@@ -20,7 +20,6 @@ use std::sync::Arc;
 /// Room for one extent.
 #[derive(Debug)]
 pub struct Space {
-    layer: u64,
     file: Arc<File>,
     at: u64,
     offset: u64,
@@ -39,15 +38,14 @@ impl Overlay {
     /// Room for data that would go to the spill file and lies in a gap. `None` for all other data, and where there is no
     /// room: [`Overlay::write`] does what is to be done then, and says what is wrong.
     pub fn lend_space(&mut self, offset: u64, len: usize) -> Option<Space> {
-        let is_gap = matches!(self.pieces(offset, len as u64)[..], [Piece::Gap(_)]);
-        if !is_gap || len > MAX_EXTENT_BYTES || self.budget.fits_memory(EXTENT_COST_BYTES + len as u64) {
+        if len > MAX_EXTENT_BYTES || self.budget.fits_memory(EXTENT_COST_BYTES + len as u64) {
             return None;
         }
-        if !self.take(self.budget.memory_limit_bytes(), EXTENT_COST_BYTES) {
+        if !self.is_gap(offset, len) || !self.take(self.budget.memory_limit_bytes(), EXTENT_COST_BYTES) {
             return None;
         }
         match self.reserve(len as u64) {
-            Ok((file, at)) => Some(Space { layer: self.layer, file, at, offset, len }),
+            Ok((file, at)) => Some(Space { file, at, offset, len }),
             Err(_) => {
                 self.give_back(EXTENT_COST_BYTES);
                 None
@@ -55,10 +53,14 @@ impl Overlay {
         }
     }
 
-    /// Whether it is this layer's.
+    /// Whether it is this layer's: nobody else has its file as long as a part of it is lent.
     #[must_use]
     pub fn has_lent(&self, space: &Space) -> bool {
-        space.layer == self.layer
+        self.spill.as_ref().is_some_and(|spill| Arc::ptr_eq(&spill.file, &space.file))
+    }
+
+    fn is_gap(&self, offset: u64, len: usize) -> bool {
+        matches!(self.pieces(offset, len as u64)[..], [Piece::Gap(_)])
     }
 
     /// What was lent comes back, filled or not. False if it has become no extent, so that the data is still to be written:
@@ -67,8 +69,7 @@ impl Overlay {
         if !self.has_lent(space) && !mutant::active(Mutant::TakeStrangersSpace) {
             return false;
         }
-        let is_gap = matches!(self.pieces(space.offset, space.len as u64)[..], [Piece::Gap(_)]);
-        if !is_filled || !is_gap && !mutant::active(Mutant::OvertakeWrite) {
+        if !is_filled || !self.is_gap(space.offset, space.len) && !mutant::active(Mutant::OvertakeWrite) {
             self.give_back(EXTENT_COST_BYTES);
             return false;
         }
